@@ -1,0 +1,31 @@
+# Every target prepares its own environment: on a fresh machine `make demo` and `make test` are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.polybit-ready
+
+.PHONY: setup demo test check slow benchmark clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[report,allocate,dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/python -m polybit.demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff format --check polybit tests benchmarks examples recipes
+	$(BIN)/ruff check polybit tests benchmarks examples recipes
+	$(BIN)/mypy
+
+clean:
+	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache

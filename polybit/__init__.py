@@ -1,0 +1,25 @@
+"""polybit: one language model, many precisions.
+
+Importing this package loads nothing heavy; each public name is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Precision": "polybit.core.precision",
+    "Plan": "polybit.core.plan",
+    "PolybitError": "polybit.core.runtime",
+    "use": "polybit.nn.switch",
+    "at": "polybit.nn.switch",
+    "random_precision": "polybit.nn.switch",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'polybit' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -1,0 +1,1 @@
+"""The words and the arithmetic everybody shares (torch only)."""

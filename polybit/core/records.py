@@ -1,0 +1,108 @@
+"""Records that pass between rooms: what calibration saw, what harm costs, what a run was."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polybit.core.runtime import write_json
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStats:
+    """What calibration saw at a layer's input.
+
+    hessian_II: mean over tokens of x xT, float32 [I, I] · absmean_I: mean |x| per input column · tokens: how many.
+    """
+
+    hessian_II: Tensor
+    absmean_I: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """layer -> bits -> harm in nats per token; tables in the same unit add up."""
+
+    nats: dict[str, dict[int, float]]
+    sizes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A measured mean with its 95 % bootstrap interval over `n` items."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_json(self) -> dict[str, float | int]:
+        """Plain numbers."""
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+
+@dataclass(slots=True)
+class Run:
+    """One execution of one verb: its whole configuration, where it ran, how long it took, what it measured."""
+
+    verb: str
+    config: dict[str, Any]
+    numbers: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of run.json and of --json FILE."""
+        return {
+            "verb": self.verb,
+            "config": self.config,
+            "numbers": self.numbers,
+            "seconds": round(self.seconds, 3),
+            "cpu_seconds": round(self.cpu_seconds, 3),
+            "machine": machine(),
+        }
+
+    def write(self, path: Path) -> None:
+        """Write atomically."""
+        write_json(path, self.to_json())
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the wall and CPU seconds of the body."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - wall
+            self.cpu_seconds += time.process_time() - cpu
+
+
+def machine() -> dict[str, Any]:
+    """Versions and hardware a number depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
+
+
+def processor_name() -> str:
+    """The processor's own name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Text in: plain text, chat conversations, batches of token ids."""

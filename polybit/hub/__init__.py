@@ -1,0 +1,1 @@
+"""Hugging Face in and out: the only room that imports transformers."""

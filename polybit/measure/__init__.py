@@ -1,0 +1,1 @@
+"""How much does each layer suffer: calibration statistics and sensitivity signals."""

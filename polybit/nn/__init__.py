@@ -1,0 +1,1 @@
+"""Modules whose precision changes while the model runs (torch only)."""

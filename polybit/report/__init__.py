@@ -1,0 +1,1 @@
+"""run.json in, Markdown, figures and HTML out."""
