@@ -1,0 +1,77 @@
+"""The command line: verbs looked up by name, so that `polybit --help` answers before anything heavy is imported."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+
+from cyclopts import App
+from cyclopts.config import Toml
+
+from polybit import __version__
+
+COMMANDS = {
+    "plan": ("polybit.commands.plan:plan", "Say what quantizing would give and cost, before running it."),
+    "quantize": ("polybit.commands.quantize:quantize", "Turn a model into one checkpoint that runs at many widths."),
+    "eval": ("polybit.commands.evaluate:evaluate", "Measure what each width costs against the float model."),
+    "generate": ("polybit.commands.generate:generate", "Answer a prompt at a chosen width."),
+    "report": ("polybit.commands.report:report", "Write one self-contained HTML page from measured numbers."),
+}
+INTERRUPTED = 130  # the shell's status for Ctrl-C
+
+
+def build_app(config_file: Path | None = None) -> App:
+    """The cyclopts application; a TOML file gives defaults for the flags of a verb under [verb]."""
+    app = App(
+        name="polybit",
+        help="One language model, many precisions. Try: polybit quantize tinychat --out my-model",
+        version=__version__,
+        config=[Toml(config_file, must_exist=True)] if config_file else None,
+        help_format="plaintext",
+    )
+    for name, (target, summary) in COMMANDS.items():
+        app.command(target, name=name, help=summary)
+    return app
+
+
+def take_config(tokens: list[str]) -> tuple[list[str], Path | None]:
+    """Split `--config FILE` off the command line."""
+    if "--config" not in tokens:
+        return tokens, None
+    at = tokens.index("--config")
+    if at + 1 == len(tokens):
+        fail("--config needs the path of a TOML file, as in --config recipes/tiny/quantize.toml")
+    path = Path(tokens[at + 1])
+    if not path.is_file():
+        fail(f"--config {path}: there is no such file; give the path of a TOML file")
+    return tokens[:at] + tokens[at + 2 :], path
+
+
+def fail(sentence: str, status: int = 2) -> None:
+    """One sentence on stderr, and the exit status."""
+    print(f"polybit: {sentence}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def main(tokens: list[str] | None = None) -> None:
+    """Entry point of the `polybit` command: errors a user can mend are one sentence and a non-zero status."""
+    tokens, config_file = take_config(list(sys.argv[1:] if tokens is None else tokens))
+    app = build_app(config_file)
+    try:
+        app(tokens)
+    except KeyboardInterrupt:
+        fail("interrupted; nothing finished is lost - run the same command again to go on", INTERRUPTED)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        fail(f"{error.filename or 'a file'}: {reason}; nothing finished is lost - mend it and run the command again")
+    except Exception as error:
+        from polybit.core.runtime import PolybitError
+
+        if not isinstance(error, PolybitError):
+            raise
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()
