@@ -1,0 +1,186 @@
+"""Find the weights of a model that can be quantized, name what stays in float, and put quantized modules in place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+Kind = Literal["linear", "conv1d", "experts", "embedding", "head"]
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One weight matrix that can be quantized.
+
+    name: path of its module; for fused experts the path of the parameter · kind: how the module stores it · rows O and
+    columns I of the matrix y = W x; the E experts of a fused tensor are stacked, O = E * rows per expert ·
+    tied: modules that read the same weight (a tied output head), stored once.
+    """
+
+    name: str
+    kind: Kind
+    rows: int
+    columns: int
+    experts: int = 1
+    tied: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+    @property
+    def module_name(self) -> str:
+        """Path of the module that owns the weight (the Experts module for fused experts)."""
+        return self.name.rpartition(".")[0] if self.kind == "experts" else self.name
+
+    def parameter(self, model: nn.Module) -> nn.Parameter:
+        """The parameter itself, in the module's own layout and dtype."""
+        owner = model.get_submodule(self.module_name)
+        return getattr(owner, self.name.rpartition(".")[2] if self.kind == "experts" else "weight")
+
+    def weight_OI(self, model: nn.Module) -> Tensor:
+        """The weight in float32 as [output rows, input columns], whatever the module's own layout; no gradient."""
+        weight = self.parameter(model).detach().float()
+        return weight.T.contiguous() if self.kind == "conv1d" else weight.reshape(self.rows, self.columns)
+
+
+def targets(model: nn.Module, *, include_embeddings: bool = False) -> list[Target]:
+    """Every weight of `model` that can be quantized, in the order the modules are registered.
+
+    nn.Linear, GPT-2's Conv1D and the fused expert tensors of transformers 5 (Mixtral, Qwen-MoE and their kin). The
+    input embedding and the output head are added with `include_embeddings`, once when they are tied. Routers stay in
+    float: they are tiny and choose which experts run.
+    """
+    embedding, head = ends(model)
+    found: list[Target] = []
+    for name, module in model.named_modules():
+        if module is embedding or module is head:
+            if include_embeddings:
+                found += end_target(model, name, module)
+        elif is_router(model, name):
+            continue
+        elif type(module) is nn.Linear and module.weight.numel():
+            found.append(Target(name, "linear", module.out_features, module.in_features))
+        elif is_conv1d(module):
+            columns, rows = module.weight.shape
+            found.append(Target(name, "conv1d", rows, columns))
+        elif is_experts(module):
+            for leaf in EXPERT_WEIGHTS:
+                experts, rows, columns = getattr(module, leaf).shape
+                found.append(Target(f"{name}.{leaf}".lstrip("."), "experts", experts * rows, columns, experts))
+    return found
+
+
+def ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """(input embedding, output head) as the model itself names them, None where it has none."""
+    ask_in = getattr(model, "get_input_embeddings", None)
+    ask_out = getattr(model, "get_output_embeddings", None)
+    return (ask_in() if ask_in else None), (ask_out() if ask_out else None)
+
+
+def is_tied(model: nn.Module) -> bool:
+    """True when the output head reads the input embedding's weight (also before weights are loaded)."""
+    embedding, head = ends(model)
+    if embedding is None or head is None:
+        return False
+    if getattr(embedding, "weight", None) is getattr(head, "weight", 0):
+        return True
+    names = {module: name for name, module in model.named_modules()}
+    pair = {f"{names.get(embedding)}.weight", f"{names.get(head)}.weight"}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return any({key, source} == pair for key, source in dict(tied).items())
+
+
+def end_target(model: nn.Module, name: str, module: nn.Module) -> list[Target]:
+    """Target of the embedding or the head; a tied head is listed with its embedding, not by itself."""
+    embedding, head = ends(model)
+    tied = is_tied(model)
+    if module is embedding and type(module) is nn.Embedding:
+        names = tuple(other for other, found in model.named_modules() if found is head) if tied else ()
+        return [Target(name, "embedding", module.num_embeddings, module.embedding_dim, tied=names)]
+    if module is head and type(module) is nn.Linear and not tied:
+        return [Target(name, "head", module.out_features, module.in_features)]
+    return []
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's Conv1D, a linear layer whose weight is stored as [columns, rows]; recognised without transformers."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor) and weight.ndim == 2
+    )
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Fused experts stored as [experts, rows, columns] with a gated activation and without bias."""
+    weights = [getattr(module, leaf, None) for leaf in EXPERT_WEIGHTS]
+    if not all(isinstance(weight, nn.Parameter) and weight.ndim == 3 for weight in weights):
+        return False
+    unusual = ("is_transposed", "has_bias", "has_post_expert_norm")
+    biased = any(name.endswith("_bias") for name, _ in module.named_parameters(recurse=False))
+    interleaved = not getattr(module, "is_concatenated", True)
+    wide, narrow = weights
+    assert wide is not None and narrow is not None
+    fits = wide.shape[2] == narrow.shape[1] and wide.shape[1] == 2 * narrow.shape[2]
+    return fits and not biased and not interleaved and not any(getattr(module, flag, False) for flag in unusual)
+
+
+def is_router(model: nn.Module, name: str) -> bool:
+    """A layer beside an `experts` module that chooses or weighs experts."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf in ROUTERS and hasattr(model.get_submodule(parent), "experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Weights that stay in float: name with layer numbers as `*`, how many, their share of the model, and why."""
+
+    name: str
+    parameters: int
+    share: float
+    reason: str
+
+
+def left_in_float(model: nn.Module, quantized: Iterable[Target]) -> list[Leftover]:
+    """Everything of `model` that `quantized` does not cover, largest first; shares are of all the model's weights."""
+    covered = {id(target.parameter(model)) for target in quantized}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    sizes: dict[tuple[str, str], int] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in covered:
+            key = re.sub(r"\.\d+(?=\.)", ".*", name), leftover_reason(model, name)
+            sizes[key] = sizes.get(key, 0) + parameter.numel()
+    rows = [Leftover(name, size, size / max(total, 1), reason) for (name, reason), size in sizes.items()]
+    return sorted(rows, key=lambda row: -row.parameters)
+
+
+def leftover_reason(model: nn.Module, parameter_name: str) -> str:
+    """Why a parameter stays in float, in a few words."""
+    owner_name, _, leaf = parameter_name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    embedding, head = ends(model)
+    kind = type(owner).__name__
+    if owner is embedding:
+        return "input embedding, tied to the output head" if is_tied(model) else "input embedding"
+    if owner is head:
+        return "output head"
+    if "bias" in leaf:
+        return "bias"
+    if is_router(model, owner_name):
+        return "router of the experts"
+    if isinstance(owner, nn.Embedding) or "Embedding" in kind:
+        return "position or type embedding"
+    if "norm" in kind.lower() or getattr(owner, leaf).ndim == 1:
+        return "norm or per-channel vector"
+    if getattr(owner, leaf).ndim == 3:
+        return f"fused experts in a layout of {kind} that is not supported"
+    if type(owner) is nn.Linear or is_conv1d(owner):
+        return "not chosen"
+    return f"{kind} is not a supported kind of layer"
