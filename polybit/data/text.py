@@ -1,0 +1,288 @@
+"""Text in: documents from a file, a named set or a dataset id, one stream of tokens, windows of equal length."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polybit.core.runtime import PolybitError
+
+Messages = list[dict[str, str]]
+Render = Callable[[Messages], str]
+
+TEXT_SUFFIXES, JSON_SUFFIXES = (".txt",), (".jsonl", ".ndjson")
+SINGLE_KEYS = ("text", "content")
+CHAT_KEYS = ("messages", "conversations")
+PAIR_KEYS = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("prompt", "answer"),
+    ("question", "answer"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("input", "output"),
+)
+# name -> (split of our own generator, seed): synthetic conversations that need no download
+EMBEDDED_SETS = {"embedded": ("train", 1), "embedded-test": ("test", 2)}
+EMBEDDED_CONVERSATIONS = 800
+# name -> (dataset id, configuration, split): sets people calibrate on, read through the `datasets` library
+HUB_SETS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+    "wikitext2-test": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "tinystories": ("roneneldan/TinyStories", None, "validation"),
+    "ultrachat": ("HuggingFaceH4/ultrachat_200k", None, "train_sft"),
+    "gsm8k": ("openai/gsm8k", "main", "train"),
+}
+HUB_DOCUMENTS = 4000
+SHINGLE_WORDS, DUPLICATE_SHARE, SHINGLE_LIMIT = 5, 0.8, 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Documents ready to tokenize, what stands between two of them, and warnings for the caller to show."""
+
+    documents: list[str]
+    separator: str = "\n"
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_documents(source: str | Path) -> list[str]:
+    """Read the documents of a .txt or .jsonl file, a named set or a dataset id; see `read_corpus`."""
+    return read_corpus(source).documents
+
+
+def read_corpus(source: str | Path, tokenizer: Any = None) -> Corpus:
+    """Read text to calibrate or to measure on: a .txt or .jsonl file, a named set, or `owner/dataset[:config[:split]]`.
+
+    .txt is split at <|endoftext|>. A .jsonl line is {"text"}, {"messages": [{role, content}]}, or a pair such as
+    {"prompt", "response"}. Conversations are rendered with the tokenizer's chat template when it has one; otherwise
+    their contents are joined by newlines. Raises PolybitError for what cannot be used, with the reason.
+    """
+    render = renderer(tokenizer)
+    raw = _read_source(str(source), Path(source))
+    is_chat = any(not isinstance(document, str) for document in raw)
+    documents = [collapse(document) if isinstance(document, str) else render(document) for document in raw]
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise PolybitError(f"Text {str(source)!r} is empty; give a .txt or .jsonl file with at least one document.")
+    warning = duplicate_warning(documents, str(source))
+    templated = is_chat and has_chat_template(tokenizer)
+    return Corpus(documents, "" if templated else "\n", [warning] if warning else [])
+
+
+def collapse(text: str) -> str:
+    """Blank lines and <|endoftext|> become one newline; the ends are trimmed."""
+    return re.sub(r"\n\s*\n+", "\n", text.replace("<|endoftext|>", "\n")).strip()
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether this tokenizer knows how to write a conversation."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def renderer(tokenizer: Any = None) -> Render:
+    """A function messages -> text: the tokenizer's chat template, or the contents one per line."""
+    if has_chat_template(tokenizer):
+        return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return lambda messages: "\n".join(message["content"] for message in messages)
+
+
+def token_stream(tokenizer: Any, documents: Sequence[str], *, separator: str = "\n") -> Tensor:
+    """Tokenize all documents as ONE stream, int64 [T]; line by line would inflate perplexity by a fifth."""
+    return encode(tokenizer, separator.join(documents))
+
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """Token ids of a text as int64 [T], nothing added before or after."""
+    # verbose=False: a long stream is meant to be longer than the model's window
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def windows(ids: Tensor, length: int, *, bos: int | None, count: int | None = None, seed: int | None = None) -> Tensor:
+    """Cut a stream into non-overlapping windows of `length` tokens, int64 [N, length], each BOS + length - 1 tokens.
+
+    Without a BOS token (`bos=None`) a window is `length` tokens of the stream. `count` keeps the first `count` windows,
+    or with a `seed` draws that many at random without repetition; where the text holds fewer, all of them are returned.
+    """
+    if length < 2:
+        raise PolybitError(f"Window length {length} is too short; a window needs at least 2 tokens.")
+    if count is not None and count < 1:
+        raise PolybitError(f"{count} windows were asked for; ask for at least 1.")
+    step = length if bos is None else length - 1
+    total = ids.numel() // step
+    if not total:
+        raise PolybitError(
+            f"The text has {ids.numel()} tokens but one window of {length} needs {step}; "
+            "give a longer text or a shorter window."
+        )
+    cut_NT = ids[: total * step].reshape(total, step)
+    if count is not None and count < total:
+        if seed is None:
+            cut_NT = cut_NT[:count]
+        else:
+            cut_NT = cut_NT[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]]
+    if bos is None:
+        return cut_NT.clone()
+    return torch.cat([torch.full((len(cut_NT), 1), bos, dtype=torch.int64), cut_NT], dim=1)
+
+
+def read_windows(
+    source: str | Path, tokenizer: Any, length: int, *, count: int | None = None, seed: int | None = None
+) -> tuple[Tensor, list[str]]:
+    """Windows [N, length] of a source in one call, and the warnings to show."""
+    corpus = read_corpus(source, tokenizer)
+    ids = token_stream(tokenizer, corpus.documents, separator=corpus.separator)
+    return windows(ids, length, bos=tokenizer.bos_token_id, count=count, seed=seed), corpus.warnings
+
+
+def duplicate_warning(documents: Sequence[str], name: str) -> str | None:
+    """Refuse a text that is one document over and over; name the share of near-duplicates when it is large.
+
+    A document counts as a near-duplicate when four fifths of its runs of five words (case and digits ignored) stood in
+    earlier documents. A single document is judged by its lines. Only the first million runs are looked at.
+    """
+    parts = list(documents) if len(documents) > 1 else [line for line in documents[0].splitlines() if line.strip()]
+    if len(parts) < 3:
+        return None
+    if len({part.strip() for part in parts}) == 1:
+        raise PolybitError(
+            f"Text {name!r} repeats one document {len(parts)} times and nothing else; give varied text, "
+            "because statistics of one sentence say nothing about the others."
+        )
+    seen: set[int] = set()
+    repeated = looked = 0
+    for part in parts:
+        words = re.sub(r"\d", "0", part.lower()).split()
+        runs = {hash(tuple(words[i : i + SHINGLE_WORDS])) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
+        repeated += len(runs & seen) >= DUPLICATE_SHARE * len(runs)
+        looked += 1
+        seen |= runs
+        if len(seen) > SHINGLE_LIMIT:
+            break
+    if repeated < 0.2 * looked:
+        return None
+    kind = "documents" if len(documents) > 1 else "lines"
+    return f"{repeated} of {looked} {kind} in {name!r} nearly repeat earlier ones; its effective size is smaller."
+
+
+def _read_source(name: str, path: Path) -> list[str | Messages]:
+    if name in EMBEDDED_SETS:
+        from polybit.data import synth
+
+        split, seed = EMBEDDED_SETS[name]
+        return list(synth.conversations(EMBEDDED_CONVERSATIONS, seed, split=split))
+    if name in HUB_SETS:
+        return _read_dataset(*HUB_SETS[name])
+    if path.is_dir():
+        raise PolybitError(f"Text {name!r} is a directory; give one .txt or .jsonl file.")
+    suffix = path.suffix.lower()
+    if path.exists():
+        if suffix not in TEXT_SUFFIXES + JSON_SUFFIXES:
+            raise PolybitError(f"Text {name!r} ends in {suffix or 'nothing'!r}; give a .txt or a .jsonl file.")
+        text = _read_utf8(path)
+        return _read_json_lines(text, name) if suffix in JSON_SUFFIXES else _split_text(text)
+    identifier = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?::([\w.-]+))?", name)
+    if identifier and suffix not in TEXT_SUFFIXES + JSON_SUFFIXES and not path.parent.is_dir():
+        dataset, config, split = identifier.groups()
+        return _read_dataset(dataset, config, split or "train")
+    raise PolybitError(
+        f"Text {name!r} does not exist; give a .txt or .jsonl file, a dataset id (owner/name:config:split), "
+        f"or one of {', '.join([*EMBEDDED_SETS, *HUB_SETS])}."
+    )
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PolybitError(f"Text {str(path)!r} cannot be read ({error.strerror}); check its permissions.") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PolybitError(
+            f"Text {str(path)!r} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); convert it to UTF-8."
+        ) from error
+    if "\x00" in text:
+        raise PolybitError(f"Text {str(path)!r} contains NUL bytes, so it is binary; give UTF-8 text.")
+    return text.replace("\r\n", "\n")
+
+
+def _split_text(text: str) -> list[str | Messages]:
+    return [part for part in text.split("<|endoftext|>") if part.strip()]
+
+
+def _read_json_lines(text: str, name: str) -> list[str | Messages]:
+    documents: list[str | Messages] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise PolybitError(
+                f"Line {number} of {name!r} is not JSON ({error.msg}); write one JSON object per line."
+            ) from error
+        documents.append(_document(row, f"Line {number} of {name!r}"))
+    return documents
+
+
+def _document(row: Any, where: str) -> str | Messages:
+    """One row of a .jsonl file or of a dataset: plain text, or messages."""
+    allowed = 'use {"text"}, {"messages": [{"role", "content"}]} or a pair such as {"prompt", "response"}'
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict):
+        raise PolybitError(f"{where} is a {type(row).__name__}, not an object; {allowed}.")
+    for key in SINGLE_KEYS:
+        if isinstance(row.get(key), str):
+            return row[key]
+    for key in CHAT_KEYS:
+        if key in row:
+            return read_messages(row[key], f"{where}, key {key!r},")
+    for asked, answered in PAIR_KEYS:
+        if isinstance(row.get(asked), str) and isinstance(row.get(answered), str):
+            return [{"role": "user", "content": row[asked]}, {"role": "assistant", "content": row[answered]}]
+    raise PolybitError(f"{where} has the keys {', '.join(map(repr, row)) or 'none'}; {allowed}.")
+
+
+def read_messages(value: Any, where: str) -> Messages:
+    """Check that a JSON value is a conversation: a list of {"role", "content"} with texts in both."""
+    fault = f'{where} must be a list of {{"role": "user", "content": "..."}}'
+    if not isinstance(value, list) or not value:
+        raise PolybitError(f"{fault}; it is {'an empty list' if value == [] else 'a ' + type(value).__name__}.")
+    messages = []
+    for message in value:
+        if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
+            found = ", ".join(map(repr, message)) if isinstance(message, dict) else type(message).__name__
+            raise PolybitError(f"{fault}; one message has {found or 'no keys'}.")
+        messages.append({"role": message["role"], "content": message["content"]})
+    return messages
+
+
+def _read_dataset(dataset: str, config: str | None, split: str) -> list[str | Messages]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise PolybitError(
+            f"Reading the dataset {dataset!r} needs the library datasets, which is not installed; "
+            "run pip install 'polybit[data]' or give a .txt or .jsonl file."
+        ) from error
+    try:
+        rows = load_dataset(dataset, config, split=split, streaming=True)
+        return [_document(row, f"A row of {dataset!r}") for row in rows.take(HUB_DOCUMENTS)]
+    except PolybitError:
+        raise
+    except Exception as error:  # offline, unknown id or split: whatever the library raises, the remedy is the same
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PolybitError(
+            f"Dataset {dataset!r} (configuration {config or 'default'}, split {split}) could not be read: {reason}; "
+            "check the id and the connection, or give a .txt or .jsonl file."
+        ) from error
