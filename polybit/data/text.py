@@ -78,8 +78,9 @@ def read_corpus(source: str | Path, tokenizer: Any = None) -> Corpus:
 
 
 def collapse(text: str) -> str:
-    """Blank lines and <|endoftext|> become one newline; the ends are trimmed."""
-    return re.sub(r"\n\s*\n+", "\n", text.replace("<|endoftext|>", "\n")).strip()
+    """Blank lines and <|endoftext|> become one newline; blanks at the ends of lines are dropped, indentation stays."""
+    lines = (line.rstrip() for line in text.replace("<|endoftext|>", "\n").split("\n"))
+    return "\n".join(line for line in lines if line)
 
 
 def has_chat_template(tokenizer: Any) -> bool:
