@@ -1,0 +1,23 @@
+"""What a MODEL argument may be: a path, a hub id, a polybit directory, or the name of the embedded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+EMBEDDED = "tinychat"
+
+
+def resolve(model: str) -> str:
+    """Turn `tinychat` into the path of the embedded model, unless a directory of that name lies here."""
+    if model == EMBEDDED and not Path(model).exists():
+        from polybit.hub.tiny import path
+
+        return str(path())
+    return model
+
+
+def open_model(model: str, *, trust_remote_code: bool = False):
+    """Load a float model or a polybit checkpoint: (model in eval mode, tokenizer)."""
+    from polybit.hub.load import load
+
+    return load(resolve(model), trust_remote_code=trust_remote_code)

@@ -1,0 +1,45 @@
+"""Calibration text the model writes itself, for models whose user has no text at hand (LLM-QAT, arXiv 2305.17888 §2.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from polybit.core.runtime import track
+
+GREEDY_TOKENS = 4  # without a start token, this many greedy tokens follow a random first one, then sampling begins
+
+
+@torch.inference_mode()
+def self_text(model: nn.Module, start: int | None, *, count: int, length: int, seed: int, batch: int = 32) -> Tensor:
+    """Windows of token ids [count, length] drawn from the model's own distribution at temperature 1.
+
+    start: id of the token every window begins with; None = random vocabulary tokens, each followed by a few greedy
+    ones, so that a rare first token does not lead straight into noise. An end token does not stop a window: the next
+    text simply begins, as in a packed calibration set.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    windows = []
+    for first in track(range(0, count, batch), "writing calibration text"):
+        size = min(batch, count - first)
+        if start is None:
+            ids = torch.randint(0, vocabulary, (size, 1), generator=draw)
+        else:
+            ids = torch.full((size, 1), start)
+        windows.append(continue_text(model, ids, length, draw, greedy=0 if start is not None else GREEDY_TOKENS))
+    return torch.cat(windows)
+
+
+def continue_text(model: nn.Module, ids_BT: Tensor, length: int, draw: torch.Generator, *, greedy: int) -> Tensor:
+    """Extend every row to `length` tokens with a key-value cache."""
+    cache, fed = None, ids_BT
+    while ids_BT.shape[1] < length:
+        output = model(input_ids=fed, past_key_values=cache, use_cache=True)
+        cache, logits_BV = output.past_key_values, output.logits[:, -1].float()
+        if ids_BT.shape[1] <= greedy:
+            fed = logits_BV.argmax(-1, keepdim=True)
+        else:
+            fed = torch.multinomial(logits_BV.softmax(-1), 1, generator=draw)
+        ids_BT = torch.cat([ids_BT, fed], dim=1)
+    return ids_BT

@@ -1,0 +1,152 @@
+"""Figures as SVG text, for one self-contained page; matplotlib enters by this door only."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from polybit.core.runtime import PolybitError
+
+# One colour per width, from wide (calm) to narrow (warm); readable in print and by colour-blind eyes.
+COLOURS = {"w8": "#33658a", "w7": "#3f7cac", "w6": "#2a9d8f", "w5": "#8ab17d", "w4": "#d4a017", "w3": "#e76f51"}
+NARROWEST, OTHER = "#b5179e", "#555555"
+
+
+def colour(preset: str) -> str:
+    """Colour of a preset's line."""
+    return NARROWEST if preset == "w2" else COLOURS.get(preset, OTHER)
+
+
+def figure(width: float = 6.2, height: float = 3.4):
+    """A matplotlib figure without a window system: (figure, axes)."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise PolybitError("figures need matplotlib: run pip install 'polybit[report]'") from error
+    matplotlib.rcParams.update(
+        {
+            "svg.hashsalt": "polybit",  # the same numbers give the same bytes
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+        }
+    )
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    return drawn, drawn.subplots()
+
+
+def svg(drawn) -> str:
+    """The figure as an <svg> element that scales with the page."""
+    buffer = io.StringIO()
+    drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    element = buffer.getvalue()
+    element = element[element.index("<svg") :]
+    return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", element, count=1)
+
+
+def quality_against_bits(points: Sequence[Mapping[str, Any]]) -> str:
+    """Mean KL (log scale, with intervals) against effective bits per weight; points: {preset, bits, kl}."""
+    drawn, axes = figure()
+    shown = sorted((p for p in points if p["kl"]["value"] > 0), key=lambda p: p["bits"])
+    if shown:
+        bits = [p["bits"] for p in shown]
+        values = [p["kl"]["value"] for p in shown]
+        below = [max(p["kl"]["value"] - p["kl"]["low"], 0) for p in shown]
+        above = [max(p["kl"]["high"] - p["kl"]["value"], 0) for p in shown]
+        axes.errorbar(bits, values, yerr=[below, above], color=OTHER, marker="o", capsize=3, linewidth=1.4)
+        axes.set_yscale("log")
+        for point in shown:
+            axes.annotate(point["preset"], (point["bits"], point["kl"]["value"]), (5, 5), textcoords="offset points")
+    axes.set_xlabel("effective bits per weight (scales and zeros counted)")
+    axes.set_ylabel("mean KL to the float model, nats")
+    return svg(drawn)
+
+
+def scores_against_bits(
+    scores: Mapping[str, Sequence[tuple[float, float, float, float]]], floats: Mapping[str, float]
+) -> str:
+    """Task scores with intervals against bits: task -> (bits, value, low, high); dashed = the float model."""
+    drawn, axes = figure()
+    for number, (task, points) in enumerate(scores.items()):
+        shown = sorted(points)
+        line = axes.errorbar(
+            [p[0] for p in shown],
+            [100 * p[1] for p in shown],
+            yerr=[[100 * max(p[1] - p[2], 0) for p in shown], [100 * max(p[3] - p[1], 0) for p in shown]],
+            marker="os^vD"[number % 5],
+            capsize=3,
+            label=task,
+        )
+        if task in floats:
+            axes.axhline(100 * floats[task], color=line[0].get_color(), linestyle="--", linewidth=0.8)
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("effective bits per weight")
+    axes.set_ylabel("score, % (dashed: float)")
+    if scores:
+        axes.legend(frameon=False)
+    return svg(drawn)
+
+
+def curves(
+    lines: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, *, start: int = 0, step: bool = False
+) -> str:
+    """One line per preset over equally spaced positions."""
+    drawn, axes = figure()
+    for preset, values in lines.items():
+        positions = range(start, start + len(values))
+        draw = axes.step if step else axes.plot
+        draw(
+            positions,
+            values,
+            color=colour(preset),
+            label=preset,
+            marker=None if len(values) > 20 else "o",
+            markersize=3,
+        )
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_ylim(bottom=0)
+    if lines:
+        axes.legend(frameon=False, ncols=2)
+    return svg(drawn)
+
+
+def histograms(edges: Sequence[float], counts: Mapping[str, Sequence[float]], xlabel: str, ylabel: str) -> str:
+    """Outlined histograms on shared edges; the float model is drawn filled."""
+    drawn, axes = figure()
+    for preset, values in counts.items():
+        filled = preset == "float"
+        axes.stairs(
+            values, edges, color="#bbbbbb" if filled else colour(preset), fill=filled, label=preset, linewidth=1.3
+        )
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.legend(frameon=False, ncols=2)
+    return svg(drawn)
+
+
+def layer_bytes(rows: Sequence[tuple[str, Mapping[str, int]]]) -> str:
+    """Bytes read per layer, stacked by width: the bar up to `w3` is what a 3-bit pass reads."""
+    drawn, axes = figure(6.2, max(2.0, 0.22 * len(rows) + 0.9))
+    names = [name for name, _ in rows]
+    presets = sorted({p for _, widths in rows for p in widths}, key=lambda p: int(p[1:]))
+    before = [0.0] * len(rows)
+    for preset in presets:
+        reach = [widths.get(preset, 0) / 1024 for _, widths in rows]
+        added = [max(r - b, 0) for r, b in zip(reach, before, strict=True)]
+        axes.barh(names, added, left=before, color=colour(preset), label=preset)
+        before = [max(r, b) for r, b in zip(reach, before, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("KiB read per token")
+    axes.tick_params(axis="y", labelsize=7)
+    if presets:
+        axes.legend(frameon=False, ncols=len(presets), fontsize=7, loc="lower right")
+    return svg(drawn)

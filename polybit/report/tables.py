@@ -1,0 +1,65 @@
+"""Numbers as people read them: sizes, intervals, Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def size(count: float) -> str:
+    """Bytes with a unit: 1.44 MB (powers of 1000, as file managers show)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, without an exponent where it can be read; an empty cell for None."""
+    if value is None:
+        return ""
+    if value == 0:
+        return "0"
+    if abs(value) < 10 ** -(digits + 1):
+        return f"{value:.1e}"
+    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with one decimal."""
+    return f"{100 * value:.1f} %"
+
+
+def estimate(value: Mapping[str, Any] | None, form=number) -> str:
+    """An Estimate as `0.039 [0.037, 0.041]`."""
+    if value is None:
+        return ""
+    return f"{form(value['value'])} [{form(value['low'])}, {form(value['high'])}]"
+
+
+def percentage(value: Mapping[str, Any] | None) -> str:
+    """An Estimate of a share as `89.9 [89.1, 90.5] %`."""
+    if value is None:
+        return ""
+    return f"{100 * value['value']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}] %"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain-text table for the terminal: first column left, the others right."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = []
+    for row in table:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
