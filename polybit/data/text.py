@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,10 @@ PAIR_KEYS = (
     ("input", "output"),
 )
 # name -> (split of our own generator, seed): synthetic conversations that need no download
-EMBEDDED_SETS = {"embedded": ("train", 1), "embedded-test": ("test", 2)}
+EMBEDDED_SETS: dict[str, tuple[Literal["train", "test"], int]] = {
+    "embedded": ("train", 1),
+    "embedded-test": ("test", 2),
+}
 EMBEDDED_CONVERSATIONS = 800
 # name -> (dataset id, configuration, split): sets people calibrate on, read through the `datasets` library
 HUB_SETS = {
@@ -178,8 +181,8 @@ def _read_source(name: str, path: Path) -> list[str | Messages]:
     if name in EMBEDDED_SETS:
         from polybit.data import synth
 
-        split, seed = EMBEDDED_SETS[name]
-        return list(synth.conversations(EMBEDDED_CONVERSATIONS, seed, split=split))
+        part, seed = EMBEDDED_SETS[name]
+        return list(synth.conversations(EMBEDDED_CONVERSATIONS, seed, split=part))
     if name in HUB_SETS:
         return _read_dataset(*HUB_SETS[name])
     if path.is_dir():
@@ -188,7 +191,7 @@ def _read_source(name: str, path: Path) -> list[str | Messages]:
     if path.exists():
         if suffix not in TEXT_SUFFIXES + JSON_SUFFIXES:
             raise PolybitError(f"Text {name!r} ends in {suffix or 'nothing'!r}; give a .txt or a .jsonl file.")
-        text = _read_utf8(path)
+        text = read_utf8(path)
         return _read_json_lines(text, name) if suffix in JSON_SUFFIXES else _split_text(text)
     identifier = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?::([\w.-]+))?", name)
     if identifier and suffix not in TEXT_SUFFIXES + JSON_SUFFIXES and not path.parent.is_dir():
@@ -200,7 +203,8 @@ def _read_source(name: str, path: Path) -> list[str | Messages]:
     )
 
 
-def _read_utf8(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """A file's text with Unix line ends; whatever is not UTF-8 text is refused."""
     try:
         data = path.read_bytes()
     except OSError as error:
