@@ -1,13 +1,18 @@
-"""Find the weights of a model that can be quantized, name what stays in float, and put quantized modules in place."""
+"""Find the weights of a model that can be quantized, name what stays in float, put quantized modules in their place."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
+
+from polybit.core.planes import Planes
+from polybit.core.runtime import PolybitError
+from polybit.nn.fields import Fields, tensors_of
+from polybit.nn.linear import QuantEmbedding, QuantExperts, QuantLinear, QuantWeight, TiedHead
 
 Kind = Literal["linear", "conv1d", "experts", "embedding", "head"]
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
@@ -98,7 +103,7 @@ def is_tied(model: nn.Module) -> bool:
     return any({key, source} == pair for key, source in dict(tied).items())
 
 
-def end_target(model: nn.Module, name: str, module: nn.Module) -> list[Target]:
+def end_target(model: nn.Module, name: str, module: nn.Module | None) -> list[Target]:
     """Target of the embedding or the head; a tied head is listed with its embedding, not by itself."""
     embedding, head = ends(model)
     tied = is_tied(model)
@@ -184,3 +189,96 @@ def leftover_reason(model: nn.Module, parameter_name: str) -> str:
     if type(owner) is nn.Linear or is_conv1d(owner):
         return "not chosen"
     return f"{kind} is not a supported kind of layer"
+
+
+Stored = Mapping[str, tuple[Target, Fields, Mapping[str, Tensor] | None]]
+
+
+def convert(model: nn.Module, planes: Mapping[str, Planes]) -> nn.Module:
+    """Replace the named weights of `model` in place by quantized modules that read `planes`, and return the model.
+
+    Names are those of `targets(model, include_embeddings=True)`. The planes' memory is shared, the float weights are
+    let go. Both tensors of a layer's fused experts must be given. Raises PolybitError for a name or a shape that does
+    not fit; the model is then unchanged.
+    """
+    known = {target.name: target for target in targets(model, include_embeddings=True)}
+    unknown = sorted(set(planes) - set(known))
+    if unknown:
+        raise PolybitError(
+            f"{len(unknown)} of the quantized weights are no weights of this model, first {unknown[0]!r}: "
+            "use the model they were made from"
+        )
+    install(model, {name: (known[name], Fields.of(p), tensors_of(p)) for name, p in planes.items()})
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = refuse_save  # type: ignore[assignment]
+    return model
+
+
+def refuse_save(*_: object, **__: object) -> None:
+    """transformers would write the stored tensors without the numbers that give them their meaning."""
+    raise PolybitError("a quantized model is saved with polybit.hub.checkpoint.save(model, tokenizer, directory)")
+
+
+def install(model: nn.Module, stored: Stored) -> None:
+    """Put quantized modules in place: name -> (target, numbers, tensors, or None for empty ones to be loaded)."""
+    for name, (target, fields, _) in stored.items():
+        if fields.shape != (target.rows, target.columns):
+            raise PolybitError(
+                f"layer {name!r} has shape {(target.rows, target.columns)}, the quantized weight has {fields.shape}: "
+                "use the model it was made from"
+            )
+    for group in experts_together(stored):
+        place_experts(model, group, stored)
+    for name, (target, fields, tensors) in stored.items():
+        module = model.get_submodule(target.module_name)
+        if target.kind == "embedding":
+            place_embedding(model, target, QuantEmbedding(fields, tensors, module.weight))  # type: ignore[arg-type]
+        elif target.kind != "experts":
+            place(model, name, QuantLinear(fields, tensors, getattr(module, "bias", None)))
+    model.__dict__.pop("polybit_panel", None)  # what switching knew of the model is out of date
+
+
+def place(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` at every path where the module called `name` is used."""
+    old = model.get_submodule(name)
+    new.train(old.training)
+    for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is old]:
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+
+
+def experts_together(stored: Stored) -> list[str]:
+    """Paths of the Experts modules; refused when only one of the two tensors is there."""
+    paths = sorted({target.module_name for target, _, _ in stored.values() if target.kind == "experts"})
+    for path in paths:
+        missing = [leaf for leaf in EXPERT_WEIGHTS if f"{path}.{leaf}" not in stored]
+        if missing:
+            raise PolybitError(f"{path!r} lacks {missing[0]}: quantize both tensors of the experts or neither")
+    return paths
+
+
+def place_experts(model: nn.Module, path: str, stored: Stored) -> None:
+    """Replace one Experts module."""
+    halves = []
+    for leaf in EXPERT_WEIGHTS:
+        _, fields, tensors = stored[f"{path}.{leaf}"]
+        halves.append(QuantWeight(fields, tensors))
+    experts = stored[f"{path}.{EXPERT_WEIGHTS[0]}"][0].experts
+    place(model, path, QuantExperts(halves[0], halves[1], experts, model.get_submodule(path)))
+
+
+def place_embedding(model: nn.Module, target: Target, new: QuantEmbedding) -> None:
+    """Replace the input embedding and the heads tied to it, and take the pair off transformers' list of ties."""
+    heads = {name: model.get_submodule(name) for name in target.tied}
+    place(model, target.name, new)
+    for name, head in heads.items():
+        place(model, name, TiedHead(new, getattr(head, "bias", None)))
+    ends_named = {f"{name}.weight" for name in (target.name, *target.tied)}
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied:
+        model.all_tied_weights_keys = {a: b for a, b in tied.items() if not {a, b} <= ends_named}  # type: ignore
+
+
+def is_kind(value: object) -> bool:
+    """True for the name of a kind of target."""
+    return value in get_args(Kind)
