@@ -120,6 +120,22 @@ class LocalLM:
             return text[len(before) :]
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def pieces(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> list[str]:
+        """The text of each token, so that joined they are the whole text; special tokens are written out."""
+        special = set(self.tokenizer.all_special_ids)
+        found, done = [], ""
+        for end, token in enumerate(ids, start=1):
+            if token in special:
+                found.append(str(self.tokenizer.convert_ids_to_tokens(token)))
+                continue
+            text = self.decode(ids[:end], after=after)
+            if text.endswith("\ufffd"):  # half a character: shown with the token that completes it
+                found.append("")
+                continue
+            found.append(text[len(done) :])
+            done = text
+        return found
+
     def generate_tokens(
         self, prompts: Sequence[Sequence[int]], *, max_tokens: int, stop: Sequence[str] = (), label: str = "generate"
     ) -> list[list[int]]:

@@ -1,0 +1,180 @@
+"""Tasks with one right answer: reading, arithmetic, dialogue. Predictions are frozen before any answer is read.
+
+The order is in the types: `predict` takes questions, which hold no answer, and returns sealed `Predictions`; only
+`score` takes answers, and it takes nothing that could still generate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polybit.core.records import Estimate
+from polybit.core.runtime import PolybitError
+from polybit.data.chat import Prompt
+from polybit.evals.scoring import bootstrap, gsm8k_exact, squad_exact, squad_f1, text_exact
+from polybit.hub.lm import LM
+
+Scores = dict[str, NDArray[Any]]
+Metric = Callable[[str, Sequence[str]], float]
+
+
+class Item(Protocol):
+    """What a data set gives: a prompt and its right answer (polybit.data.synth.Item is one)."""
+
+    @property
+    def id(self) -> str:
+        """A name that no other item of the task has."""
+        ...
+
+    @property
+    def messages(self) -> Sequence[dict[str, str]]:
+        """The conversation up to the user's question."""
+        ...
+
+    @property
+    def answer(self) -> str:
+        """The right reply."""
+        ...
+
+    @property
+    def extras(self) -> Mapping[str, Any]:
+        """Further right answers, as SQuAD has them: {"answers": {"text": [...]}}."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """How a task is asked and scored; `metrics` give 0..1 per item, those in `rates` give exactly 0 or 1.
+
+    correct: the metric that decides whether an answer counts as right when answers are said to flip.
+    """
+
+    max_tokens: int
+    metrics: Mapping[str, Metric]
+    correct: str
+    rates: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """An item without its answer: all a model ever sees."""
+
+    id: str
+    prompt: Prompt
+
+
+def any_of(metric: Callable[[str, str], float]) -> Metric:
+    """A metric on one answer as a metric on several: the best counts."""
+    return lambda prediction, answers: max((metric(prediction, answer) for answer in answers), default=0.0)
+
+
+TASKS: Mapping[str, Task] = {
+    "reading": Task(24, {"em": squad_exact, "f1": squad_f1}, "em", frozenset({"em"})),
+    "arithmetic": Task(96, {"exact": any_of(gsm8k_exact)}, "exact", frozenset({"exact"})),
+    "dialogue": Task(48, {"exact": any_of(text_exact)}, "exact", frozenset({"exact"})),
+}
+
+
+def seal(task: str, ids: Sequence[str], texts: Sequence[str]) -> str:
+    """sha256 over a task's name and its (id, text) pairs in order."""
+    content = json.dumps([task, *zip(ids, texts, strict=True)], ensure_ascii=False)
+    return hashlib.sha256(content.encode("utf-8", errors="surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """A model's answers, sealed when they are made: `sha256` covers every id and text."""
+
+    task: str
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    sha256: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sha256", seal(self.task, self.ids, self.texts))
+
+    def check_seal(self) -> None:
+        """Refuse answers that were changed after they were made."""
+        if seal(self.task, self.ids, self.texts) != self.sha256:
+            raise PolybitError(f"Predictions for {self.task!r} were changed after they were made; predict again.")
+
+
+def find_task(name: str) -> Task:
+    """A task by name."""
+    if name not in TASKS:
+        raise PolybitError(f"Task {name!r} is unknown; choose one of {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def questions(items: Sequence[Item]) -> list[Question]:
+    """The items without their answers."""
+    return [Question(item.id, [dict(message) for message in item.messages]) for item in items]
+
+
+def gold(items: Sequence[Item]) -> dict[str, tuple[str, ...]]:
+    """Right answers by item id."""
+    found = {}
+    for item in items:
+        several = item.extras.get("answers") if item.extras else None
+        texts = several.get("text") if isinstance(several, Mapping) else None
+        found[item.id] = tuple(texts) if texts else (item.answer,)
+    return found
+
+
+def predict(lm: LM, task: str, asked: Sequence[Question]) -> Predictions:
+    """Let a model answer every question, greedily and running free, and seal what it said."""
+    ids = tuple(question.id for question in asked)
+    if len(set(ids)) != len(ids):
+        raise PolybitError(
+            f"Task {task!r} has {len(ids) - len(set(ids))} items with an id of another; make ids unique."
+        )
+    texts = lm.generate([question.prompt for question in asked], max_tokens=find_task(task).max_tokens)
+    return Predictions(task, ids, tuple(texts))
+
+
+def score(predictions: Predictions, answers: Mapping[str, Sequence[str]]) -> Scores:
+    """Every metric of the task for each item, in the order of the predictions; yes/no metrics as bool arrays."""
+    predictions.check_seal()
+    task = find_task(predictions.task)
+    missing = [name for name in predictions.ids if name not in answers]
+    if missing:
+        raise PolybitError(
+            f"{len(missing)} of {len(predictions.ids)} predictions of {predictions.task!r} have no right answer, "
+            f"first {missing[0]!r}; score them with the answers of the same items."
+        )
+    pairs = [(text, answers[name]) for name, text in zip(predictions.ids, predictions.texts, strict=True)]
+    return {
+        name: np.array([metric(*pair) for pair in pairs], dtype=bool if name in task.rates else np.float64)
+        for name, metric in task.metrics.items()
+    }
+
+
+def summarize(scores: Scores, *, seed: int = 0) -> dict[str, Estimate]:
+    """Mean of each metric over items, 0..1, with its interval."""
+    return {name: bootstrap(values, seed=seed) for name, values in scores.items()}
+
+
+def answer_flips(task: str, reference: Scores, quantized: Scores, *, seed: int = 0) -> dict[str, Estimate]:
+    """How many answers changed between right and wrong, paired by item, as shares of all items.
+
+    flips = correct_to_wrong + wrong_to_correct ("Accuracy is Not All You Need", arXiv 2407.09141): the accuracy can
+    stay the same while many answers change.
+    """
+    correct = find_task(task).correct
+    was, now = reference[correct].astype(bool), quantized[correct].astype(bool)
+    changes = {"flips": was != now, "correct_to_wrong": was & ~now, "wrong_to_correct": ~was & now}
+    return {name: bootstrap(values, seed=seed) for name, values in changes.items()}
+
+
+def embedded_items(n: int, *, seed: int = 0) -> dict[str, list[Item]]:
+    """`n` held-out items of each embedded task: names and wordings no training document had."""
+    from polybit.data import synth
+
+    return {name: list(synth.items(name, n, seed, split="test")) for name in TASKS}
