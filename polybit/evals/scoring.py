@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 import string
+import warnings
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -79,8 +79,8 @@ def bootstrap(
     With `paired_with` it is the mean of the differences values - paired_with, item by item. With `clusters` (a label
     per value: the text window or the item it came from) whole clusters are drawn, since tokens of one text are alike;
     without, every value is its own cluster. Percentile interval over 1000 resamples of the mean (Efron 1979).
-    Unlike the plain bootstrap, a yes/no rate that came out as exactly 0 or 1 gets the Clopper-Pearson bound on its
-    open side, because resampling equal values would claim certainty.
+    Unlike the plain bootstrap, a yes/no rate that came out as exactly 0 or 1 gets the Clopper-Pearson bound for
+    independent values on its open side, because resampling equal values would claim certainty.
     """
     raw = np.asarray(values)
     is_rate = raw.dtype == np.bool_ and paired_with is None
@@ -97,12 +97,17 @@ def bootstrap(
     sums, counts = cluster_sums(data, clusters)
     value = float(data.mean())
     low, high = ratio_interval(sums[:, None], counts[:, None], seed=seed)
-    bounds = float(low[0]), float(high[0])
-    if is_rate and value in (0.0, 1.0):
-        slack = 1 - ((1 - CONFIDENCE) / 2) ** (1 / len(sums))
-        bounds = (0.0, slack) if value == 0 else (1 - slack, 1.0)
+    bounds = (
+        unanimous_interval(value, data.size) if is_rate and value in (0.0, 1.0) else (float(low[0]), float(high[0]))
+    )
     # rounding in a resampled mean of equal values must not put the value outside its own interval
     return Estimate(value, min(bounds[0], value), max(bounds[1], value), len(sums))
+
+
+def unanimous_interval(value: float, n: int) -> tuple[float, float]:
+    """Clopper-Pearson interval of a rate when all of `n` values were no (value 0) or all were yes (value 1)."""
+    slack = 1 - ((1 - CONFIDENCE) / 2) ** (1 / n)
+    return (0.0, slack) if value == 0 else (1 - slack, 1.0)
 
 
 def cluster_sums(data: Array, clusters: ArrayLike | None) -> tuple[Array, Array]:
@@ -130,28 +135,31 @@ def ratio_interval(sums_CK: Array, counts_CK: Array, *, seed: int) -> tuple[Arra
         with np.errstate(divide="ignore", invalid="ignore"):
             means_RK[start : start + rows] = (weights_RC @ sums_CK) / (weights_RC @ counts_CK)
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.nanpercentile(means_RK, [tail, 100 - tail], axis=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a column without any count is nan, and may be
+        low, high = np.nanpercentile(means_RK, [tail, 100 - tail], axis=0)
     return low, high
 
 
-def rates_by_bin(values: ArrayLike, bins: ArrayLike, total: int, *, clusters: ArrayLike, seed: int = 0) -> list[Any]:
-    """Mean of `values` in each of `total` bins with its interval, whole clusters resampled; None for an empty bin.
+def rates_by_bin(
+    events: NDArray[np.bool_], bins: ArrayLike, total: int, *, clusters: ArrayLike, seed: int = 0
+) -> list[Estimate | None]:
+    """How often `events` is true in each of `total` bins, whole clusters resampled; None for an empty bin.
 
     bins: the bin 0..total-1 of every value. An estimate's `n` counts the values in its bin.
     """
-    data, places = np.asarray(values, dtype=np.float64), np.asarray(bins)
     labels = np.unique(np.asarray(clusters), return_inverse=True)[1]
     size = int(labels.max()) + 1
-    cell = labels * total + places
-    sums_CK = np.bincount(cell, weights=data, minlength=size * total).astype(np.float64).reshape(size, total)
+    cell = labels * total + np.asarray(bins)
+    sums_CK = np.bincount(cell, weights=events, minlength=size * total).astype(np.float64).reshape(size, total)
     counts_CK = np.bincount(cell, minlength=size * total).astype(np.float64).reshape(size, total)
-    filled = counts_CK.sum(0) > 0
-    low, high = (np.full(total, np.nan) for _ in range(2))
-    low[filled], high[filled] = ratio_interval(sums_CK[:, filled], counts_CK[:, filled], seed=seed)
-    return [
-        Estimate(float(sums_CK[:, k].sum() / n), float(low[k]), float(high[k]), int(n)) if n else None
-        for k, n in enumerate(counts_CK.sum(0))
-    ]
+    found: list[Estimate | None] = []
+    low_K, high_K = ratio_interval(sums_CK, counts_CK, seed=seed)
+    for hits, n, low, high in zip(sums_CK.sum(0), counts_CK.sum(0), low_K, high_K, strict=True):
+        if n and hits in (0, n):
+            low, high = unanimous_interval(float(hits / n), int(n))
+        found.append(Estimate(float(hits / n), float(low), float(high), int(n)) if n else None)
+    return found
 
 
 def exponentiate(estimate: Estimate) -> Estimate:
