@@ -1,0 +1,123 @@
+"""What a code means at each width while codes are being chosen, and the choice itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from polybit.core.affine import QWeight, centre, expand_groups, round_half_up
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """Values of the 2^bits codes at every width b of a weight, w_b = s (2^(B-b) r_b (p_b - c_b) + c_B - z).
+
+    scale_OG, zero_OG: working precision · ratio_BOG: one layer per width (1 at the full width) · emphasis_B: λ_b, how
+    much a squared error at each width counts. W suffix B = widths here.
+    """
+
+    bits: int
+    group_size: int
+    widths: tuple[int, ...]
+    emphasis_B: Tensor
+    scale_OG: Tensor
+    zero_OG: Tensor
+    ratio_BOG: Tensor
+
+    @classmethod
+    def single(cls, bits: int, group_size: int, scale_OG: Tensor, zero: Tensor) -> Levels:
+        """Levels of an ordinary weight, read at its own width only."""
+        ones = torch.ones_like(scale_OG)
+        return cls(bits, group_size, (bits,), ones.new_ones(1), scale_OG, zero.to(ones) * ones, ones[None])
+
+    def rows(self, part: slice) -> Levels:
+        """The same for some rows."""
+        return replace(
+            self, scale_OG=self.scale_OG[part], zero_OG=self.zero_OG[part], ratio_BOG=self.ratio_BOG[:, part]
+        )
+
+    def copy(self) -> Levels:
+        """Levels whose numbers can be changed in place without touching these."""
+        return replace(
+            self, scale_OG=self.scale_OG.clone(), zero_OG=self.zero_OG.clone(), ratio_BOG=self.ratio_BOG.clone()
+        )
+
+    def strides(self) -> Tensor:
+        """Distance of neighbouring codes at each width in codes of the full width, 2^(B-b): [B, 1, 1]."""
+        return self.scale_OG.new_tensor([2.0 ** (self.bits - b) for b in self.widths])[:, None, None]
+
+    def steps(self) -> Tensor:
+        """Distance of neighbouring levels, [B, O, G]."""
+        return self.scale_OG * self.ratio_BOG * self.strides()
+
+    def offsets(self) -> Tensor:
+        """Value of the middle of the code range, the same at every width, [O, G]."""
+        return self.scale_OG * (centre(self.bits) - self.zero_OG)
+
+    def prefixes(self, codes: Tensor) -> Tensor:
+        """p_b - c_b of any codes, one layer per width."""
+        kept = [(codes >> (self.bits - b)).to(self.scale_OG.dtype) - centre(b) for b in self.widths]
+        return torch.stack(kept)
+
+    def values(self, codes_OI: Tensor) -> Tensor:
+        """Weights the codes stand for, [B, O, I]."""
+        columns = codes_OI.shape[1]
+        offset_OI = expand_groups(self.offsets(), columns, self.group_size)
+        steps_BOG, prefix_BOI = self.steps(), self.prefixes(codes_OI)
+        for step_OG, prefix_OI in zip(steps_BOG, prefix_BOI, strict=True):
+            prefix_OI.mul_(expand_groups(step_OG, columns, self.group_size)).add_(offset_OI)
+        return prefix_BOI
+
+
+class Choice:
+    """Best codes for one column after another, inside one group: least Σ_b λ_b (w_b(u) - target_b)² over all codes u.
+
+    With one width this is rounding to nearest. With several it is one small matrix product per column: the part of
+    the cost that depends on u is Σ_b λ_b S_b² T_b(u)² - 2 Σ_b λ_b S_b (target_b - m) T_b(u), the first sum the same
+    for all columns of a group.
+    """
+
+    def __init__(self, levels: Levels, group: int) -> None:
+        self.step_BO = levels.steps()[:, :, group]
+        self.offset_O = levels.offsets()[:, group]
+        self.middle, self.top = centre(levels.bits), (1 << levels.bits) - 1
+        self.joint = len(levels.widths) > 1
+        if self.joint:
+            codes = torch.arange(1 << levels.bits, device=self.step_BO.device)
+            self.table_BU = levels.prefixes(codes)
+            self.pull_OB = (levels.emphasis_B[:, None] * self.step_BO).T.contiguous()
+            self.own_OU = (self.pull_OB * self.step_BO.T) @ self.table_BU.square()
+
+    def __call__(self, target_BO: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [O] (int64) for the targets of one column, and their values [B, O]."""
+        wanted_BO = target_BO - self.offset_O
+        if not self.joint:
+            level = round_half_up(wanted_BO / self.step_BO + self.middle).clamp_(0, self.top)
+            return level[0].long(), (level - self.middle) * self.step_BO + self.offset_O
+        cost_OU = torch.addmm(self.own_OU, self.pull_OB * wanted_BO.T, self.table_BU, alpha=-2.0)
+        codes_O = cost_OU.argmin(1)
+        return codes_O, self.table_BU[:, codes_O] * self.step_BO + self.offset_O
+
+
+def as_qweight(
+    codes_OI: Tensor,
+    levels: Levels,
+    gain: float,
+    zero: Tensor,
+    ratios: Mapping[int, Tensor] | None = None,
+    column_scale_I: Tensor | None = None,
+) -> QWeight:
+    """Leave working units: the record that is stored. `zero` is the zero point as the grid wants it."""
+    scale_OG = (levels.scale_OG.double() * gain).float()
+    return QWeight(
+        codes_OI.to(torch.uint8),
+        scale_OG,
+        zero.float(),
+        levels.bits,
+        levels.group_size,
+        dict(ratios or {}),
+        column_scale_I,
+    )

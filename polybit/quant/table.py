@@ -1,0 +1,14 @@
+"""The quantizers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from polybit.core.affine import QWeight
+from polybit.quant.gptq import gptq
+from polybit.quant.rtn import rtn
+
+QUANTIZERS: dict[str, Callable[..., QWeight]] = {
+    "rtn": rtn,
+    "gptq": gptq,
+}
