@@ -1,0 +1,131 @@
+"""Collect what calibration sees at the inputs of layers: Hessians, column magnitudes, token counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from polybit.core.records import LayerStats
+from polybit.core.runtime import PolybitError
+from polybit.nn.convert import Target, is_experts
+
+HOOKED = ("linear", "conv1d", "head")
+
+
+class Gram:
+    """Running sums over one layer's input tokens: x xT and |x|, float32 on the layer's device."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.outer_II = torch.zeros(columns, columns, device=device)
+        self.absolute_I = torch.zeros(columns, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add the tokens of one call, any leading dimensions."""
+        x_TI = x.detach().reshape(-1, x.shape[-1]).float()
+        self.outer_II.addmm_(x_TI.T, x_TI)
+        self.absolute_I += x_TI.abs().sum(0)
+        self.tokens += x_TI.shape[0]
+
+    def stats(self) -> LayerStats:
+        """Means over the tokens seen; zeros where no token came (an expert that was never chosen)."""
+        count = max(self.tokens, 1)
+        return LayerStats(self.outer_II / count, self.absolute_I / count, self.tokens)
+
+
+class InsideExperts(TorchFunctionMode):
+    """Hand every linear call on an expert's slice of a fused weight to `seen`, told apart by its shape."""
+
+    def __init__(self, seen: Callable[[tuple[int, ...], Tensor], None]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is linear:
+            self.seen(tuple(args[1].shape), args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watch(model: nn.Module, targets: Iterable[Target]) -> Iterator[dict[str, Gram]]:
+    """While inside, sum the inputs of `targets` over every forward of `model` or of a block of it.
+
+    Fused experts: one Gram per fused weight, over the tokens routed to any of its experts, each counted once per
+    expert it went to. Embeddings have no input to watch and are left out.
+    """
+    grams: dict[str, Gram] = {}
+    with ExitStack() as stack:
+        for target in targets:
+            if target.kind == "embedding":
+                continue
+            module = model.get_submodule(target.module_name)
+            gram = grams[target.name] = Gram(target.columns, target.parameter(model).device)
+            if target.kind in HOOKED:
+                stack.callback(module.register_forward_pre_hook(lambda _, args, gram=gram: gram.add(args[0])).remove)
+            else:
+                shape = (target.rows // target.experts, target.columns)
+                stack.enter_context(watch_experts(module, shape, gram))
+        stack.enter_context(plain_experts(model))
+        yield grams
+
+
+@contextmanager
+def watch_experts(module: nn.Module, shape: tuple[int, int], gram: Gram) -> Iterator[None]:
+    """Sum the inputs of the fused weight of `module` whose single experts have `shape`."""
+
+    def seen(called: tuple[int, ...], x: Tensor) -> None:
+        if called == shape:
+            gram.add(x)
+
+    modes: list[InsideExperts] = []
+
+    def enter(_module: nn.Module, _args: Any) -> None:
+        modes.append(InsideExperts(seen))
+        modes[-1].__enter__()
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        modes.pop().__exit__(None, None, None)
+
+    handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def plain_experts(model: nn.Module) -> Iterator[None]:
+    """Let fused experts run one by one through plain linear calls, whose inputs can be seen; restored afterwards."""
+    configs: dict[int, Any] = {
+        id(m.config): m.config for m in model.modules() if is_experts(m) and hasattr(m, "config")
+    }
+    before = [(config, getattr(config, "_experts_implementation", None)) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation = implementation
+
+
+@torch.no_grad()
+def collect(model: nn.Module, batches: Sequence[Tensor], targets: Iterable[Target]) -> dict[str, LayerStats]:
+    """Statistics of any targets, measured in one pass of the whole float model over `batches` of token ids [B, T].
+
+    Memory: one Hessian of I x I float32 per target, all at a time. For whole models prefer `blocks.run_blocks`, which
+    holds those of one block; this serves targets outside the blocks (an output head) and small models.
+    """
+    if not batches:
+        raise PolybitError("calibration has 0 batches: give at least one window of text")
+    with watch(model, targets) as grams:
+        for ids_BT in batches:
+            model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False)
+    return {name: gram.stats() for name, gram in grams.items()}
