@@ -235,6 +235,9 @@ def install(model: nn.Module, stored: Stored) -> None:
             place_embedding(model, target, QuantEmbedding(fields, tensors, module.weight))  # type: ignore[arg-type]
         elif target.kind != "experts":
             place(model, name, QuantLinear(fields, tensors, getattr(module, "bias", None)))
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantWeight)
+        layer.kind = target.kind
     model.__dict__.pop("polybit_panel", None)  # what switching knew of the model is out of date
 
 

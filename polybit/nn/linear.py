@@ -36,6 +36,7 @@ class QuantWeight(nn.Module):
         self.precision: Precision = Precision()
         self.keep: bool = False
         self.kept: tuple[int, Tensor] | None = None
+        self.kind = "linear"  # how the float model stored this weight; told by whoever puts the layer in place
         self.activations: ops.Activations = "float"
 
     @classmethod

@@ -62,9 +62,15 @@ def use(model: nn.Module, wanted: Wanted) -> nn.Module:
     """
     board = panel(model)
     for layer, precision in precisions(board, read(board, wanted)):
-        layer.precision = precision
-        layer.kept = None
+        put(layer, precision)
     return model
+
+
+def put(layer: QuantWeight, precision: Precision) -> None:
+    """Set the precision of one layer and let its kept weight go; past nn.Module's slow attribute hook."""
+    state = layer.__dict__
+    state["precision"] = precision
+    state["kept"] = None
 
 
 @contextmanager
@@ -76,8 +82,7 @@ def at(model: nn.Module, wanted: Wanted) -> Iterator[nn.Module]:
         yield model
     finally:
         for layer, precision in before:
-            layer.precision = precision
-            layer.kept = None
+            put(layer, precision)
 
 
 @contextmanager
@@ -104,8 +109,7 @@ def random_precision(model: nn.Module, choices: Sequence[Wanted], *, seed: int) 
     finally:
         hook.remove()
         for layer, precision in before:
-            layer.precision = precision
-            layer.kept = None
+            put(layer, precision)
 
 
 def current(model: nn.Module) -> Plan:

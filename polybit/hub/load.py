@@ -1,0 +1,212 @@
+"""Load a float model or a polybit checkpoint: the one door through which the project calls from_pretrained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from polybit.core.runtime import PolybitError
+from polybit.hub.checkpoint import METHOD
+from polybit.hub.directory import restore
+from polybit.hub.files import check_sizes, read_headers, read_json, shards_of
+
+HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+
+
+def load(
+    name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
+    """A float model or a polybit checkpoint, by local path or hub id: (model in evaluation mode, tokenizer).
+
+    Raises PolybitError with one sentence for everything a user can get wrong.
+    """
+    name = str(name_or_path)
+    if quantization_of(name, trust_remote_code=trust_remote_code) == METHOD:
+        return load_quantized(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    return load_float(name, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def load_float(
+    name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
+    """A float causal LM and its tokenizer, from safetensors only and never with code from the model's own files
+    unless `trust_remote_code`.
+
+    Refused, naming the cause: a missing path or configuration, another kind of model, weights that are missing,
+    unexpected, truncated, pickled, quantized by other software, NaN or infinite, and a missing tokenizer.
+    """
+    name = str(name_or_path)
+    method = quantization_of(name, trust_remote_code=trust_remote_code)
+    if method is not None:
+        raise PolybitError(f"{name} is quantized already ({method!s:.40}): give the float model it was made from")
+    if Path(name).is_dir():
+        check_directory(Path(name))
+    model = open_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_weights(model, name)
+    return model, load_tokenizer(name, trust_remote_code=trust_remote_code)
+
+
+def load_quantized(
+    name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
+    """A polybit checkpoint: (model in evaluation mode at all stored bits, tokenizer or None when none was saved)."""
+    from polybit.hub import plugin
+
+    name = str(name_or_path)
+    if Path(name).is_dir():
+        plugin.validate_once(Path(name))
+    plugin.register()
+    model = open_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    has_none = Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES)
+    return model, None if has_none else load_tokenizer(name, trust_remote_code=trust_remote_code)
+
+
+def open_model(name: str, *, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    """Call from_pretrained and refuse a model of which any weight did not come from the files."""
+    from transformers import AutoModelForCausalLM
+
+    check_architecture(name, trust_remote_code=trust_remote_code)
+    open_pretrained: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, report = open_pretrained(
+            name,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except PolybitError:
+        raise
+    except Exception as error:
+        raise PolybitError(
+            f"the weights of {name} could not be loaded ({first_line(error)}): check that its files are complete"
+        ) from error
+    for key, fault in (
+        ("missing_keys", "does not hold the weight"),
+        ("mismatched_keys", "holds in another shape the weight"),
+        ("unexpected_keys", "holds, for another architecture, the weight"),
+    ):
+        names = sorted(str(entry) for entry in report.get(key) or ())
+        if names:
+            raise PolybitError(
+                f"{name} {fault} {names[0]!r:.120} ({len(names)} in all): its configuration and weights do not belong "
+                "together, fetch it again"
+            )
+    return model.eval()
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration, after the checks a path or an id can fail."""
+    from transformers import AutoConfig
+
+    check_name(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        remedy = "give a local model directory, or a hub id that can be reached"
+        if "trust_remote_code" in str(error):
+            remedy = "allow its own code to run only if you trust its authors"
+        elif Path(name).is_dir():
+            remedy = "its architecture may be unknown to the installed transformers, or config.json damaged"
+        raise PolybitError(f"the configuration of {name} cannot be used ({first_line(error)}): {remedy}") from error
+
+
+def check_name(name: str) -> None:
+    """Refuse what is neither a model directory nor a hub id, before anything is fetched."""
+    path = Path(name)
+    try:
+        restore(path)
+        if path.is_file():
+            raise PolybitError(f"{name:.200} is a file: give the directory that holds config.json, or a hub id")
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                adapter = (path / "adapter_config.json").is_file()
+                hint = "it holds only an adapter, give the merged model" if adapter else "give a model directory"
+                raise PolybitError(f"{name:.200} has no config.json: {hint}")
+            read_json(path / "config.json")
+            return
+    except (OSError, ValueError) as error:
+        raise PolybitError(f"{name!r:.80} is no path and no hub id ({error!s:.60}): check the spelling") from None
+    if not HUB_ID.fullmatch(name) or name.startswith(".") or ".." in name:
+        raise PolybitError(f"there is no directory {name!r:.200}: give an existing model directory, or a hub id")
+
+
+def quantization_of(name: str, *, trust_remote_code: bool = False) -> str | None:
+    """The quantization method a model declares, None for a float model."""
+    check_name(name)
+    if Path(name).is_dir():
+        found = read_json(Path(name) / "config.json").get("quantization_config")
+    else:
+        found = getattr(load_config(name, trust_remote_code=trust_remote_code), "quantization_config", None)
+    if found is None:
+        return None
+    if not isinstance(found, Mapping):
+        found = found.to_dict() if hasattr(found, "to_dict") else {}
+    return str(found.get("quant_method", "unnamed"))
+
+
+def check_directory(path: Path) -> None:
+    """The weights of a local float model: safetensors, whole, and enough for what the configuration says."""
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if not single.is_file() and not index.is_file():
+        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+        if pickles:
+            raise PolybitError(
+                f"{path} offers only {pickles[0]}, which can run code when opened: convert it to safetensors first"
+            )
+        raise PolybitError(f"{path} has no model.safetensors: give a complete model directory")
+    shards = [single] if single.is_file() else shards_of(index)
+    check_sizes(path / "config.json", read_json(path / "config.json"), len(read_headers(shards)))
+
+
+def check_architecture(name: str, *, trust_remote_code: bool) -> None:
+    """Refuse a configuration that describes no causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    declared = list(getattr(config, "architectures", None) or [])
+    allowed = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if known is None or (declared and not allowed & set(declared)):
+        kind = declared[0] if declared else config.model_type
+        raise PolybitError(f"{name} is a {kind!s:.60}, not a causal language model: give a model that generates text")
+
+
+def check_weights(model: nn.Module, name: str) -> None:
+    """Refuse NaN and infinity, naming the layer."""
+    for layer, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise PolybitError(
+                f"the weight {layer!r} of {name} holds NaN or infinity: repair or fetch the model again, "
+                "quantizing it would spoil every answer"
+            )
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    remedy = "put its tokenizer files beside the weights"
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        raise PolybitError(f"{name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): {remedy}")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise PolybitError(f"the tokenizer of {name} could not be loaded ({first_line(error)}): {remedy}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of somebody else's error, short."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
