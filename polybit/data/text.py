@@ -164,7 +164,7 @@ def duplicate_warning(documents: Sequence[str], name: str) -> str | None:
     seen: set[int] = set()
     repeated = looked = 0
     for part in parts:
-        words = re.sub(r"\d", "0", part.lower()).split()
+        words = re.sub(r"\d+", "0", part.lower()).split()
         runs = {hash(tuple(words[i : i + SHINGLE_WORDS])) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
         repeated += len(runs & seen) >= DUPLICATE_SHARE * len(runs)
         looked += 1
