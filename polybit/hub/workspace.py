@@ -1,0 +1,116 @@
+"""What a quantization run has finished so far, kept beside its output so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import polybit
+from polybit.core.affine import QWeight
+from polybit.core.planes import pack, unpack
+from polybit.core.runtime import PolybitError, atomic_path, write_json
+from polybit.hub.directory import absolute, disk_errors, output_lock
+from polybit.hub.files import read_json
+from polybit.nn.fields import Fields, tensors_of
+
+FINGERPRINT = "fingerprint.json"
+
+
+class Workspace:
+    """Finished blocks of one run in `<out>.partial`, each a file that is there whole or not at all.
+
+    Opening it holds the output path against other processes until `discard` or `close`, and takes over what an
+    interrupted run of the same `fingerprint` left. fingerprint: all that decides the result (digests of the model and
+    of the calibration data, configuration), as JSON; the version of polybit is added. restart: forget earlier work.
+
+    Raises PolybitError when another process holds the output, and when the work found there is of another run, saying
+    what differs.
+    """
+
+    def __init__(self, out: str | Path, fingerprint: Mapping[str, Any], *, restart: bool = False) -> None:
+        self.out = absolute(Path(out))
+        self.path = self.out.with_name(f"{self.out.name}.partial")
+        wanted = json.loads(json.dumps({"polybit": polybit.__version__, **fingerprint}, allow_nan=False))
+        held = ExitStack()
+        held.enter_context(output_lock(self.out))
+        try:
+            if restart:
+                shutil.rmtree(self.path, ignore_errors=True)
+            if self.path.exists():
+                check_fingerprint(self.path, wanted)
+            with disk_errors(self.out):
+                self.path.mkdir(parents=True, exist_ok=True)
+                for stray in self.path.glob(".*.staged"):
+                    stray.unlink(missing_ok=True)
+                if not (self.path / FINGERPRINT).is_file():
+                    write_json(self.path / FINGERPRINT, wanted)
+        except BaseException:
+            held.close()
+            raise
+        self.close = weakref.finalize(self, held.close)
+
+    def file(self, block: str) -> Path:
+        """Where a block is kept; its name is reduced to what every file system can spell."""
+        digest = hashlib.sha256(block.encode()).hexdigest()[:8]
+        return self.path / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', block)[:80]}-{digest}.safetensors"
+
+    def write(self, block: str, weights: Mapping[str, QWeight]) -> None:
+        """Keep the finished weights of a block; `read` gives them back exactly."""
+        from safetensors.torch import save_file
+
+        packed = {name: pack(weight) for name, weight in weights.items()}
+        tensors = {f"{name}.{leaf}": t.contiguous() for name, p in packed.items() for leaf, t in tensors_of(p).items()}
+        numbers = {name: Fields.of(planes).to_json() for name, planes in packed.items()}
+        with disk_errors(self.path), atomic_path(self.file(block)) as staged:
+            save_file(tensors, staged, metadata={"layers": json.dumps(numbers, allow_nan=False)})
+
+    def read(self, block: str) -> dict[str, QWeight] | None:
+        """The weights of a finished block, None when it is not finished."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.file(block)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(str(path), framework="pt") as opened:
+                entries = json.loads((opened.metadata() or {})["layers"])
+                fields = {name: Fields.from_json(name, entry) for name, entry in entries.items()}
+                return {
+                    name: unpack(
+                        numbers.planes({leaf: opened.get_tensor(f"{name}.{leaf}") for leaf in numbers.tensors()})
+                    )
+                    for name, numbers in fields.items()
+                }
+        except (SafetensorError, OSError, ValueError, KeyError, PolybitError) as error:
+            raise PolybitError(
+                f"{path} of an interrupted run cannot be read ({error!s:.100}): start again with --restart"
+            ) from error
+
+    def discard(self) -> None:
+        """Remove the finished blocks, once the artefact is complete, and let the output path go."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+
+def check_fingerprint(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse the work of another run, naming the first thing that differs."""
+    if not path.is_dir() or (any(path.iterdir()) and not (path / FINGERPRINT).is_file()):
+        raise PolybitError(
+            f"{path} is in the way and not the work of an interrupted run: move it or choose another --out"
+        )
+    if not any(path.iterdir()):
+        return
+    found = read_json(path / FINGERPRINT)
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise PolybitError(
+                f"{path} holds the work of another run, whose {key} was {found.get(key)!r:.80} and not "
+                f"{wanted.get(key)!r:.80}: repeat that run to finish it, or discard it with --restart"
+            )
