@@ -9,6 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from polybit.commands.calibration import context_length
 from polybit.commands.models import open_model
 from polybit.core.runtime import PolybitError
 
@@ -92,11 +93,3 @@ def prompt_ids(tokenizer, prompt: str, *, raw: bool):
         )
         return encoded["input_ids"]
     return tokenizer(prompt, return_tensors="pt")["input_ids"]
-
-
-def context_length(model) -> int | None:
-    """Most positions the model can read, where its configuration says so."""
-    for key in ("max_position_embeddings", "n_positions", "seq_length"):
-        if (value := getattr(model.config, key, None)) is not None:
-            return int(value)
-    return None

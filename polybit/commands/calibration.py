@@ -1,0 +1,92 @@
+"""Which text a model is calibrated and measured on: the user's file, a named set, or text the model writes itself."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from polybit.core.runtime import PolybitError
+
+SELF = "self"  # the model writes its own text
+AUTO = "auto"  # conversations of the generator for the embedded model, otherwise SELF
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Windows of token ids: [N, T] to calibrate on, and [M, T] that calibration never saw, to measure on."""
+
+    windows_NT: Tensor
+    held_out_MT: Tensor
+    source: str
+
+    def digest(self) -> str:
+        """Hex digest of the tokens, for the fingerprint of a resumable run."""
+        return hashlib.sha256(self.windows_NT.numpy().tobytes()).hexdigest()
+
+
+def gather(
+    model, tokenizer, source: str, *, samples: int, length: int, seed: int, held_out: int = 32, embedded: bool = False
+) -> Calibration:
+    """Calibration windows and held-out windows from one source, without a token in common."""
+    if samples < 1 or held_out < 1:
+        raise PolybitError(f"{min(samples, held_out)} calibration samples are too few: give 1 or more")
+    if source == AUTO:
+        source = "embedded" if embedded else SELF
+    bos = tokenizer.bos_token_id
+    if source == SELF:
+        from polybit.measure.calibration import self_text
+
+        drawn = self_text(model, bos, count=samples + held_out, length=length, seed=seed)
+        return Calibration(drawn[:samples], drawn[samples:], SELF)
+    from polybit.data.text import read_windows
+
+    drawn, warnings = read_windows(source, tokenizer, length, count=samples + held_out, seed=seed)
+    for warning in warnings:
+        print(f"polybit: warning: {warning}", file=sys.stderr)
+    if len(drawn) < 2:
+        raise PolybitError(
+            f"text {source!r} gives {len(drawn)} window of {length} tokens: give a longer text or a shorter --window, "
+            "at least two are needed, one to calibrate and one to measure"
+        )
+    if len(drawn) < samples + held_out:
+        held_out = max(1, min(held_out, len(drawn) // 5))
+        kept = len(drawn) - held_out
+        print(f"polybit: warning: text {source!r} gives only {kept} calibration windows", file=sys.stderr)
+    return Calibration(drawn[:-held_out], drawn[-held_out:], source)
+
+
+def window_length(model, asked: int | None) -> int:
+    """Tokens per window: what was asked for if the model can read it, else 512, or 256 for a short context."""
+    context = context_length(model)
+    if asked is not None:
+        if asked < 2 or (context is not None and asked > context):
+            raise PolybitError(
+                f"--window {asked} is not possible: the model reads 2 to {context or 'any number of'} tokens"
+            )
+        return asked
+    if context is None:
+        return 512
+    return min(context, 256 if context <= 1024 else 512)
+
+
+def context_length(model) -> int | None:
+    """Most positions the model can read, where its configuration says so."""
+    for key in ("max_position_embeddings", "n_positions", "seq_length"):
+        if (value := getattr(model.config, key, None)) is not None:
+            return int(value)
+    return None
+
+
+def batches(windows_NT: Tensor, size: int) -> list[Tensor]:
+    """Windows in batches of `size` rows, the last one shorter."""
+    return list(torch.split(windows_NT, size))
+
+
+def text_name(source: str) -> str:
+    """How a report names the text."""
+    return Path(source).name if Path(source).exists() else source

@@ -1,0 +1,138 @@
+"""The heart of `polybit quantize`: block by block from float weights to codes, resumable after every block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from polybit.core.affine import Grid, QWeight
+from polybit.core.runtime import track
+from polybit.measure.blocks import Block, find_blocks, outside, run_blocks
+from polybit.measure.refine import BLOCK, finish_model, refine_block
+from polybit.measure.refine import FINISH as FINISH_TUNING
+from polybit.nn.convert import Target
+from polybit.quant.problem import layer_loss
+from polybit.quant.rtn import rtn
+from polybit.quant.table import QUANTIZERS
+
+DATA_FREE = ("rtn", "hqq")  # methods that ask nothing of calibration
+OUTSIDE, FINISH = "outside the blocks", "finish"
+
+
+class Store(Protocol):
+    """Where finished blocks are kept, so that a killed run goes on: hub.checkpoint.Workspace, or a dict in tests."""
+
+    def read(self, block: str) -> dict[str, QWeight] | None:
+        """The quantized weights of a finished block, None when it is not finished."""
+        ...
+
+    def write(self, block: str, weights: Mapping[str, QWeight]) -> None:
+        """Keep the quantized weights of a block."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How weights become codes.
+
+    widths: what the checkpoint will run at, widest first · block_steps, finish_steps: gradient steps of learned
+    rounding per block and over the whole model (0 = none).
+    """
+
+    method: str
+    grid: Grid
+    widths: tuple[int, ...]
+    block_steps: int = 0
+    finish_steps: int = 0
+    seed: int = 0
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the fingerprint of a resumable run and for run.json."""
+        return {
+            "method": self.method,
+            "bits": self.grid.bits,
+            "group_size": self.grid.group_size,
+            "zero": self.grid.zero,
+            "widths": list(self.widths),
+            "block_steps": self.block_steps,
+            "finish_steps": self.finish_steps,
+            "seed": self.seed,
+            **dict(self.knobs),
+        }
+
+
+def compress(
+    model, targets: Sequence[Target], batches: Sequence[Tensor], recipe: Recipe, store: Store
+) -> dict[str, QWeight]:
+    """Codes of every target. Blocks found in `store` are not computed again; the result is the same bit for bit."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    found: dict[str, QWeight] = {}
+    _, modules = find_blocks(model, targets)
+    for block in track(run_blocks(model, batches, targets), "quantizing", total=len(modules)):
+        done = store.read(block.name)
+        if done is None:
+            done = quantize_block(block, recipe)
+            store.write(block.name, done)
+        found |= done
+        # every width of a nested file starts from the float path; a fixed one makes up for what came before it
+        block.finish({} if is_nested(recipe) else {name: q.dequantize() for name, q in done.items()})
+    rest = outside(model, targets)
+    if rest:
+        done = store.read(OUTSIDE)
+        if done is None:
+            done = {t.name: rtn(t.weight_OI(model), None, recipe.grid) for t in rest}
+            store.write(OUTSIDE, done)
+        found |= done
+    if recipe.finish_steps:
+        done = store.read(FINISH)
+        if done is None:
+            tuning = replace(FINISH_TUNING, steps=recipe.finish_steps, seed=recipe.seed)
+            done = finish_model(model, batches, targets, found, tuning=tuning)
+            store.write(FINISH, done)
+        found |= done
+    return found
+
+
+def is_nested(recipe: Recipe) -> bool:
+    """Whether one code serves several widths."""
+    return len(recipe.widths) > 1
+
+
+def quantize_block(block: Block, recipe: Recipe) -> dict[str, QWeight]:
+    """All targets of one block: layers in the order they run, each seeing what the earlier ones made of the input."""
+    found: dict[str, QWeight] = {}
+    for stage in block.stages():
+        stats = {}
+        if recipe.method not in DATA_FREE:
+            given = {} if is_nested(recipe) else {name: q.dequantize() for name, q in found.items()}
+            stats = block.stats(stage, given=given)
+        for target in stage:
+            found[target.name] = quantize_layer(target.weight_OI(block.model), stats.get(target.name), recipe)
+    if recipe.block_steps:
+        found = refine_block(block, found, tuning=replace(BLOCK, steps=recipe.block_steps, seed=recipe.seed))
+    return found
+
+
+def quantize_layer(weight_OI: Tensor, stats, recipe: Recipe) -> QWeight:
+    """One weight by the recipe's method; learned rounding starts from GPTQ."""
+    if is_nested(recipe):
+        return QUANTIZERS["nested"](weight_OI, stats, recipe.grid, widths=recipe.widths, **recipe.knobs)
+    method = "gptq" if recipe.method == "rounding" else recipe.method
+    return QUANTIZERS[method](weight_OI, stats, recipe.grid, **recipe.knobs)
+
+
+def loss_table(
+    model, targets: Sequence[Target], weights: Mapping[str, QWeight], widths: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Relative squared weight error of every layer at every width, for the report."""
+    table = {}
+    for target in targets:
+        float_OI = target.weight_OI(model)
+        whole = float(float_OI.pow(2).sum()) or 1.0
+        table[target.name] = {f"w{b}": layer_loss(float_OI, weights[target.name], None, b) / whole for b in widths}
+    return table

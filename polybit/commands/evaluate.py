@@ -1,0 +1,143 @@
+"""`polybit eval`: what each width of a checkpoint costs against its float model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from polybit.commands.models import EMBEDDED, open_model, resolve
+from polybit.core.runtime import PolybitError
+
+TASKS = ("reading", "arithmetic", "dialogue")
+TEST_SEED = 20_000  # seed of the task items `eval` asks; recipes train and choose with others
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Flags of `polybit eval`."""
+
+    reference: str | None = None
+    """The float model to compare with (default: the one the checkpoint says it was made from)."""
+    text: str | None = None
+    """Text to measure on: a .txt or .jsonl file or a named set (default: fresh text of the embedded generator for
+    tinychat, otherwise text the reference writes itself)."""
+    precision: str | None = None
+    """Only these precisions, with commas, as in w4 or w8,w4a8 (default: every stored width)."""
+    windows: int = 64
+    """Windows of text to read."""
+    window: int | None = None
+    """Tokens per window (default: 256 or 512 by the model's context)."""
+    prompts: str | None = None
+    """Prompts both models answer freely: a .txt (one per line) or .jsonl file (default: beginnings of the text)."""
+    answers: int = 32
+    """How many prompts to answer; 0 = none."""
+    max_tokens: int = 48
+    """Longest free answer."""
+    tasks: str = ""
+    """Tasks of the embedded generator, with commas: reading, arithmetic, dialogue."""
+    items: int = 200
+    """Questions per task."""
+    seed: int = 0
+    """Seed of intervals and of drawn text."""
+    json: Path | None = None
+    """Write all numbers there; `polybit report` turns them into a page."""
+    trust_remote_code: bool = False
+    """Allow code that the model's repository brings."""
+
+
+def evaluate(target: str, /, *, config: Annotated[EvalConfig, Parameter(name="*")] = EvalConfig()) -> None:
+    """Compare TARGET (a polybit directory or any model) with its float reference, paired and with intervals."""
+    check(config)
+    from polybit.core.records import Run
+    from polybit.report.summary import terminal_table
+
+    run = Run("eval", {"target": target, **asdict(config), "json": str(config.json or "")})
+    with run.timed():
+        numbers, names = measure(target, config)
+    run.config |= names
+    run.numbers = numbers
+    print(terminal_table(numbers))
+    if config.json is not None:
+        run.write(config.json)
+        print(f"\nAll numbers: {config.json}")
+
+
+def check(config: EvalConfig) -> None:
+    """Refuse flags that make no sense before anything is loaded."""
+    for flag, value, least in (
+        ("windows", config.windows, 1),
+        ("answers", config.answers, 0),
+        ("max-tokens", config.max_tokens, 1),
+        ("items", config.items, 1),
+    ):
+        if value < least:
+            raise PolybitError(f"--{flag} {value} is not possible: give {least} or more")
+    task_names(config)
+    precision_names(config)
+
+
+def task_names(config: EvalConfig) -> list[str]:
+    """The tasks asked for, refused when unknown."""
+    names = [name.strip() for name in config.tasks.split(",") if name.strip()]
+    for name in names:
+        if name not in TASKS:
+            raise PolybitError(f"task {name!r} is not known: choose from {', '.join(TASKS)}")
+    return names
+
+
+def precision_names(config: EvalConfig) -> list[str] | None:
+    """The precisions asked for, as text that reads back; None = all stored widths."""
+    if config.precision is None:
+        return None
+    return [name.strip() for name in config.precision.split(",") if name.strip()]
+
+
+def measure(target: str, config: EvalConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """Load both models, gather material, compare: (numbers, names for the report)."""
+    from polybit.commands.material import gather_material
+    from polybit.commands.sizes import base_model, preset_sizes, stored_widths
+    from polybit.evals.compare import compare
+    from polybit.hub.lm import LocalLM
+
+    model, tokenizer = open_model(target, trust_remote_code=config.trust_remote_code)
+    widths = stored_widths(model)
+    reference_name = config.reference or base_model(model)
+    if reference_name is None:
+        if widths is not None:
+            raise PolybitError(f"{target} does not say which model it was made from: name it with --reference")
+        reference_name = target
+    if widths is None and precision_names(config) is not None:
+        raise PolybitError(
+            f"--precision {config.precision}: {target} is a float model without stored widths; quantize it first"
+        )
+    float_model, float_tokenizer = open_model(reference_name, trust_remote_code=config.trust_remote_code)
+    if stored_widths(float_model) is not None:
+        raise PolybitError(f"the reference {reference_name} is itself quantized: give the float model it was made from")
+    presets: list[str | None] = list(precision_names(config) or [f"w{b}" for b in widths or ()]) or [None]
+    embedded = is_embedded(reference_name)
+    material = gather_material(float_model, float_tokenizer, config, embedded=embedded, tasks=task_names(config))
+    sizes: Mapping[str, Mapping[str, Any]] = preset_sizes(model, [p for p in presets if p]) if widths else {}
+    numbers = compare(
+        LocalLM(float_model, float_tokenizer),
+        LocalLM(model, tokenizer),
+        presets,
+        material.material,
+        sizes=sizes,
+        seed=config.seed,
+    )
+    names = {
+        "target_name": Path(target).name,
+        "reference_name": Path(reference_name).name,
+        "text_name": material.text_name,
+    }
+    return numbers, names
+
+
+def is_embedded(model: str) -> bool:
+    """Whether a MODEL argument means the embedded model."""
+    embedded = Path(resolve(EMBEDDED))
+    return Path(resolve(model)).resolve() == embedded.resolve()

@@ -1,0 +1,268 @@
+"""`polybit quantize`: a model in, one checkpoint out that runs at every width it was made for."""
+
+from __future__ import annotations
+
+import resource
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from polybit.commands.models import EMBEDDED, resolve
+from polybit.core.precision import check_width, parse_widths
+from polybit.core.runtime import PolybitError
+
+Method = Literal["nested", "rounding", "gptq", "awq", "hqq", "rtn"]
+DEFAULT_WIDTHS = "8,6,5,4,3,2"
+DATA_FREE = ("rtn", "hqq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """Flags of `polybit quantize`."""
+
+    out: Path
+    """Directory of the new checkpoint."""
+    widths: str | None = None
+    """Widths one nested checkpoint serves, with commas (default: 8,6,5,4,3,2 unless --bits is given)."""
+    bits: int | None = None
+    """One width only: the best fixed checkpoint of that width."""
+    method: Method | None = None
+    """How weights become codes (default: nested for --widths, rounding for --bits)."""
+    group_size: int = 64
+    """Weights that share a scale: 16, 32, 64, 128, 256, or 0 = a whole row."""
+    asymmetric: bool | None = None
+    """Store a zero point per group (default: nested, awq, hqq, rtn and gptq do, rounding does not)."""
+    calibration: str = "auto"
+    """Text to calibrate on: a .txt or .jsonl file, a named set, a dataset id, or self = text the model writes itself
+    (auto: the embedded generator for tinychat, otherwise self)."""
+    samples: int = 128
+    """Windows of calibration text."""
+    window: int | None = None
+    """Tokens per window (default: 256 or 512 by the model's context)."""
+    effort: Literal["fast", "normal"] = "normal"
+    """fast = no learned rounding; seconds instead of minutes."""
+    include_embeddings: bool = False
+    """Quantize the token embedding and the output head too (default: they stay in float)."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    measure: bool = True
+    """Measure the new checkpoint on held-out windows for its model card."""
+    overwrite: bool = False
+    """Replace an existing checkpoint at --out."""
+    restart: bool = False
+    """Forget what an interrupted run has finished instead of going on from there."""
+    json: Path | None = None
+    """Write the run with all its numbers there."""
+    trust_remote_code: bool = False
+    """Allow code that the model's repository brings."""
+
+
+def quantize(model: str, /, *, config: Annotated[QuantizeConfig, Parameter(name="*")]) -> None:
+    """Quantize MODEL (a local path, a hub id, or tinychat) into one checkpoint at --out.
+
+    Interrupted runs go on where they stopped when the same command is given again.
+    """
+    recipe_of(config)  # flags that cannot be meant are refused before anything is loaded
+    from polybit.core.records import Run
+    from polybit.hub.directory import check_output, output_lock
+
+    run = Run(
+        "quantize", {"model": model, **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}}
+    )
+    check_output(config.out, overwrite=config.overwrite)
+    with output_lock(config.out), run.timed():
+        numbers = build(model, config, run)
+    run.numbers = numbers
+    if config.json is not None:
+        run.write(config.json)
+    print_result(model, config, numbers)
+
+
+def recipe_of(config: QuantizeConfig):
+    """The Recipe the flags mean; flags that contradict each other are refused."""
+    if config.widths is not None and config.bits is not None:
+        raise PolybitError(
+            "--widths and --bits exclude each other: give --widths for one nested file, --bits for one width"
+        )
+    if config.bits is not None and config.method == "nested":
+        raise PolybitError("--method nested makes one file for several widths: give --widths, or another --method")
+    if config.bits is None and config.method not in (None, "nested"):
+        raise PolybitError(
+            f"--method {config.method} makes a checkpoint of one width: give --bits, or --method nested with --widths"
+        )
+    widths = (check_width("w", config.bits),) if config.bits else parse_widths(config.widths or DEFAULT_WIDTHS)
+    if max(widths) > 8:
+        raise PolybitError("--bits 16 leaves the model as it is: choose 2 to 8")
+    nested = len(widths) > 1 or config.bits is None
+    if nested and len(widths) < 2:
+        raise PolybitError(
+            f"--widths {config.widths} is a single width: use --bits {widths[0]} for the best file of that width"
+        )
+    from polybit.commands.recipes import choose
+
+    method = config.method or ("nested" if nested else "rounding")
+    return choose(
+        method, widths, config.group_size, asymmetric=config.asymmetric, effort=config.effort, seed=config.seed
+    )
+
+
+def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
+    """Load, calibrate, quantize block by block, save, verify, measure; returns the numbers of the run."""
+    from polybit.commands import calibration as text
+    from polybit.commands.compress import compress, loss_table
+    from polybit.core.planes import pack
+    from polybit.hub.checkpoint import save, verify
+    from polybit.hub.load import load_float
+    from polybit.hub.workspace import Workspace
+    from polybit.nn.convert import convert, left_in_float, targets
+
+    recipe = recipe_of(config)
+    model, tokenizer = load_float(resolve(name), trust_remote_code=config.trust_remote_code)
+    chosen = targets(model, include_embeddings=config.include_embeddings)
+    if not chosen:
+        raise PolybitError(
+            f"{name} has no weight that can be quantized: nothing but embeddings, norms or unknown layers"
+        )
+    leftovers = [asdict(row) for row in left_in_float(model, chosen)]
+    embedded = Path(resolve(name)) == Path(resolve(EMBEDDED))
+    gathered = text.gather(
+        model,
+        tokenizer,
+        config.calibration,
+        samples=config.samples,
+        length=text.window_length(model, config.window),
+        seed=config.seed,
+        embedded=embedded,
+    )
+    fingerprint = {
+        "model": model_digest(model),
+        "calibration": gathered.digest(),
+        "include_embeddings": config.include_embeddings,
+        **recipe.to_json(),
+    }
+    store = Workspace(config.out, fingerprint, restart=config.restart)
+    weights = compress(model, chosen, text.batches(gathered.windows_NT, 8), recipe, store)
+    table = {
+        "losses": loss_table(model, chosen, weights, recipe.widths),
+        "kinds": {t.name: [t.rows, t.columns] for t in chosen},
+    }
+    quantized = convert(model, {key: pack(q) for key, q in weights.items()})
+    notes = {
+        "base_model": resolve(name) if not embedded else EMBEDDED,
+        "recipe": recipe.to_json(),
+        "text": gathered.source,
+    }
+    numbers = describe(quantized, recipe, table, leftovers)
+    saved = save(
+        quantized, config.out, tokenizer=tokenizer, widths=recipe.widths, notes=notes, overwrite=config.overwrite
+    )
+    verify(saved, quantized)
+    store.discard()
+    numbers["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if config.measure:
+        numbers["measured"] = measure(name, quantized, tokenizer, gathered, recipe, config)
+    write_card(saved, name, run, numbers, config)
+    return numbers
+
+
+def model_digest(model) -> str:
+    """Digest of every weight of the float model, so that a resumed run cannot mix two models."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for key, tensor in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(dtype=_bytes()).numpy())
+    return digest.hexdigest()
+
+
+def _bytes():
+    import torch
+
+    return torch.uint8
+
+
+def describe(model, recipe, table: Mapping[str, Any], leftovers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sizes at every width, per layer and together, and what stays in float."""
+    from polybit.commands.sizes import bytes_read, preset_sizes, quantized_layers, stored_bits_per_weight
+
+    presets = [f"w{b}" for b in recipe.widths]
+    layers = {}
+    for key, layer in quantized_layers(model).items():
+        read = {f"w{b}": bytes_read(layer.planes, b) for b in recipe.widths}
+        layers[key] = {"shape": table["kinds"].get(key), "bytes": read, "relative_error": table["losses"].get(key)}
+    return {
+        "widths": list(recipe.widths),
+        "stored_bits_per_weight": stored_bits_per_weight(model),
+        "sizes": preset_sizes(model, presets),
+        "float_share": sum(row["share"] for row in leftovers),
+        "left_in_float": list(leftovers),
+        "layers": layers,
+    }
+
+
+def measure(name: str, quantized, tokenizer, gathered, recipe, config: QuantizeConfig) -> dict[str, Any]:
+    """Compare the new checkpoint with a fresh copy of the float model on windows calibration never saw."""
+    from polybit.commands.sizes import preset_sizes
+    from polybit.evals.compare import Material, compare
+    from polybit.hub.lm import LocalLM
+    from polybit.hub.load import load_float
+
+    reference, _ = load_float(resolve(name), trust_remote_code=config.trust_remote_code)
+    presets = [f"w{b}" for b in recipe.widths]
+    return compare(
+        LocalLM(reference, tokenizer),
+        LocalLM(quantized, tokenizer),
+        presets,
+        Material(gathered.held_out_MT),
+        sizes=preset_sizes(quantized, presets),
+        seed=config.seed,
+    )
+
+
+def write_card(saved: Path, name: str, run, numbers: Mapping[str, Any], config: QuantizeConfig) -> None:
+    """The model card, and the run beside it; both may change without making the checkpoint another one."""
+    from polybit.commands.report import RUN_FILE
+    from polybit.core.runtime import atomic_path, write_json
+    from polybit.report.card import model_card
+
+    record = {**run.to_json(), "numbers": numbers, "command": command_line(name, config)}
+    with atomic_path(saved / "README.md") as staged:
+        staged.write_text(model_card(name, record), encoding="utf-8")
+    write_json(saved / RUN_FILE, record)
+
+
+def command_line(name: str, config: QuantizeConfig) -> str:
+    """The command that repeats this run: the flags that differ from their defaults."""
+    words = ["polybit", "quantize", name, "--out", str(config.out)]
+    for key, value in asdict(config).items():
+        default = QuantizeConfig.__dataclass_fields__[key].default
+        if key in ("out", "json", "overwrite", "restart") or value == default:
+            continue
+        flag = key.replace("_", "-")
+        words += (
+            [f"--{flag}" if value is True else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        )
+    return shlex.join(words)
+
+
+def print_result(name: str, config: QuantizeConfig, numbers: Mapping[str, Any]) -> None:
+    """What was made, what it costs, and what to type next."""
+    from polybit.report.summary import terminal_table
+    from polybit.report.tables import percent
+
+    if "measured" in numbers:
+        print(terminal_table(numbers["measured"]))
+    print(
+        f"\n{config.out}: {len(numbers['layers'])} layers at widths {', '.join(map(str, numbers['widths']))}, "
+        f"{numbers['stored_bits_per_weight']:.2f} stored bits per weight; {percent(numbers['float_share'])} of the "
+        "model's weights stay in float. Saved, reloaded and compared: equal."
+    )
+    width = numbers["widths"][-1]
+    print(f'Next: polybit generate {config.out} --prompt "Hello" --precision w{width}')
+    print(f"      polybit eval {config.out} --reference {name} --json eval.json")
+    print(f"      polybit report {config.out} --eval eval.json --out report.html")

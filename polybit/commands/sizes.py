@@ -1,0 +1,76 @@
+"""What a checkpoint says of itself: stored widths, bits per weight and bytes at each, the model it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from polybit.core.planes import Planes, unpack
+
+
+def quantized_layers(model) -> Mapping[str, Any]:
+    """Quantized modules by name; empty for a float model."""
+    from polybit.nn.linear import QuantWeight
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantWeight)}
+
+
+def declared(model) -> Any:
+    """The quantization part of the model's configuration, or None."""
+    return getattr(model.config, "quantization_config", None)
+
+
+def stored_widths(model) -> tuple[int, ...] | None:
+    """Widths the checkpoint was made for, widest first; None for a float model."""
+    if not quantized_layers(model):
+        return None
+    return tuple(sorted(field(declared(model), "widths"), reverse=True))
+
+
+def base_model(model) -> str | None:
+    """The model a checkpoint says it was made from."""
+    notes = field(declared(model), "notes") if declared(model) is not None else None
+    return (notes or {}).get("base_model")
+
+
+def field(record: Any, name: str) -> Any:
+    """A field of the quantization part, which is an object or a plain dict."""
+    return record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
+
+
+def preset_sizes(model, presets: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Effective bits per weight and bytes read of the quantized layers, for each preset."""
+    from polybit.nn.switch import at
+
+    layers = quantized_layers(model)
+    weights = sum(layer.rows * layer.columns for layer in layers.values())
+    found = {}
+    for preset in presets:
+        with at(model, preset):
+            read = {name: bytes_read(layer.planes, layer.width) for name, layer in layers.items()}
+            bits = sum(effective_bits(layer.planes, layer.width) for layer in layers.values())
+        found[preset] = {"bytes": sum(read.values()), "bits_per_weight": bits / max(weights, 1)}
+    return found
+
+
+def bytes_read(planes: Planes, width: int) -> int:
+    """Bytes a forward pass reads of one weight, padding included."""
+    return planes.nbytes(width)
+
+
+def effective_bits(planes: Planes, width: int) -> float:
+    """Bits of one weight read at `width`, without padding: codes, 16-bit scales, zero points, this width's ratios."""
+    rows, columns = planes.shape
+    groups = planes.scale.shape[1]
+    per_group = 16 + (0 if isinstance(planes.zero, float) else planes.bits)
+    table = planes.ratios.get(width)
+    per_group += 4 if table is not None and table.index is not None else 0
+    column_scale = 0 if planes.column_scale is None else 16 * columns
+    return rows * (width * columns + per_group * groups) + column_scale
+
+
+def stored_bits_per_weight(model) -> float:
+    """Effective bits per weight of all that is stored."""
+    layers = quantized_layers(model)
+    bits = sum(unpack(layer.planes).bits_per_weight() * layer.rows * layer.columns for layer in layers.values())
+    return bits / max(sum(layer.rows * layer.columns for layer in layers.values()), 1)
