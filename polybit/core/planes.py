@@ -129,8 +129,12 @@ def integer_zero(q: QWeight) -> Tensor:
 
 
 def ratio_levels(low: float, high: float) -> Tensor:
-    """The RATIO_LEVELS equally spaced values a stored ratio may take, float32."""
-    return torch.linspace(low, high, RATIO_LEVELS, dtype=torch.float32)
+    """The RATIO_LEVELS equally spaced values a stored ratio may take, float32.
+
+    Computed in float64 and rounded once, so that every machine and every kernel gets the same bits.
+    """
+    steps = torch.arange(RATIO_LEVELS, dtype=torch.float64)
+    return (low + (high - low) / (RATIO_LEVELS - 1) * steps).float()
 
 
 def storable_ratio(ratio: Tensor) -> Tensor:

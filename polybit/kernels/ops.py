@@ -7,16 +7,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as dense
 
 from polybit.core.planes import Planes, RatioTable
 from polybit.core.runtime import PolybitError
-from polybit.kernels import reference
+from polybit.kernels import cpu, reference
 
 Activations = Literal["float", "int8", "int16"]
 MODES = {"float": 0, "int8": 8, "int16": 16}
 NAMES = {code: name for name, code in MODES.items()}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-WHOLE = RatioTable(1.0, 1.0)  # the ratio of a width that has none
 
 SCHEMA = (
     "linear(Tensor x, Tensor planes, Tensor scale, Tensor? zero, Tensor? ratio, Tensor? column_scale, Tensor? bias, "
@@ -37,7 +37,7 @@ def linear(
     check(x, planes, width, bias, activations)
     if activations == "float" and x.requires_grad and torch.is_grad_enabled():
         return reference.linear(x, planes, width, bias)
-    table = planes.ratios.get(width, WHOLE)
+    table = planes.ratios.get(width, cpu.WHOLE)
     zero, fixed = (planes.zero, 0.0) if isinstance(planes.zero, Tensor) else (None, planes.zero)
     numbers = (planes.gain, fixed, table.low, table.high)
     return torch.ops.polybit.linear.default(
@@ -58,12 +58,19 @@ def linear(
 
 def decode(planes: Planes, width: int) -> Tensor:
     """The weight in float32 [O, I] as seen at `width` bits, bit for bit what `QWeight.dequantize` gives."""
+    if not 1 <= width <= planes.bits:
+        raise PolybitError(f"width {width} is not stored: choose 1 to {planes.bits}")
+    index = planes.ratios.get(width, cpu.WHOLE).index
+    zero = planes.zero if isinstance(planes.zero, Tensor) else None
+    parts = (planes.planes, planes.scale, zero, index, planes.column_scale)
+    if planes.planes.is_cpu and cpu.library() and cpu.fits(*parts, *planes.shape, planes.group_size):
+        return cpu.decode(planes, width)
     return reference.decode(planes, width)
 
 
 def best_mode() -> Activations:
     """The fastest way to multiply whose error stays below 1e-4: "int16" with compiled kernels, else "float"."""
-    return "float"
+    return "int16" if cpu.library() else "float"
 
 
 def check(x: Tensor, planes: Planes, width: int, bias: Tensor | None, activations: str) -> None:
@@ -98,18 +105,51 @@ def linear_by_reference(
     mode: int,
 ) -> Tensor:
     """polybit::linear by the slow twin: every device, every group size."""
-    gain, fixed, low, high = numbers
-    stored = Planes(
-        planes,
-        scale,
-        fixed if zero is None else zero,
-        gain,
-        (rows, x.shape[-1]),
-        group_size,
-        {width: RatioTable(low, high, ratio)},
-        column_scale,
-    )
+    stored = assemble(planes, scale, zero, ratio, column_scale, numbers, (rows, x.shape[-1]), group_size, width)
     return reference.linear(x, stored, width, bias, activations=NAMES[mode])
+
+
+def linear_on_cpu(
+    x: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    ratio: Tensor | None,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    numbers: Sequence[float],
+    rows: int,
+    group_size: int,
+    width: int,
+    mode: int,
+) -> Tensor:
+    """polybit::linear by the compiled kernels where they can, else by the slow twin."""
+    columns = x.shape[-1]
+    if mode and cpu.library() and cpu.fits(planes, scale, zero, ratio, column_scale, rows, columns, group_size):
+        bias = bias if bias is None else bias.contiguous()
+        return cpu.linear(x, planes, scale, zero, ratio, column_scale, bias, numbers, rows, group_size, width, mode)
+    stored = assemble(planes, scale, zero, ratio, column_scale, numbers, (rows, columns), group_size, width)
+    if mode:
+        return reference.linear(x, stored, width, bias, activations=NAMES[mode])
+    y = dense(x.float(), decode(stored, width), None if bias is None else bias.float())
+    return y.to(x.dtype)
+
+
+def assemble(
+    planes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    ratio: Tensor | None,
+    column_scale: Tensor | None,
+    numbers: Sequence[float],
+    shape: tuple[int, int],
+    group_size: int,
+    width: int,
+) -> Planes:
+    """The Planes an operator call was taken apart from, as far as `width` needs them."""
+    gain, fixed, low, high = numbers
+    ratios = {width: RatioTable(low, high, ratio)}
+    return Planes(planes, scale, fixed if zero is None else zero, gain, shape, group_size, ratios, column_scale)
 
 
 def linear_shape(x: Tensor, planes, scale, zero, ratio, column_scale, bias, numbers, rows, *_) -> Tensor:
@@ -120,4 +160,5 @@ def linear_shape(x: Tensor, planes, scale, zero, ratio, column_scale, bias, numb
 LIBRARY = torch.library.Library("polybit", "DEF")
 LIBRARY.define(SCHEMA)
 LIBRARY.impl("linear", linear_by_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("linear", linear_on_cpu, "CPU")
 torch.library.register_fake("polybit::linear", linear_shape, lib=LIBRARY)

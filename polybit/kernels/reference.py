@@ -59,7 +59,7 @@ def round_activations(x: Tensor, chunk: int, levels: int, precision: torch.dtype
     columns = x.shape[-1]
     padded = pad(x.float(), (0, -columns % chunk)).unflatten(-1, (-1, chunk))
     largest = padded.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest >= SMALLEST, levels / largest, 0.0)
+    inverse = torch.where(largest >= SMALLEST, torch.tensor(float(levels)) / largest, 0.0)
     scale = torch.where(largest.isfinite(), largest / levels, torch.nan).to(precision)
     rounded = (padded * inverse).round().to(precision) * scale
     return rounded.flatten(-2)[..., :columns]

@@ -1,0 +1,395 @@
+// The kernels, written once over a small set of vector operations `I`; every instruction set includes this file.
+// All names have internal linkage, so that code compiled for one processor is never linked into another's path.
+//
+// Expanding planes. Bit i of byte 4r+t of a block belongs to row r and column 4i+t. Stage 1 interleaves the bits of
+// planes (0,1) and (2,3) to 2-bit fields, stage 2 makes nibbles, stage 3 bytes; each stage is a bitwise select, and the
+// result u[i] holds, for every row, the codes of columns 4i..4i+3 next to each other – the operand of a dot product.
+#pragma once
+
+#include <cstring>
+
+#include "half.h"
+#include "problem.h"
+
+#if defined(POLYBIT_UNROLL)
+#elif defined(__clang__)
+#define POLYBIT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define POLYBIT_UNROLL _Pragma("GCC unroll 16")
+#endif
+#define POLYBIT_INLINE inline __attribute__((always_inline))
+
+namespace polybit {
+namespace {
+
+// How the codes of width B meet a tile of M tokens.
+template <class I, int B, int M>
+struct Shape {
+  // Codes may stay at different bit positions (fields) of a byte, each with its own accumulator: that saves shifts
+  // where a tile is small enough for the registers.
+  static constexpr int fields = !I::wide ? 1 : B == 1 && M <= 2 ? 8 : B == 2 && M <= 2 ? 4 : B <= 4 && M <= 4 ? 2 : 1;
+  // Several accumulators per field hide the latency of the dot product.
+  static constexpr int copies = fields * M >= 4 || !I::wide ? 1 : 4 / (fields * M);
+  static constexpr int slots = fields * copies;
+  // A code p appears as p * unit.
+  static constexpr int unit = fields >= 4 ? 1 : B <= 4 ? 1 << (4 - B) : 1 << (8 - B);
+};
+
+template <class I, int B, int P>
+POLYBIT_INLINE void expand_pair(const uint8_t* block, size_t stride, typename I::Bytes& odd, typename I::Bytes& even) {
+  const auto high = I::load(block + P * stride);
+  if constexpr (P + 1 < B) {
+    const auto low = I::load(block + (P + 1) * stride);
+    odd = I::select(0xAA, high, I::template right<1>(low));
+    even = I::select(0xAA, I::template left<1>(high), low);
+  } else {
+    odd = I::mask(high, 0xAA);
+    even = I::mask(I::template left<1>(high), 0xAA);
+  }
+}
+
+// Planes P..P+3 as nibbles: nibble[s] holds column group s in its low and s+4 in its high half.
+template <class I, int B, int P>
+POLYBIT_INLINE void expand_nibbles(const uint8_t* block, size_t stride, typename I::Bytes* nibble) {
+  typename I::Bytes odd, even;
+  expand_pair<I, B, P>(block, stride, odd, even);
+  if constexpr (P + 2 < B) {
+    typename I::Bytes odd_low, even_low;
+    expand_pair<I, B, P + 2>(block, stride, odd_low, even_low);
+    nibble[0] = I::select(0xCC, I::template left<2>(even), even_low);
+    nibble[1] = I::select(0xCC, I::template left<2>(odd), odd_low);
+    nibble[2] = I::select(0xCC, even, I::template right<2>(even_low));
+    nibble[3] = I::select(0xCC, odd, I::template right<2>(odd_low));
+  } else {
+    nibble[0] = I::mask(I::template left<2>(even), 0xCC);
+    nibble[1] = I::mask(I::template left<2>(odd), 0xCC);
+    nibble[2] = I::mask(even, 0xCC);
+    nibble[3] = I::mask(odd, 0xCC);
+  }
+}
+
+// Four registers of nibbles as eight registers of bytes 0..15.
+template <class I>
+POLYBIT_INLINE void spread_nibbles(const typename I::Bytes* nibble, typename I::Bytes* u) {
+  POLYBIT_UNROLL
+  for (int s = 0; s < 4; ++s) {
+    u[s] = I::mask(nibble[s], 0x0F);
+    u[s + 4] = I::mask(I::template right<4>(nibble[s]), 0x0F);
+  }
+}
+
+// u[i] = codes of columns 4i..4i+3, each in its field.
+template <class I, int B, int Fields>
+POLYBIT_INLINE void expand(const uint8_t* block, size_t stride, typename I::Bytes* u) {
+  using Bytes = typename I::Bytes;
+  if constexpr (Fields == 8) {
+    const Bytes bits = I::load(block);
+    POLYBIT_UNROLL
+    for (int i = 0; i < 8; ++i) u[i] = I::mask(bits, 1 << i);
+  } else if constexpr (Fields == 4) {
+    Bytes odd, even;
+    expand_pair<I, B, 0>(block, stride, odd, even);
+    POLYBIT_UNROLL
+    for (int f = 0; f < 4; ++f) {
+      u[2 * f] = I::mask(even, 3 << (2 * f));
+      u[2 * f + 1] = I::mask(odd, 3 << (2 * f));
+    }
+  } else if constexpr (Fields == 2) {
+    Bytes nibble[4];
+    expand_nibbles<I, B, 0>(block, stride, nibble);
+    POLYBIT_UNROLL
+    for (int s = 0; s < 4; ++s) {
+      u[s] = I::mask(nibble[s], 0x0F);
+      u[s + 4] = I::mask(nibble[s], 0xF0);
+    }
+  } else if constexpr (B <= 4) {
+    Bytes nibble[4];
+    expand_nibbles<I, B, 0>(block, stride, nibble);
+    spread_nibbles<I>(nibble, u);
+  } else {
+    Bytes high[4], low[4];
+    expand_nibbles<I, B, 0>(block, stride, high);
+    expand_nibbles<I, B, 4>(block, stride, low);
+    POLYBIT_UNROLL
+    for (int s = 0; s < 4; ++s) {
+      u[s] = I::select(0xF0, I::template left<4>(high[s]), low[s]);
+      u[s + 4] = I::select(0xF0, high[s], I::template right<4>(low[s]));
+    }
+  }
+}
+
+// Adds one block of 32 columns to the accumulators.
+template <class I, int B, int M>
+POLYBIT_INLINE void accumulate(const uint8_t* block, size_t stride, const int32_t* codes,
+                               typename I::Ints (&sum)[M][Shape<I, B, M>::slots]) {
+  using S = Shape<I, B, M>;
+  typename I::Bytes u[8];
+  if constexpr (I::wide) {
+    expand<I, B, S::fields>(block, stride, u);
+    POLYBIT_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      POLYBIT_UNROLL
+      for (int m = 0; m < M; ++m) {
+        auto& slot = sum[m][i * S::fields / 8 * S::copies + i % S::copies];
+        slot = I::dot(slot, u[i], codes[i * M + m]);
+      }
+    }
+  } else {
+    typename I::Bytes nibble[4];
+    expand_nibbles<I, B, 0>(block, stride, nibble);
+    spread_nibbles<I>(nibble, u);
+    POLYBIT_UNROLL
+    for (int m = 0; m < M; ++m) sum[m][0] = I::template dot_nibbles<(B > 4 ? 4 : 0)>(sum[m][0], u, codes + m, M);
+    if constexpr (B > 4) {
+      expand_nibbles<I, B, 4>(block, stride, nibble);
+      spread_nibbles<I>(nibble, u);
+      POLYBIT_UNROLL
+      for (int m = 0; m < M; ++m) sum[m][0] = I::template dot_nibbles<0>(sum[m][0], u, codes + m, M);
+    }
+  }
+}
+
+// One accumulator per token: copies added, fields shifted down to where field 0 is.
+template <class I, int Fields, int Copies>
+POLYBIT_INLINE typename I::Ints fold(const typename I::Ints* slot) {
+  typename I::Ints field[Fields];
+  POLYBIT_UNROLL
+  for (int f = 0; f < Fields; ++f) {
+    field[f] = slot[f * Copies];
+    POLYBIT_UNROLL
+    for (int c = 1; c < Copies; ++c) field[f] = I::add(field[f], slot[f * Copies + c]);
+  }
+  typename I::Ints total = field[0];
+  POLYBIT_UNROLL
+  for (int f = 1; f < Fields; ++f) total = I::add(total, I::down(field[f], f * (8 / Fields)));
+  return total;
+}
+
+POLYBIT_INLINE float centre(int bits) { return static_cast<float>((1 << bits) - 1) * 0.5f; }
+
+// With D = sum of unit * p * q and S = sum of q over a chunk, the chunk adds
+//   factor * activation scale * (D + shift * S),   factor = s * 2^(B-b) * r / unit,
+//   shift = unit * ((c_B - z) / (2^(B-b) * r) - c_b).
+// D and S are exact, and so is the bracket up to one rounding wherever r = 1.
+template <class I>
+struct Affine {
+  using Floats = typename I::Floats;
+  alignas(64) float factors[16];
+  alignas(64) float inverses[16];
+  float unit_centre;
+  float stored_centre;
+  float unit;
+  Floats shift;
+
+  POLYBIT_INLINE Affine(const Weight& w, int code_unit) {
+    const float step = static_cast<float>(1 << (w.bits - w.width));
+    unit = static_cast<float>(code_unit);
+    unit_centre = unit * centre(w.width);
+    stored_centre = centre(w.bits);
+    for (int i = 0; i < (w.ratio ? 16 : 1); ++i) {
+      // a ratio of (nearly) zero leaves the offset alone, which must survive the division
+      const float r = w.ratios[i] < 1e-20f && w.ratios[i] > -1e-20f ? 1e-20f : w.ratios[i];
+      factors[i] = step * r / unit;
+      inverses[i] = unit / (step * r);
+    }
+    shift = I::set((stored_centre - w.fixed_zero) * inverses[0] - unit_centre);
+  }
+
+  POLYBIT_INLINE void at(const Weight& w, size_t group, int part, Floats& factor, Floats& offset) const {
+    const Floats scale = I::load_half(w.scale + group * kRows + part * I::rows);
+    Floats inverse;
+    if (__builtin_expect(w.ratio != nullptr, 0)) {
+      factor = I::multiply(scale, I::lookup(factors, w.ratio + group * 8, part));
+      inverse = I::lookup(inverses, w.ratio + group * 8, part);
+    } else {
+      factor = I::multiply(scale, I::set(factors[0]));
+      if (__builtin_expect(w.zero == nullptr, 1)) {
+        offset = shift;
+        return;
+      }
+      inverse = I::set(inverses[0]);
+    }
+    const Floats zero =
+        w.zero ? I::load_byte(w.zero + group * kRows + part * I::rows) : I::set(w.fixed_zero);
+    const Floats distance = I::subtract(I::set(stored_centre), zero);
+    offset = I::fma(distance, inverse, I::set(-unit_centre));
+  }
+};
+
+template <class I, int B, int M>
+void tile(const Weight& w, const Tokens& x, int row_block, float* out) {
+  using S = Shape<I, B, M>;
+  using Floats = typename I::Floats;
+  const Affine<I> affine(w, S::unit);
+  for (int part = 0; part < kRows / I::rows; ++part) {
+    Floats total[M];
+    POLYBIT_UNROLL
+    for (int m = 0; m < M; ++m) total[m] = I::set(0.0f);
+    const uint8_t* block =
+        w.planes + static_cast<size_t>(row_block) * w.column_blocks * kBlockBytes + part * I::rows * 4;
+    const int32_t* codes = x.codes;
+    const size_t first_group = static_cast<size_t>(row_block) * w.groups;
+    int left = w.column_blocks;
+    for (int chunk = 0; chunk < w.chunks; ++chunk) {
+      typename I::Ints sum[M][S::slots];
+      POLYBIT_UNROLL
+      for (int m = 0; m < M; ++m) {
+        POLYBIT_UNROLL
+        for (int s = 0; s < S::slots; ++s) sum[m][s] = I::zero();
+      }
+      const int blocks = left < w.chunk_blocks ? left : w.chunk_blocks;
+      left -= blocks;
+      for (int k = 0; k < blocks; ++k, block += kBlockBytes, codes += 8 * M)
+        accumulate<I, B, M>(block, w.plane_stride, codes, sum);
+      Floats factor, offset;
+      affine.at(w, first_group + (chunk >> w.group_shift), part, factor, offset);
+      const float* scale = x.scale + static_cast<size_t>(chunk) * M;
+      const float* code_sum = x.sum + static_cast<size_t>(chunk) * M;
+      POLYBIT_UNROLL
+      for (int m = 0; m < M; ++m) {
+        const Floats dot = I::to_float(fold<I, S::fields, S::copies>(sum[m]));
+        const Floats centred = I::fma(offset, I::set(code_sum[m]), dot);
+        total[m] = I::fma(I::multiply(centred, I::set(scale[m])), factor, total[m]);
+      }
+    }
+    POLYBIT_UNROLL
+    for (int m = 0; m < M; ++m) I::store(out + m * kRows + part * I::rows, total[m]);
+  }
+}
+
+template <class I, int B>
+void decode(const Weight& w, int row_block, const float* column_scale, float* out) {
+  constexpr int unit_shift = B <= 4 ? 4 - B : 8 - B;
+  const float step = static_cast<float>(1 << (w.bits - w.width));
+  const int rows = w.rows - row_block * kRows < kRows ? w.rows - row_block * kRows : kRows;
+  for (int k = 0; k < w.column_blocks; ++k) {
+    const size_t group = static_cast<size_t>(row_block) * w.groups + ((k / w.chunk_blocks) >> w.group_shift);
+    const uint8_t* block = w.planes + (static_cast<size_t>(row_block) * w.column_blocks + k) * kBlockBytes;
+    alignas(64) uint8_t codes[8][kBlockBytes];
+    for (int part = 0; part < kRows / I::rows; ++part) {
+      typename I::Bytes u[8];
+      expand<I, B, 1>(block + part * I::rows * 4, w.plane_stride, u);
+      for (int i = 0; i < 8; ++i) std::memcpy(codes[i] + part * I::rows * 4, &u[i], I::rows * 4);
+    }
+    const int columns = w.columns - k * kColumns < kColumns ? w.columns - k * kColumns : kColumns;
+    for (int r = 0; r < rows; ++r) {
+      const uint8_t packed = w.ratio ? w.ratio[group * 8 + r % 8] : 0;
+      const float ratio_step = w.ratios[w.ratio ? (r < 8 ? packed & 15 : packed >> 4) : 0] * step;
+      const float zero = w.zero ? static_cast<float>(w.zero[group * kRows + r]) : w.fixed_zero;
+      const float offset = centre(w.bits) - zero;
+      const float scale = half_to_float(w.scale[group * kRows + r]) * w.gain;
+      float value[kColumns];
+      for (int j = 0; j < kColumns; ++j) {
+        const float prefix = static_cast<float>(codes[j / 4][4 * r + j % 4] >> unit_shift) - centre(B);
+        value[j] = scale * (ratio_step * prefix + offset);
+      }
+      if (column_scale)
+        for (int j = 0; j < columns; ++j) value[j] *= column_scale[k * kColumns + j];
+      float* row = out + (static_cast<size_t>(row_block) * kRows + r) * w.columns + k * kColumns;
+      std::memcpy(row, value, columns * sizeof(float));
+    }
+  }
+}
+
+// Nearest integer, ties to even, of |v| < 2^22; the reference rounds the same way.
+POLYBIT_INLINE int32_t nearest(float v) {
+  const float shifted = v + 12582912.0f;  // 1.5 * 2^23: its last bit counts ones
+  int32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  return bits - 0x4B400000;
+}
+
+static void round_activations(const float* x, int columns, int chunk, int8_t* high, int8_t* low, float* scale,
+                              float* sum_high, float* sum_low) {
+  const float levels = low ? 127.0f * 256.0f : 127.0f;
+  for (int begin = 0, c = 0; begin < columns; begin += chunk, ++c) {
+    const int count = columns - begin < chunk ? columns - begin : chunk;
+    const float* in = x + begin;
+    uint32_t top = 0;  // the order of magnitudes is the order of their bits, with infinity and NaN above all
+    for (int j = 0; j < count; ++j) {
+      uint32_t bits;
+      std::memcpy(&bits, in + j, 4);
+      bits &= 0x7FFFFFFFu;
+      top = bits > top ? bits : top;
+    }
+    float largest;
+    std::memcpy(&largest, &top, 4);
+    const bool finite = top < 0x7F800000u;
+    const float inverse = finite && largest >= 1e-30f ? levels / largest : 0.0f;
+    const float step = finite ? largest / levels : __builtin_nanf("");
+    int32_t total_high = 0, total_low = 0;
+    if (!finite || inverse == 0.0f) {
+      std::memset(high + begin, 0, count);
+      if (low) std::memset(low + begin, 0, count);
+    } else if (!low) {
+      for (int j = 0; j < count; ++j) {
+        const int32_t q = nearest(in[j] * inverse);
+        high[begin + j] = static_cast<int8_t>(q);
+        total_high += q;
+      }
+    } else {
+      for (int j = 0; j < count; ++j) {
+        const int32_t q = nearest(in[j] * inverse);
+        const int32_t upper = (q + 128) >> 8;
+        const int32_t lower = q - upper * 256;
+        high[begin + j] = static_cast<int8_t>(upper);
+        low[begin + j] = static_cast<int8_t>(lower);
+        total_high += upper;
+        total_low += lower;
+      }
+    }
+    scale[c] = step;
+    sum_high[c] = static_cast<float>(total_high);
+    if (low) sum_low[c] = static_cast<float>(total_low);
+  }
+}
+
+template <class I>
+uint64_t read_memory(const void* memory, size_t count) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(memory);
+  constexpr size_t step = sizeof(typename I::Bytes);
+  typename I::Bytes seen[4] = {I::load(bytes), I::load(bytes), I::load(bytes), I::load(bytes)};
+  for (size_t at = 0; at + 4 * step <= count; at += 4 * step) {
+    POLYBIT_UNROLL
+    for (int i = 0; i < 4; ++i) seen[i] = I::either(seen[i], I::load(bytes + at + i * step));
+  }
+  uint64_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    uint64_t word;
+    std::memcpy(&word, &seen[i], 8);
+    result ^= word;
+  }
+  return result;
+}
+
+template <class I, int B>
+void fill(Kernels& k) {
+  k.tile[B][0] = tile<I, B, 1>;
+  k.tile[B][1] = tile<I, B, 2>;
+  k.tile[B][2] = tile<I, B, 4>;
+  k.tile[B][3] = tile<I, B, 8>;
+  k.tile[B][4] = tile<I, B, 16>;
+  k.decode[B] = decode<I, B>;
+}
+
+template <class I>
+Kernels make_kernels(const char* name) {
+  Kernels k{};
+  k.name = name;
+  fill<I, 1>(k);
+  fill<I, 2>(k);
+  fill<I, 3>(k);
+  fill<I, 4>(k);
+  fill<I, 5>(k);
+  fill<I, 6>(k);
+  fill<I, 7>(k);
+  fill<I, 8>(k);
+  k.round = round_activations;
+  k.read = read_memory<I>;
+  k.multiply = I::multiply_many;
+  k.multiply_operations = I::multiply_operations;
+  return k;
+}
+
+}  // namespace
+}  // namespace polybit
