@@ -196,6 +196,8 @@ def answer_prompts(
     reference: LocalLM, quantized: LocalLM, presets: Sequence[str | None], material: Material
 ) -> Answers:
     """Let both models answer every prompt freely; both see the same tokens, cut to fit the shorter context."""
+    if not material.prompts:
+        return Answers([], [], {preset: [] for preset in presets})
     rooms = [lm.max_length - material.max_tokens for lm in (reference, quantized) if lm.max_length is not None]
     if rooms and min(rooms) < 1:
         raise PolybitError(
@@ -204,8 +206,6 @@ def answer_prompts(
         )
     prompts = [encode_prompt(reference.tokenizer, prompt) for prompt in material.prompts]
     prompts = [prompt[-min(rooms) :] if rooms else prompt for prompt in prompts]
-    if not prompts:
-        return Answers([], [], {preset: [] for preset in presets})
     theirs = reference.generate_tokens(prompts, max_tokens=material.max_tokens, label="answers, reference")
     ours = {}
     for preset in presets:

@@ -13,6 +13,7 @@ from polybit.evals.scoring import bootstrap, exponentiate
 from polybit.hub.lm import LocalLM
 
 
+@torch.no_grad()
 def token_nll(lm: LocalLM, windows_NT: Tensor) -> NDArray[np.float32]:
     """Negative log-likelihood in nats of every token of every window but the first, float32 [N, T - 1]."""
     rows = lm.rows_per_batch(windows_NT.shape[1])

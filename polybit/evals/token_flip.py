@@ -81,6 +81,7 @@ def answer_batches(lm: LocalLM, prompts: Sequence[Sequence[int]], answers: Seque
     return found
 
 
+@torch.no_grad()
 def measure_tokens(
     reference: LocalLM, quantized: LocalLM, presets: Sequence[str | None], batches: Sequence[Batch], *, label: str
 ) -> tuple[ReferenceTokens, dict[str | None, QuantizedTokens]]:

@@ -99,7 +99,7 @@ class LocalLM:
                 f"A window of {ids_BT.shape[1]} tokens is longer than the model's maximum of {self.max_length}; "
                 "choose a shorter window."
             )
-        return self._call(input_ids=ids_BT.to(self.device), use_cache=False).logits.float()
+        return self._call(input_ids=ids_BT.to(self.device), use_cache=False).logits.detach().float()
 
     def rows_per_batch(self, length: int) -> int:
         """How many windows of `length` tokens fit one forward pass, counting its logits."""
