@@ -173,7 +173,15 @@ def disk_errors(out: Path) -> Iterator[None]:
                 f"the disk or quota is full while writing {out}: free some space and run again; "
                 "the unfinished part was removed, what was there before is untouched"
             ) from error
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        if number in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.ENOENT,
+            errno.EEXIST,
+            errno.ENAMETOOLONG,
+        ):
             raise PolybitError(
                 f"{out} cannot be written ({os.strerror(number)}): choose another output path"
             ) from error

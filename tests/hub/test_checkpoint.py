@@ -1,0 +1,260 @@
+"""Round trips through the file and through plain transformers; crashes, full disks and locks while saving."""
+
+import json
+import os
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from polybit.core.plan import Plan
+from polybit.core.precision import Precision
+from polybit.core.runtime import PolybitError
+from polybit.hub import directory
+from polybit.hub.checkpoint import describe, save, validate, verify
+from polybit.hub.directory import absolute, exchange, output_lock, publish, replaced, restore, staging
+from polybit.nn.linear import QuantLinear
+from polybit.nn.switch import set_presets
+from tests.families import quantized
+
+
+def test_file_holds_every_tensor_of_the_model_once(tmp_path):
+    model = quantized("llama-tied", include_embeddings=True)
+    path = save(model, tmp_path / "out")
+    stored = load_file(path / "polybit.safetensors")
+    assert stored.keys() == {name for name, _ in model.named_parameters()}
+    assert all(torch.equal(stored[name], tensor) for name, tensor in model.named_parameters())
+    assert verify(path, model).layers == describe(model).layers
+
+
+def test_tied_float_head_is_stored_once(tmp_path):
+    stored = load_file(save(quantized("llama-tied"), tmp_path / "out") / "polybit.safetensors")
+    assert "model.embed_tokens.weight" in stored and "lm_head.weight" not in stored
+
+
+def test_description_round_trip_with_presets(tmp_path):
+    model = quantized("llama")
+    name = "model.layers.0.mlp.up_proj"
+    presets = {"A": Plan.uniform("w8a8"), "C": Plan(Precision(w=3, a=4), {name: Precision(w=8)})}
+    set_presets(model, presets)
+    found = validate(save(model, tmp_path / "out", widths=(2, 8, 4), notes={"method": "rtn"}))
+    assert found.widths == (8, 4, 2) and found.presets == presets and found.notes == {"method": "rtn"}
+    assert found.layers == {n: m.fields for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert set(found.kinds.values()) == {"linear"}
+
+
+def test_shards_are_cut_and_read_back(tmp_path):
+    model = quantized("llama")
+    path = save(model, tmp_path / "out", shard_bytes=40_000)
+    shards = sorted(path.glob("polybit-*-of-*.safetensors"))
+    assert len(shards) > 2 and not (path / "polybit.safetensors").exists()
+    assert sum(len(load_file(shard)) for shard in shards) == len(dict(model.named_parameters()))
+    verify(path, model)
+
+
+def test_further_files_are_listed_and_the_card_is_free_to_change(tmp_path):
+    path = save(quantized("llama"), tmp_path / "out", files={"README.md": "# card", "plan.json": "{}"})
+    listed = json.loads((path / "manifest.json").read_text())["files"]
+    assert "plan.json" in listed and "README.md" not in listed
+    (path / "README.md").write_text("# measured since")
+    validate(path)
+    with pytest.raises(PolybitError, match="plain name"):
+        save(quantized("llama"), tmp_path / "other", files={"../evil": ""})
+    assert not (tmp_path / "other").exists()
+
+
+def test_saving_is_deterministic(tmp_path):
+    one = save(quantized("llama"), tmp_path / "one")
+    two = save(quantized("llama"), tmp_path / "two")
+    assert (one / "manifest.json").read_text() == (two / "manifest.json").read_text()
+
+
+def test_not_finite_weights_are_not_saved(tmp_path):
+    model = quantized("llama")
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = torch.nan
+    with pytest.raises(PolybitError, match=r"layers\.1\.input_layernorm\.weight holds NaN"):
+        save(model, tmp_path / "out")
+    model = quantized("llama")
+    model.model.layers[0].mlp.up_proj.scale.view(torch.float16)[0, 0, 0] = torch.inf
+    with pytest.raises(PolybitError, match=r"up_proj\.scale holds NaN"):
+        save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_finds_a_difference(tmp_path):
+    model = quantized("llama")
+    path = save(model, tmp_path / "out")
+    model.model.layers[0].mlp.up_proj.qplanes[0, 0, 0, 0] ^= 1
+    with pytest.raises(PolybitError, match="up_proj"):
+        verify(path, model)
+
+
+def test_existing_output_needs_overwrite(tmp_path):
+    save(quantized("llama"), tmp_path / "out")
+    before = (tmp_path / "out" / "manifest.json").read_text()
+    with pytest.raises(PolybitError, match="exists already"):
+        save(quantized("gpt2"), tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").read_text() == before
+    save(quantized("gpt2"), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "manifest.json").read_text() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_somebody_elses_directory_is_never_replaced(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("mine")
+    with pytest.raises(PolybitError, match="no polybit checkpoint"):
+        save(quantized("llama"), tmp_path / "home", overwrite=True)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "mine"
+
+
+def test_paths_that_cannot_be_written(tmp_path):
+    model = quantized("llama")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in ("file", "file/below", "loop", "n" * 300, "/proc/none"):
+        with pytest.raises(PolybitError, match="choose"):
+            save(model, tmp_path / path)
+
+
+def test_odd_but_legal_paths_work(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "a b@c", "ünï/深/out"):
+        validate(save(quantized("llama"), tmp_path / name))
+
+
+def test_read_only_parent(tmp_path, monkeypatch):
+    monkeypatch.setattr(directory.os, "access", lambda *_: False)
+    with pytest.raises(PolybitError, match="read-only"):
+        save(quantized("llama"), tmp_path / "out")
+
+
+def test_lock_is_held_against_other_processes_only(tmp_path):
+    def work():
+        directory.HELD.clear()  # as in a process of its own
+        try:
+            with output_lock(tmp_path / "out"):
+                return "free"
+        except PolybitError as error:
+            return str(error)
+
+    def told():
+        child, pipe = in_child(work)
+        os.waitpid(child, 0)
+        return json.loads(os.read(pipe, 1000))
+
+    with output_lock(tmp_path / "out"), output_lock(tmp_path / "out"):
+        assert "another process is writing" in told()
+    assert told() == "free" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_publish_replaces_in_one_step_where_the_system_can(tmp_path, monkeypatch, swaps):
+    out, stage = tmp_path / "out", staging(tmp_path / "out")
+    for path, text in ((out, "old"), (stage, "new")):
+        path.mkdir()
+        (path / "x").write_text(text)
+    if swaps:
+        assert exchange(out, stage) and (out / "x").read_text() == "new"
+        assert exchange(out, stage) and (out / "x").read_text() == "old"
+    else:
+        monkeypatch.setattr(directory, "exchange", lambda *_: False)
+    publish(stage, out)
+    assert (out / "x").read_text() == "new"
+
+
+def test_interrupted_swap_in_two_steps_is_repaired(tmp_path):
+    out = save(quantized("llama"), tmp_path / "out")
+    out.rename(replaced(out))
+    restore(out)
+    validate(out)
+
+
+def in_child(work) -> tuple[int, int]:
+    """Run `work` in a forked child; (its process id, a pipe that carries what it returned)."""
+    readable, writable = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writable)
+        return child, readable
+    try:
+        os.write(writable, json.dumps(work()).encode())
+    finally:
+        os._exit(0)
+
+
+def test_full_disk_is_one_sentence_and_leaves_the_old_artefact(tmp_path):
+    """RLIMIT_FSIZE stops every write past a size, as a full disk does, at one file after the other."""
+    out = save(quantized("llama"), tmp_path / "out")
+    before = (out / "manifest.json").read_text()
+    model = quantized("gpt2")
+    model.config.filler = "x" * 70_000
+
+    def work():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        said = []
+        for limit in (100, 5_000, 60_000, 150_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                save(model, out, overwrite=True)
+                said.append("saved")
+            except PolybitError as error:
+                said.append(str(error))
+        return said
+
+    child, pipe = in_child(work)
+    os.waitpid(child, 0)
+    said = json.loads(os.read(pipe, 100_000))
+    assert len(said) == 4 and all("full" in line and "free some space" in line for line in said), said
+    assert (out / "manifest.json").read_text() == before
+    validate(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_while_saving_over_an_artefact_leaves_one_whole_artefact(tmp_path):
+    """kill -9 at 20 moments: what is at the path is a complete checkpoint, and the next save cleans up."""
+    models = [quantized("gpt2"), quantized("llama")]
+    out = save(models[1], tmp_path / "out")
+
+    def work():
+        for n in range(10_000):
+            save(models[n % 2], out, overwrite=True)
+
+    for n in range(20):
+        child, pipe = in_child(work)
+        time.sleep(0.003 + 0.0053 * n)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(pipe)
+        validate(out)
+    save(models[1], out, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_failure_at_every_step_of_saving_leaves_the_old_artefact(tmp_path, monkeypatch):
+    """The slow twin of the kill test: each step of the save fails once."""
+    out = save(quantized("llama"), tmp_path / "out")
+    before = (out / "manifest.json").read_text()
+    other = quantized("gpt2")
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for step in ("write_manifest", "fsync_tree", "publish"):
+        with monkeypatch.context() as patched:
+            patched.setattr(directory, step, fail)
+            with pytest.raises(PolybitError, match="full"):
+                save(other, out, overwrite=True)
+        assert (out / "manifest.json").read_text() == before
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    validate(out)
+
+
+def test_absolute_follows_links(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert absolute(tmp_path / "link") == (tmp_path / "real").resolve()
