@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -67,35 +67,50 @@ class Recipe:
 
 def compress(
     model, targets: Sequence[Target], batches: Sequence[Tensor], recipe: Recipe, store: Store
-) -> dict[str, QWeight]:
-    """Codes of every target. Blocks found in `store` are not computed again; the result is the same bit for bit."""
+) -> Iterator[dict[str, QWeight]]:
+    """Codes of every target, a block at a time; what is in `store` is not computed again, with the same result.
+
+    A block that was yielded is not read again, so the caller may replace its float weights at once: memory then grows
+    by one block's statistics and hidden states, not with depth. The finish trains all weights together and is the
+    exception: with it, everything comes at the end and the float weights must stay until then.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    found: dict[str, QWeight] = {}
+    kept: dict[str, QWeight] = {}
+    for done in parts(model, targets, batches, recipe, store):
+        if recipe.finish_steps:
+            kept |= done
+        else:
+            yield done
+    if recipe.finish_steps:
+        finished = store.read(FINISH)
+        if finished is None:
+            tuning = replace(FINISH_TUNING, steps=recipe.finish_steps, seed=recipe.seed)
+            finished = finish_model(model, batches, targets, kept, tuning=tuning)
+            store.write(FINISH, finished)
+        yield kept | finished
+
+
+def parts(
+    model, targets: Sequence[Target], batches: Sequence[Tensor], recipe: Recipe, store: Store
+) -> Iterator[dict[str, QWeight]]:
+    """The codes of every decoder block in order, then of what lies outside the blocks."""
     _, modules = find_blocks(model, targets)
+    rest = outside(model, targets)
     for block in track(run_blocks(model, batches, targets), "quantizing", total=len(modules)):
         done = store.read(block.name)
         if done is None:
             done = quantize_block(block, recipe)
             store.write(block.name, done)
-        found |= done
         # every width of a nested file starts from the float path; a fixed one makes up for what came before it
         block.finish({} if is_nested(recipe) else {name: q.dequantize() for name, q in done.items()})
-    rest = outside(model, targets)
+        yield done
     if rest:
         done = store.read(OUTSIDE)
         if done is None:
-            done = {t.name: rtn(t.weight_OI(model), None, recipe.grid) for t in rest}
+            done = {target.name: rtn(target.weight_OI(model), None, recipe.grid) for target in rest}
             store.write(OUTSIDE, done)
-        found |= done
-    if recipe.finish_steps:
-        done = store.read(FINISH)
-        if done is None:
-            tuning = replace(FINISH_TUNING, steps=recipe.finish_steps, seed=recipe.seed)
-            done = finish_model(model, batches, targets, found, tuning=tuning)
-            store.write(FINISH, done)
-        found |= done
-    return found
+        yield done
 
 
 def is_nested(recipe: Recipe) -> bool:
@@ -126,13 +141,7 @@ def quantize_layer(weight_OI: Tensor, stats, recipe: Recipe) -> QWeight:
     return QUANTIZERS[method](weight_OI, stats, recipe.grid, **recipe.knobs)
 
 
-def loss_table(
-    model, targets: Sequence[Target], weights: Mapping[str, QWeight], widths: Sequence[int]
-) -> dict[str, dict[str, float]]:
-    """Relative squared weight error of every layer at every width, for the report."""
-    table = {}
-    for target in targets:
-        float_OI = target.weight_OI(model)
-        whole = float(float_OI.pow(2).sum()) or 1.0
-        table[target.name] = {f"w{b}": layer_loss(float_OI, weights[target.name], None, b) / whole for b in widths}
-    return table
+def relative_errors(weight_OI: Tensor, q: QWeight, widths: Sequence[int]) -> dict[str, float]:
+    """Squared error of a weight at every width over its squared size, for the report."""
+    whole = float(weight_OI.pow(2).sum()) or 1.0
+    return {f"w{b}": layer_loss(weight_OI, q, None, b) / whole for b in widths}

@@ -17,7 +17,7 @@ from polybit.core.runtime import PolybitError
 
 Method = Literal["nested", "rounding", "gptq", "awq", "hqq", "rtn"]
 DEFAULT_WIDTHS = "8,6,5,4,3,2"
-DATA_FREE = ("rtn", "hqq")
+BATCH = 8  # windows per calibration batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,80 +113,69 @@ def recipe_of(config: QuantizeConfig):
 def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
     """Load, calibrate, quantize block by block, save, verify, measure; returns the numbers of the run."""
     from polybit.commands import calibration as text
-    from polybit.commands.compress import compress, loss_table
-    from polybit.core.planes import pack
     from polybit.hub.checkpoint import save, verify
     from polybit.hub.load import load_float
     from polybit.hub.workspace import Workspace
-    from polybit.nn.convert import convert, left_in_float, targets
+    from polybit.nn.convert import left_in_float, targets
 
     recipe = recipe_of(config)
     model, tokenizer = load_float(resolve(name), trust_remote_code=config.trust_remote_code)
     chosen = targets(model, include_embeddings=config.include_embeddings)
     if not chosen:
-        raise PolybitError(
-            f"{name} has no weight that can be quantized: nothing but embeddings, norms or unknown layers"
-        )
+        raise PolybitError(f"{name} has no weight that can be quantized: only embeddings, norms or unknown layers")
     leftovers = [asdict(row) for row in left_in_float(model, chosen)]
     embedded = Path(resolve(name)) == Path(resolve(EMBEDDED))
+    length = text.window_length(model, config.window)
     gathered = text.gather(
-        model,
-        tokenizer,
-        config.calibration,
-        samples=config.samples,
-        length=text.window_length(model, config.window),
-        seed=config.seed,
-        embedded=embedded,
+        model, tokenizer, config.calibration, samples=config.samples, length=length, seed=config.seed, embedded=embedded
     )
-    fingerprint = {
-        "model": model_digest(model),
-        "calibration": gathered.digest(),
-        "include_embeddings": config.include_embeddings,
-        **recipe.to_json(),
-    }
+    fingerprint = {"model": model_digest(model), "calibration": gathered.digest(), **recipe.to_json()}
+    fingerprint["include_embeddings"] = config.include_embeddings
     store = Workspace(config.out, fingerprint, restart=config.restart)
-    weights = compress(model, chosen, text.batches(gathered.windows_NT, 8), recipe, store)
-    table = {
-        "losses": loss_table(model, chosen, weights, recipe.widths),
-        "kinds": {t.name: [t.rows, t.columns] for t in chosen},
-    }
-    quantized = convert(model, {key: pack(q) for key, q in weights.items()})
-    notes = {
-        "base_model": resolve(name) if not embedded else EMBEDDED,
-        "recipe": recipe.to_json(),
-        "text": gathered.source,
-    }
-    numbers = describe(quantized, recipe, table, leftovers)
-    saved = save(
-        quantized, config.out, tokenizer=tokenizer, widths=recipe.widths, notes=notes, overwrite=config.overwrite
-    )
-    verify(saved, quantized)
+    errors = replace_weights(model, chosen, text.batches(gathered.windows_NT, BATCH), recipe, store)
+    notes = {"base_model": EMBEDDED if embedded else name, "recipe": recipe.to_json(), "text": gathered.source}
+    numbers = describe(model, recipe, errors, leftovers)
+    saved = save(model, config.out, tokenizer=tokenizer, widths=recipe.widths, notes=notes, overwrite=config.overwrite)
+    verify(saved, model)
     store.discard()
     numbers["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if config.measure:
-        numbers["measured"] = measure(name, quantized, tokenizer, gathered, recipe, config)
+        numbers["measured"] = measure(name, model, tokenizer, gathered, recipe, config)
     write_card(saved, name, run, numbers, config)
     return numbers
+
+
+def replace_weights(model, chosen: Sequence[Any], windows: Sequence[Any], recipe, store) -> dict[str, dict[str, float]]:
+    """Quantize `model` in place, letting float weights go block by block; returns the relative error of every layer."""
+    from polybit.commands.compress import compress, relative_errors
+    from polybit.core.planes import pack
+    from polybit.nn.convert import convert
+
+    by_name = {target.name: target for target in chosen}
+    errors = {}
+    for done in compress(model, chosen, windows, recipe, store):
+        for key, q in done.items():
+            errors[key] = relative_errors(by_name[key].weight_OI(model), q, recipe.widths)
+        convert(model, {key: pack(q) for key, q in done.items()})
+    return errors
 
 
 def model_digest(model) -> str:
     """Digest of every weight of the float model, so that a resumed run cannot mix two models."""
     import hashlib
 
+    import torch
+
     digest = hashlib.sha256()
     for key, tensor in model.state_dict().items():
         digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(dtype=_bytes()).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _bytes():
-    import torch
-
-    return torch.uint8
-
-
-def describe(model, recipe, table: Mapping[str, Any], leftovers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def describe(
+    model, recipe, errors: Mapping[str, Mapping[str, float]], leftovers: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Sizes at every width, per layer and together, and what stays in float."""
     from polybit.commands.sizes import bytes_read, preset_sizes, quantized_layers, stored_bits_per_weight
 
@@ -194,7 +183,7 @@ def describe(model, recipe, table: Mapping[str, Any], leftovers: Sequence[Mappin
     layers = {}
     for key, layer in quantized_layers(model).items():
         read = {f"w{b}": bytes_read(layer.planes, b) for b in recipe.widths}
-        layers[key] = {"shape": table["kinds"].get(key), "bytes": read, "relative_error": table["losses"].get(key)}
+        layers[key] = {"shape": [layer.rows, layer.columns], "bytes": read, "relative_error": errors.get(key)}
     return {
         "widths": list(recipe.widths),
         "stored_bits_per_weight": stored_bits_per_weight(model),
