@@ -17,6 +17,7 @@ from polybit.evals.tasks import (
     score,
     summarize,
 )
+from polybit.hub.lm import LocalLM
 from tests.evals.tiny import Item, ScriptedLM, gold_lm, items, null_lm, shuffled_gold_lm
 
 PAIRS = [(task, metric) for task, found in TASKS.items() for metric in found.metrics]
@@ -130,3 +131,20 @@ def test_answers_flip_while_the_score_stays():
     assert was["exact"].mean() == now["exact"].mean()
     assert [flips[name].value for name in ("flips", "correct_to_wrong", "wrong_to_correct")] == [0.4, 0.2, 0.2]
     assert summarize(was)["exact"].value == 0.6 and summarize(was)["exact"].n == 5
+
+
+def test_the_embedded_model_answers_freely():
+    """The whole chain on a real model: template, batched decoding, EOS, scoring."""
+    tiny = pytest.importorskip("polybit.hub.tiny")
+    try:
+        directory = tiny.path()
+    except FileNotFoundError:
+        pytest.skip("the embedded model is not built")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lm = LocalLM(AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory))
+    asked = embedded_items(24)["dialogue"]
+    predictions = predict(lm, "dialogue", questions(asked))
+    assert score(predictions, gold(asked))["exact"].mean() > 0.5
+    one_by_one = [lm.generate([question.prompt], max_tokens=48)[0] for question in questions(asked)[:6]]
+    assert list(predictions.texts[:6]) == one_by_one
