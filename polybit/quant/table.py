@@ -8,6 +8,7 @@ from polybit.core.affine import QWeight
 from polybit.quant.awq import awq
 from polybit.quant.gptq import gptq
 from polybit.quant.hqq import hqq
+from polybit.quant.nested import nested
 from polybit.quant.rtn import rtn
 
 QUANTIZERS: dict[str, Callable[..., QWeight]] = {
@@ -15,4 +16,5 @@ QUANTIZERS: dict[str, Callable[..., QWeight]] = {
     "gptq": gptq,
     "awq": awq,
     "hqq": hqq,
+    "nested": nested,
 }

@@ -1,0 +1,178 @@
+"""Nested codes: one stored integer per weight of which every width reads its leading bits, good at all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from polybit.core.affine import Grid, QWeight, expand_groups, scale_gain
+from polybit.core.planes import ratio_levels, storable_ratio
+from polybit.core.records import LayerStats
+from polybit.core.runtime import PolybitError
+from polybit.quant.descent import compensate, descend
+from polybit.quant.fit import Freedom, expand_around
+from polybit.quant.levels import Levels, as_qweight
+from polybit.quant.problem import Problem, inverse_factor, pose, row_chunks
+from polybit.quant.scales import search_scale, settle
+from polybit.quant.slices import start_levels
+
+WIDTHS = (8, 6, 5, 4, 3, 2)
+EXTRA_BYTES = 0.05  # what the ratios may add to a file, as a share of its largest width alone
+
+
+def nested(
+    weight_OI: Tensor,
+    stats: LayerStats | None,
+    grid: Grid,
+    *,
+    widths: Sequence[int] = WIDTHS,
+    emphasis: Mapping[int, float] | None = None,
+    tables: Sequence[int] | None = None,
+    damp: float = 0.01,
+    rounds: int = 4,
+    sweeps: int = 2,
+) -> QWeight:
+    """Codes of `grid.bits` bits whose leading bits are good codes at every width of `widths`.
+
+    The objective is Σ_b μ_b L_b / L_b(alone): the layer loss tr(E_b H E_bᵀ) at each width, over that of classic GPTQ
+    made for this width alone, weighted by `emphasis` μ (1 where not given). Each width keeps its own error
+    compensation while one code serves all (the joint form of GPTQ, arXiv 2210.17323; slicing as in MatQuant,
+    arXiv 2502.06786); then `rounds` times `sweeps` passes of coordinate descent, with the shared scale and zero point
+    of a group and its ratios fitted by least squares inside. `tables`: widths whose ratio is stored per group in 4
+    bits instead of once per layer; None: as many, from the narrowest, as add no more than 5 % to the file.
+    Raises PolybitError for widths that do not fit the grid and for values that are not finite.
+    """
+    widths = check_widths(widths, grid)
+    emphasis = {b: float((emphasis or {}).get(b, 1.0)) for b in widths}
+    problem = pose(weight_OI, stats, damp=damp)
+    factor_II = inverse_factor(problem.hessian_II)
+    if tables is None:
+        tables = affordable_tables(widths, grid, weight_OI.shape)
+    alone = [loss_alone(problem, factor_II, Grid(b, grid.group_size)) for b in widths]
+    weights_B = problem.weight_OI.new_tensor([emphasis[b] / loss for b, loss in zip(widths, alone, strict=True)])
+    levels = start_levels(problem, grid, widths, emphasis)
+    levels = replace(levels, emphasis_B=weights_B / weights_B.sum())
+    levels, found = relevel(levels, levels.ratio_BOG, tables)
+    codes_OI = compensate(problem, factor_II, levels)
+    for index in range(rounds):
+        if index < 2:
+            levels, found = relevel(levels, wanted_ratios(problem, codes_OI, levels), tables)
+        levels = fit_layer_ratios(problem, codes_OI, levels, tables)
+        freedom = Freedom(scale_gain(levels.scale_OG), grid.zero == "group", found)
+        codes_OI, levels = descend(problem, codes_OI, levels, sweeps=sweeps, freedom=freedom)
+    levels, ratios = finish(fit_layer_ratios(problem, codes_OI, levels, tables), found)
+    codes_OI, levels = descend(problem, codes_OI, levels, sweeps=sweeps, freedom=None)
+    fixed = grid.fixed_zero()
+    zero = levels.zero_OG if fixed is None else torch.tensor(fixed, device=codes_OI.device)
+    return as_qweight(codes_OI, levels, problem.gain, zero, ratios)
+
+
+def check_widths(widths: Sequence[int], grid: Grid) -> tuple[int, ...]:
+    """Distinct widths, widest first; the widest is what is stored."""
+    ordered = tuple(sorted(set(widths), reverse=True))
+    if not ordered or ordered[0] != grid.bits or ordered[-1] < 2:
+        raise PolybitError(
+            f"nested widths {list(widths)} do not fit codes of {grid.bits} bits: "
+            f"give widths from 2 to {grid.bits} with {grid.bits} among them"
+        )
+    return ordered
+
+
+def affordable_tables(widths: Sequence[int], grid: Grid, shape: Sequence[int]) -> tuple[int, ...]:
+    """Widths, narrowest first, that may have a ratio per group within EXTRA_BYTES of the largest width's bytes."""
+    rows, columns = shape
+    narrower = sorted(widths)[:-1]
+    spare = EXTRA_BYTES * grid.bits_per_weight(rows, columns) - 32 * len(narrower) / (rows * columns)
+    each = 4 * grid.groups(columns) / columns + 32 / (rows * columns)
+    return tuple(narrower[: max(0, int(spare / each))])
+
+
+def loss_alone(problem: Problem, factor_II: Tensor, grid: Grid) -> float:
+    """Layer loss of classic symmetric GPTQ made for one width; never quite zero, so that it can be divided by."""
+    scale_OG, zero = search_scale(problem.weight_OI, grid, problem.importance_I)
+    levels = Levels.single(grid.bits, grid.group_size, scale_OG, zero)
+    values_OI = levels.values(compensate(problem, factor_II, levels))[0]
+    error_OI = values_OI - problem.weight_OI
+    loss = float(((error_OI @ problem.hessian_II) * error_OI).sum())
+    size = float(problem.weight_OI.square().sum())
+    return max(loss, 1e-9 * size, torch.finfo(torch.float32).tiny)
+
+
+def wanted_ratios(problem: Problem, codes_OI: Tensor, levels: Levels) -> Tensor:
+    """Ratio of each group and width that is best given everything else, before rounding, [B, O, G]."""
+    columns = codes_OI.shape[1]
+    size = levels.group_size or columns
+    wanted_BOG = levels.ratio_BOG.clone()
+    for part in row_chunks(len(codes_OI), 3 * len(levels.widths) * columns):
+        local = levels.rows(part)
+        gradient_BOI = (local.values(codes_OI[part]) - problem.weight_OI[part]) @ problem.hessian_II
+        for group, first in enumerate(range(0, columns, size)):
+            here = slice(first, min(first + size, columns))
+            block_ii = problem.hessian_II[here, here]
+            quadratic = expand_around(local, group, codes_OI[part, here], gradient_BOI[:, :, here], block_ii)
+            offset_O = (1 << levels.bits) / 2 - 0.5 - local.zero_OG[:, group]
+            wanted_BOG[:, part, group] = quadratic.ratio(local.scale_OG[:, group], offset_O)
+    usable = torch.isfinite(wanted_BOG) & (wanted_BOG > 0.3) & (wanted_BOG < 2.5)
+    return torch.where(usable, wanted_BOG, levels.ratio_BOG)
+
+
+def relevel(levels: Levels, wanted_BOG: Tensor, tables: Sequence[int]) -> tuple[Levels, dict[int, Tensor]]:
+    """Lay the 16 stored ratios of each width in `tables` over the wanted ones (1st to 99th percentile) and round."""
+    ratio_BOG, found = levels.ratio_BOG.clone(), {}
+    for index, width in enumerate(levels.widths):
+        if width not in tables:
+            continue
+        wanted = wanted_BOG[index].flatten().sort().values
+        low, high = float(wanted[int(0.01 * (len(wanted) - 1))]), float(wanted[int(0.99 * (len(wanted) - 1))])
+        found[width] = ratio_levels(low, high).to(ratio_BOG)
+        step = max(high - low, 1e-12) / (len(found[width]) - 1)
+        place_OG = ((wanted_BOG[index] - low) / step).round().clamp(0, len(found[width]) - 1).long()
+        ratio_BOG[index] = found[width][place_OG]
+    return replace(levels, ratio_BOG=ratio_BOG), found
+
+
+def fit_layer_ratios(problem: Problem, codes_OI: Tensor, levels: Levels, tables: Sequence[int]) -> Levels:
+    """Best single ratio under H for each narrower width without a table, as a 32-bit float."""
+    columns, ratio_BOG = codes_OI.shape[1], levels.ratio_BOG.clone()
+    free = [i for i, b in enumerate(levels.widths) if b not in tables and b != levels.bits]
+    if not free:
+        return levels
+    above, below = [0.0] * len(free), [0.0] * len(free)
+    for part in row_chunks(len(codes_OI), 3 * len(levels.widths) * columns):
+        local = levels.rows(part)
+        offset_OI = expand_groups(local.offsets(), columns, levels.group_size)
+        prefix_BOI = local.prefixes(codes_OI[part]) * local.strides()
+        for place, index in enumerate(free):
+            step_OI = prefix_BOI[index] * expand_groups(local.scale_OG, columns, levels.group_size)
+            pushed_OI = step_OI @ problem.hessian_II
+            above[place] += float((pushed_OI * (problem.weight_OI[part] - offset_OI)).sum())
+            below[place] += float((pushed_OI * step_OI).sum())
+    for place, index in enumerate(free):
+        if below[place] > 0 and 0.1 < above[place] / below[place] < 10:
+            ratio_BOG[index] = float(torch.tensor(above[place] / below[place], dtype=torch.float32))
+    return replace(levels, ratio_BOG=ratio_BOG)
+
+
+def finish(levels: Levels, tables: Mapping[int, Tensor]) -> tuple[Levels, dict[int, Tensor]]:
+    """Scales and ratios exactly as they will be stored, in the levels and as the `ratios` of a QWeight.
+
+    A stored table spans the smallest to the largest ratio in use. Where no group uses an end of the table any more, the
+    nearest one is moved there, so that the levels between stay the ones the codes were made for.
+    """
+    levels, ratios = levels.copy(), {}
+    levels.scale_OG.copy_(settle(levels.scale_OG))
+    for index, width in enumerate(levels.widths):
+        if width == levels.bits:
+            continue
+        ratio_OG = levels.ratio_BOG[index]
+        if width not in tables:
+            ratios[width] = ratio_OG.flatten()[0].float()
+            continue
+        flat = ratio_OG.flatten()
+        flat[flat.argmin()], flat[flat.argmax()] = tables[width][0], tables[width][-1]
+        ratios[width] = storable_ratio(flat.view_as(ratio_OG).float())
+        ratio_OG.copy_(ratios[width])
+    return levels, ratios
