@@ -29,6 +29,8 @@ def build_app(config_file: Path | None = None) -> App:
         version=__version__,
         config=[Toml(config_file, must_exist=True)] if config_file else None,
         help_format="plaintext",
+        result_action="return_value",
+        suppress_keyboard_interrupt=False,
     )
     for name, (target, summary) in COMMANDS.items():
         app.command(target, name=name, help=summary)

@@ -132,12 +132,17 @@ def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
     fingerprint = {"model": model_digest(model), "calibration": gathered.digest(), **recipe.to_json()}
     fingerprint["include_embeddings"] = config.include_embeddings
     store = Workspace(config.out, fingerprint, restart=config.restart)
-    errors = replace_weights(model, chosen, text.batches(gathered.windows_NT, BATCH), recipe, store)
-    notes = {"base_model": EMBEDDED if embedded else name, "recipe": recipe.to_json(), "text": gathered.source}
+    try:
+        errors = replace_weights(model, chosen, text.batches(gathered.windows_NT, BATCH), recipe, store)
+        notes = {"base_model": EMBEDDED if embedded else name, "recipe": recipe.to_json(), "text": gathered.source}
+        saved = save(
+            model, config.out, tokenizer=tokenizer, widths=recipe.widths, notes=notes, overwrite=config.overwrite
+        )
+        verify(saved, model)
+        store.discard()
+    finally:
+        store.close()
     numbers = describe(model, recipe, errors, leftovers)
-    saved = save(model, config.out, tokenizer=tokenizer, widths=recipe.widths, notes=notes, overwrite=config.overwrite)
-    verify(saved, model)
-    store.discard()
     numbers["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if config.measure:
         numbers["measured"] = measure(name, model, tokenizer, gathered, recipe, config)

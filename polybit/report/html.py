@@ -27,7 +27,7 @@ def page(evaluation: Json, quantization: Json | None = None) -> str:
     numbers = evaluation["numbers"]
     made = (quantization or {}).get("numbers", {})
     return template.render(
-        title=f"{evaluation['config'].get('target_name', 'model')}, one file, {len(numbers['presets'])} precisions",
+        title=title(evaluation),
         subtitle=subtitle(evaluation, quantization),
         verdict=verdict(numbers),
         table=cost_table(numbers),
@@ -41,6 +41,13 @@ def page(evaluation: Json, quantization: Json | None = None) -> str:
         commands=[run["command"] for run in (quantization, evaluation) if run and run.get("command")],
         machine=machine_text(evaluation),
     )
+
+
+def title(evaluation: Json) -> str:
+    """Name of the checkpoint and at how many precisions it was measured."""
+    count = len(evaluation["numbers"]["presets"])
+    name = evaluation["config"].get("target_name", "model")
+    return f"{name}: one file, {count} precisions" if count > 1 else str(name)
 
 
 def subtitle(evaluation: Json, quantization: Json | None) -> str:

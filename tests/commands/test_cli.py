@@ -32,17 +32,12 @@ def test_help_is_quick_and_lists_every_verb():
 
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_every_verb_has_help(verb, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([verb, "--help"])
-    assert caught.value.code == 0
-    assert verb in capsys.readouterr().out
+    main([verb, "--help"])
+    assert f"polybit {verb}" in capsys.readouterr().out
 
 
 def test_help_imports_no_torch():
-    code = (
-        "import sys\nfrom polybit.cli import main\ntry:\n    main(['{}', '--help'])\nexcept SystemExit:\n    pass\n"
-        "assert 'torch' not in sys.modules"
-    )
+    code = "import sys\nfrom polybit.cli import main\nmain(['{}', '--help'])\nassert 'torch' not in sys.modules"
     for verb in ("quantize", "eval"):
         subprocess.run([sys.executable, "-c", code.format(verb)], check=True, capture_output=True)
 
