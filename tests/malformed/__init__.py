@@ -1,0 +1,1 @@
+"""Broken models and checkpoints, each refused with one clear sentence."""
