@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite
+from math import frexp, isfinite
 from typing import Any
 
 import torch
@@ -111,8 +111,8 @@ class Fields:
         zero, gain = value["zero"], value["gain"]
         if zero != "group" and not (is_number(zero) and 0 <= zero < (1 << bits)):
             raise refusal(name, "zero", zero, f'"group" or a number from 0 to {(1 << bits) - 1}')
-        if not (is_number(gain) and gain > 0):
-            raise refusal(name, "gain", gain, "a positive number")
+        if not (is_number(gain) and gain > 0 and frexp(gain)[0] == 0.5):
+            raise refusal(name, "gain", gain, "a positive power of two")
         if not isinstance(value["column_scale"], bool):
             raise refusal(name, "column_scale", value["column_scale"], "true or false")
         ratios = read_ratios(name, value["ratios"], bits)

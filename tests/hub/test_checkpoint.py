@@ -216,7 +216,7 @@ def test_full_disk_is_one_sentence_and_leaves_the_old_artefact(tmp_path):
 
 
 def test_killed_while_saving_over_an_artefact_leaves_one_whole_artefact(tmp_path):
-    """kill -9 at 20 moments: what is at the path is a complete checkpoint, and the next save cleans up."""
+    """kill -9 at 12 moments: what is at the path is a complete checkpoint, and the next save cleans up."""
     models = [quantized("gpt2"), quantized("llama")]
     out = save(models[1], tmp_path / "out")
 
@@ -224,9 +224,9 @@ def test_killed_while_saving_over_an_artefact_leaves_one_whole_artefact(tmp_path
         for n in range(10_000):
             save(models[n % 2], out, overwrite=True)
 
-    for n in range(20):
+    for n in range(12):
         child, pipe = in_child(work)
-        time.sleep(0.003 + 0.0053 * n)
+        time.sleep(0.003 + 0.0089 * n)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(pipe)
