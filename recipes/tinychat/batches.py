@@ -37,9 +37,13 @@ def mix_at(done: float) -> dict[str, float]:
     """Weights of the tasks, by documents, when a share `done` of the training is over."""
     if done < 0.06:
         return {"reading": 2.0, "arithmetic": 0.4, "dialogue": 1.0, "drill": 1.0}
-    if done < 0.6:
+    if done < 0.45:
         return {"reading": 1.0, "arithmetic": 1.2, "dialogue": 1.1, "drill": 1.2}
-    return {"reading": 1.0, "arithmetic": 1.3, "dialogue": 1.2, "drill": 0.4}
+    if done < 0.53:  # finding the right subject: learnt only when it is most of what there is to learn
+        return {"contrast": 8.0, "reading": 0.6, "arithmetic": 0.6, "dialogue": 0.6, "drill": 0.2}
+    if done < 0.65:
+        return {"contrast": 2.0, "reading": 1.5, "arithmetic": 1.0, "dialogue": 1.0, "drill": 0.5}
+    return {"contrast": 1.0, "reading": 1.5, "arithmetic": 1.5, "dialogue": 1.2, "drill": 0.4}
 
 
 def easy_at(done: float) -> float:

@@ -145,6 +145,15 @@ def test_reading_keeps_pairs_of_statement_and_question_apart() -> None:
                 assert reading.is_held_out_pair(relation, fact.statement, wordings.index(turn.user)) == new
 
 
+def test_contrast_leaves_no_question_to_its_type() -> None:
+    for seed in range(200):
+        _, facts, _ = reading.passage(Random(seed), held_out=False, facts=0, contrast=True)
+        subjects, relations = {fact.subject for fact in facts}, {fact.relation for fact in facts}
+        assert len(subjects) >= 2 and len(facts) == len(subjects) * len(relations)
+        turns = reading.contrast(Random(seed), held_out=False).turns
+        assert all(turn.assistant in turns[0].user for turn in turns)
+
+
 def test_other_pairs_are_kept_apart() -> None:
     pairs = {(i.extras["template"], i.extras["object"]) for i in synth.items("arithmetic", 1500, 5, "train")}
     assert not any(arithmetic.is_held_out_pair(*pair) for pair in pairs)

@@ -38,11 +38,12 @@ DRAW = {
     "arithmetic": arithmetic.document,
     "dialogue": dialogue.document,
     "drill": arithmetic.drill,
+    "contrast": reading.contrast,
 }
 
 
 def document(rng: Random, task: str, *, split: Split = "train", easy: bool = False) -> Document:
-    """Draw one conversation of a task (reading, arithmetic, dialogue or drill)."""
+    """Draw one conversation of a task (reading, arithmetic, dialogue; drill, contrast)."""
     if task not in DRAW:
         raise ValueError(f"Task {task!r} is unknown; choose one of {', '.join(DRAW)}.")
     return DRAW[task](rng, held_out=_held_out(split), easy=easy)

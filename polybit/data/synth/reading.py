@@ -311,11 +311,23 @@ def is_held_out_pair(relation: str, statement: int, question: int) -> bool:
     return (statement + question + checksum(relation)) % 4 == 0
 
 
-def passage(rng: Random, *, held_out: bool, facts: int) -> tuple[str, list[Fact], dict[str, Relation]]:
-    """Draw a passage of at most `facts` sentences, its facts with offsets, and the schema they belong to."""
+def passage(
+    rng: Random, *, held_out: bool, facts: int, contrast: bool = False
+) -> tuple[str, list[Fact], dict[str, Relation]]:
+    """Draw a passage of at most `facts` sentences, its facts with offsets, and the schema they belong to.
+
+    With `contrast` two or three subjects share every relation, so that no question can be answered by its type.
+    """
     schema = SCHEMAS[rng.choice(sorted(SCHEMAS))]
-    subjects = draw_names(rng, rng.choice((1, 2, 2, 3)), held_out=held_out)
-    chosen = _choose_slots(rng, subjects, sorted(schema), facts)
+    if contrast:
+        subjects = draw_names(rng, rng.choice((2, 2, 3)), held_out=held_out)
+        shared = rng.sample(sorted(schema), rng.choice((1, 1, 2)))
+        chosen = [(subject, relation) for subject in subjects for relation in shared]
+        if rng.random() < 0.5:
+            rng.shuffle(chosen)
+    else:
+        subjects = draw_names(rng, rng.choice((1, 2, 2, 3)), held_out=held_out)
+        chosen = _choose_slots(rng, subjects, sorted(schema), facts)
     taken = set(subjects)
     text, out = "", []
     for subject, relation in chosen:
@@ -389,7 +401,18 @@ def document(
     """A passage with its first question, further questions on it as further turns."""
     count = rng.choice((1, 2, 3)) if easy else rng.choice((2, 3, 4, 5, 6, 7))
     text, facts, schema = passage(rng, held_out=held_out, facts=count)
-    asked = questions(rng, text, facts, schema, new_pairs=new_pairs)[: turns or rng.choice((4, 6, 8, 10))]
+    return _conversation(
+        text, questions(rng, text, facts, schema, new_pairs=new_pairs), turns or rng.choice((4, 6, 8, 10))
+    )
+
+
+def contrast(rng: Random, *, held_out: bool, easy: bool = False) -> Document:
+    """A passage whose subjects share every relation; drill for finding the right subject."""
+    text, facts, schema = passage(rng, held_out=held_out, facts=0, contrast=True)
+    return _conversation(text, questions(rng, text, facts, schema, new_pairs=False), 8)
+
+
+def _conversation(text: str, asked: list[Turn], turns: int) -> Document:
     first = asked[0]
     opening = Turn(f"{text}\n{first.user}", first.assistant, first.truth)
-    return Document("reading", (opening, *asked[1:]))
+    return Document("reading", (opening, *asked[1:turns]))
