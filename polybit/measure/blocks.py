@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
-from polybit.measure.stats import plain_experts, watch
+from polybit.measure.stats import Enough, plain_experts, watch
 from polybit.nn.convert import Target
 
 Weights = Mapping[str, Tensor]  # target name -> weight [O, I]; a target that is missing keeps its float weight
@@ -53,6 +53,7 @@ class Block:
     calls: list[Call]
     inputs: list[Tensor]
     references: list[Tensor]
+    keeps_references: bool = True
     outputs: list[Tensor] = field(default_factory=list)
     _wanted: list[Tensor] = field(default_factory=list)
 
@@ -76,6 +77,7 @@ class Block:
     @torch.no_grad()
     def wanted(self, index: int) -> Tensor:
         """What the float model gives after this block for batch `index`: the target of reconstruction."""
+        assert self.keeps_references or not self.index, "run_blocks was told to leave the float path out"
         while len(self._wanted) <= index:
             self._wanted.append(self.forward({}, len(self._wanted), reference=True).to(self.references[0].device))
         return self._wanted[index].to(self._device())
@@ -89,9 +91,10 @@ class Block:
         given: weights already quantized in this block, so that later layers see what these make of the input (one
         `stage` after another) · reference: on the float model's hidden states instead of the quantized prefix's.
         """
-        with watch(self.model, self.targets if targets is None else targets) as grams:
+        with watch(self.model, self.targets if targets is None else targets, stop=True) as grams:
             for index in range(self.batches):
-                self.forward(given or {}, index, reference=reference)
+                with suppress(Enough):
+                    self.forward(given or {}, index, reference=reference)
         return {name: gram.stats() for name, gram in grams.items()}
 
     @torch.no_grad()
@@ -124,11 +127,11 @@ class Block:
     @torch.no_grad()
     def finish(self, weights: Weights | None = None) -> None:
         """Send the batches on: through `weights` where given (usually dequantized), through float weights elsewhere."""
-        last = self.batches - 1
-        self.wanted(last)
-        if not weights and self.inputs is self.references:
-            self.outputs = self._wanted
-            return
+        if self.keeps_references:
+            self.wanted(self.batches - 1)
+            if not weights and self.inputs is self.references:
+                self.outputs = self._wanted
+                return
         keep = self.inputs[0].device
         self.outputs = [self.forward(weights or {}, index).to(keep) for index in range(self.batches)]
 
@@ -164,24 +167,28 @@ class Whole:
             return functional_call(self.model, stored, (ids_BT,), {"use_cache": False}).logits
 
 
-def run_blocks(model: nn.Module, batches: Sequence[Tensor], targets: Sequence[Target]) -> Iterator[Block]:
+def run_blocks(
+    model: nn.Module, batches: Sequence[Tensor], targets: Sequence[Target], *, references: bool = True
+) -> Iterator[Block]:
     """Visit the decoder blocks of a causal language model in order; `finish` each block before taking the next.
 
-    batches: token ids [B, T], the calibration text. Targets outside the blocks (embedding, output head) are not
+    batches: token ids [B, T], the calibration text · references: also take the float model's hidden states along, which
+    `wanted` and reconstruction need and statistics do not; a third of the time without.
+    Targets outside the blocks (embedding, output head) are not
     visited: see `outside`, and `stats.collect` for their statistics.
     """
     if not batches:
         raise PolybitError("calibration has 0 batches: give at least one window of text")
     name, modules = find_blocks(model, targets)
     inputs, calls = enter_blocks(model, modules, batches)
-    references = inputs
+    follow = inputs
     for index, module in enumerate(modules):
         path = f"{name}.{index}"
         inside = tuple(target for target in targets if target.name.startswith(f"{path}."))
-        block = Block(index, path, module, inside, model, calls[index], inputs, references)
+        block = Block(index, path, module, inside, model, calls[index], inputs, follow, references)
         yield block
         assert len(block.outputs) == len(batches), "block.finish was not called"
-        inputs, references = block.outputs, block._wanted
+        inputs, follow = block.outputs, block._wanted
         calls[index] = []
 
 

@@ -52,14 +52,32 @@ class InsideExperts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Enough(Exception):
+    """Raised inside a forward once every watched layer was called, where the caller needs nothing further."""
+
+
 @contextmanager
-def watch(model: nn.Module, targets: Iterable[Target]) -> Iterator[dict[str, Gram]]:
+def watch(model: nn.Module, targets: Iterable[Target], *, stop: bool = False) -> Iterator[dict[str, Gram]]:
     """While inside, sum the inputs of `targets` over every forward of `model` or of a block of it.
+
+    stop: leave each forward by raising `Enough` when all of them were called (never with experts, whose calls cannot
+    be counted ahead).
 
     Fused experts: one Gram per fused weight, over the tokens routed to any of its experts, each counted once per
     expert it went to. Embeddings have no input to watch and are left out.
     """
     grams: dict[str, Gram] = {}
+    targets = list(targets)
+    stop = stop and all(target.kind in HOOKED for target in targets)
+    called: set[str] = set()
+
+    def see(name: str, x: Tensor) -> None:
+        grams[name].add(x)
+        called.add(name)
+        if stop and len(called) == len(grams):
+            called.clear()
+            raise Enough
+
     with ExitStack() as stack:
         for target in targets:
             if target.kind == "embedding":
@@ -67,7 +85,8 @@ def watch(model: nn.Module, targets: Iterable[Target]) -> Iterator[dict[str, Gra
             module = model.get_submodule(target.module_name)
             gram = grams[target.name] = Gram(target.columns, target.parameter(model).device)
             if target.kind in HOOKED:
-                stack.callback(module.register_forward_pre_hook(lambda _, args, gram=gram: gram.add(args[0])).remove)
+                hook = module.register_forward_pre_hook(lambda _, args, name=target.name: see(name, args[0]))
+                stack.callback(hook.remove)
             else:
                 shape = (target.rows // target.experts, target.columns)
                 stack.enter_context(watch_experts(module, shape, gram))

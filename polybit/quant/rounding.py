@@ -8,13 +8,14 @@ Suffixes: N groups of all weights together, L columns of a group; O, I, G as in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from polybit.core.affine import Grid, QWeight, centre, scale_gain, split_groups
+from polybit.core.planes import storable_ratio
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
 from polybit.quant.gptq import gptq
@@ -22,6 +23,8 @@ from polybit.quant.problem import pose
 from polybit.quant.scales import settle
 
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]  # (weights [O, I] by name, batch index) -> scalar
+Values = Callable[[int | None], Mapping[str, Tensor]]  # width -> weights [O, I] by name
+Objective = Callable[[Values, int], Tensor]  # (values, step) -> scalar
 INSIDE = 0.499  # how far from the middle of its cell a latent may start, in codes
 
 
@@ -53,25 +56,32 @@ class Tuning:
 
 
 class StraightThrough(torch.autograd.Function):
-    """scale * (round(latent) - zero), rounded as stored; the gradient treats the rounding as identity inside the range.
+    """Weights as stored: s * (2^(B-b) r (p - c_b) + c_B - z); the gradient treats the rounding as identity in range.
 
     LSQ (arXiv 1902.08153) eq. 1-5, but for latents in units of codes: moving a scale moves values, not codes.
     """
 
     @staticmethod
-    def forward(ctx, latent_NL, scale_N1, middle_N1, offset_N1, top_N1):
-        """middle c = (2^b - 1) / 2; offset c - z; top 2^b - 1."""
-        rounded_NL = torch.floor(latent_NL + 0.5)
-        within_NL = (rounded_NL >= 0) & (rounded_NL <= top_N1)
-        level_NL = torch.minimum(rounded_NL.clamp_(min=0), top_N1).sub_(middle_N1).add_(offset_N1)
-        ctx.save_for_backward(level_NL, scale_N1, within_NL)
-        return scale_N1 * level_NL
+    def forward(ctx, latent_NL, scale_N1, ratio_N1, stride_N1, offset_N1, top_N1):
+        """ratio r; stride 2^(B-b); offset c_B - z; top 2^B - 1."""
+        prefix_NL = torch.floor(latent_NL + 0.5)
+        within_NL = (prefix_NL >= 0) & (prefix_NL <= top_N1)
+        torch.minimum(prefix_NL.clamp_(min=0), top_N1, out=prefix_NL)
+        if float(stride_N1.max()) > 1:
+            prefix_NL.div_(stride_N1).floor_()
+        prefix_NL.sub_(((top_N1 + 1) / stride_N1 - 1) / 2)
+        step_N1 = ratio_N1 * stride_N1
+        ctx.save_for_backward(prefix_NL, scale_N1, ratio_N1, step_N1, stride_N1, offset_N1, within_NL)
+        return scale_N1 * (step_N1 * prefix_NL + offset_N1)
 
     @staticmethod
     def backward(ctx, grad_NL):
-        """Gradients of the latents and of the scale."""
-        level_NL, scale_N1, within_NL = ctx.saved_tensors
-        return grad_NL * scale_N1 * within_NL, (grad_NL * level_NL).sum(1, keepdim=True), None, None, None
+        """Gradients of the latents, the scale and the ratio."""
+        prefix_NL, scale_N1, ratio_N1, step_N1, stride_N1, offset_N1, within_NL = ctx.saved_tensors
+        along_N1 = (grad_NL * prefix_NL).sum(1, keepdim=True)
+        by_scale_N1 = along_N1 * step_N1 + grad_NL.sum(1, keepdim=True) * offset_N1
+        by_ratio_N1 = along_N1 * scale_N1 * stride_N1 if ctx.needs_input_grad[2] else None
+        return grad_NL * (scale_N1 * ratio_N1) * within_NL, by_scale_N1, by_ratio_N1, None, None, None
 
 
 class Bank:
@@ -80,7 +90,7 @@ class Bank:
     def __init__(self, start: Mapping[str, QWeight], weights: Mapping[str, Tensor]) -> None:
         self.start = dict(start)
         self.slices: dict[str, slice] = {}
-        latents, scales, gains, offsets, tops = [], [], [], [], []
+        latents, scales, gains, offsets, bits = [], [], [], [], []
         first = 0
         for name, q in self.start.items():
             groups_OGL, _ = split_groups(start_latents(q, weights[name]), q.group_size)
@@ -92,11 +102,19 @@ class Bank:
             scales.append(q.scale_OG.reshape(count, 1))
             gains.append(column * scale_gain(q.scale_OG))
             offsets.append((centre(q.bits) - q.zero * torch.ones_like(q.scale_OG)).reshape(count, 1))
-            tops.append(column * ((1 << q.bits) - 1))
+            bits.append(column * q.bits)
         self.latent_NL = torch.cat(latents).contiguous().requires_grad_()
         self.start_scale_N1, self.gain_N1 = torch.cat(scales), torch.cat(gains)
         self.growth_N1 = torch.zeros_like(self.start_scale_N1, requires_grad=True)
-        self.offset_N1, self.top_N1 = torch.cat(offsets), torch.cat(tops)
+        self.offset_N1, self.bits_N1 = torch.cat(offsets), torch.cat(bits)
+        self.top_N1 = 2**self.bits_N1 - 1
+        counts = torch.tensor([here.stop - here.start for here in self.slices.values()])
+        self.layer_N = torch.arange(len(counts)).repeat_interleave(counts).to(self.latent_NL.device)
+        # one growth per layer and narrower width: a whole table of ratios grows together and stays storable
+        self.ratio_growth = {
+            width: torch.zeros(len(counts), device=self.latent_NL.device, requires_grad=True)
+            for width in sorted({b for q in self.start.values() for b in q.ratios})
+        }
 
     def scale_N1(self) -> Tensor:
         """Scales now, as 16-bit floats; the rounding is straight through."""
@@ -105,10 +123,23 @@ class Bank:
         stored = torch.where(stored == 0, torch.full_like(stored, 2.0**-24), stored).float() * self.gain_N1
         return scale + (stored - scale).detach()
 
-    def values(self) -> dict[str, Tensor]:
-        """The weights [O, I] as they would be stored now."""
-        middle_N1 = self.top_N1 / 2
-        flat_NL = StraightThrough.apply(self.latent_NL, self.scale_N1(), middle_N1, self.offset_N1, self.top_N1)
+    def ratio_N1(self, width: int | None) -> Tensor:
+        """Ratios of a width now; ones where a weight has none."""
+        if width not in self.ratio_growth:
+            return torch.ones_like(self.start_scale_N1)
+        rows = []
+        for q in self.start.values():
+            ratio = q.ratios.get(width, torch.ones(())).to(q.scale_OG)
+            rows.append((ratio * torch.ones_like(q.scale_OG)).reshape(-1, 1))
+        return torch.cat(rows) * (1 + self.ratio_growth[width][self.layer_N, None])
+
+    def values(self, width: int | None = None) -> dict[str, Tensor]:
+        """The weights [O, I] as they would be stored now, seen at `width` bits (None: all bits of each)."""
+        narrowed_N1 = self.bits_N1 if width is None else self.bits_N1.clamp(max=width)
+        stride_N1 = 2 ** (self.bits_N1 - narrowed_N1)
+        flat_NL = StraightThrough.apply(
+            self.latent_NL, self.scale_N1(), self.ratio_N1(width), stride_N1, self.offset_N1, self.top_N1
+        )
         return {name: self.matrix(flat_NL, name) for name in self.start}
 
     def matrix(self, flat_NL: Tensor, name: str) -> Tensor:
@@ -124,15 +155,16 @@ class Bank:
 
     @torch.no_grad()
     def harden(self) -> dict[str, QWeight]:
-        """Codes and scales as stored."""
+        """Codes, scales and ratios as stored."""
         codes_NL = torch.minimum(torch.floor(self.latent_NL + 0.5).clamp_(min=0), self.top_N1)
         scale_N1 = self.scale_N1()
         found = {}
-        for name, q in self.start.items():
+        for layer, (name, q) in enumerate(self.start.items()):
             here = self.slices[name]
             codes_OI = codes_NL[here].reshape(q.shape[0], -1)[:, : q.shape[1]].to(torch.uint8).contiguous()
             scale_OG = settle(scale_N1[here].reshape(q.scale_OG.shape))
-            found[name] = replace(q, codes_OI=codes_OI, scale_OG=scale_OG)
+            ratios = {b: storable_ratio(r * (1 + self.ratio_growth[b][layer])) for b, r in q.ratios.items()}
+            found[name] = replace(q, codes_OI=codes_OI, scale_OG=scale_OG, ratios=ratios)
         return found
 
 
@@ -168,24 +200,42 @@ def refine(
     or the start, is returned, so that a bad rate cannot do harm. The same seed gives the same bits.
     """
     tuning = tuning or Tuning()
-    start = dict(start)
+    order = batch_order(batches, tuning)
+    trained = train(start, weights, lambda values, step: loss(values(None), order[step]), tuning)
+    better = trained is not start and mean_loss(trained, loss, batches) < mean_loss(start, loss, batches)
+    return dict(trained if better else start)
+
+
+def train(
+    start: Mapping[str, QWeight], weights: Mapping[str, Tensor], objective: Objective, tuning: Tuning
+) -> Mapping[str, QWeight]:
+    """The gradient steps of `refine` without its comparison, for objectives that read several widths of one code.
+
+    objective(values, step): a scalar; values(b) are the weights seen at b bits, values(None) at all stored bits.
+    """
     if not start or not tuning.steps:
         return start
     banks = make_banks(start, weights)
-    groups = [{"params": [b.latent_NL for b in banks], "lr": tuning.lr}]
-    groups += [{"params": [b.growth_N1 for b in banks], "lr": tuning.scale_lr}]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-12)
-    for step, index in enumerate(batch_order(batches, tuning)):
-        for group, lr in zip(optimizer.param_groups, (tuning.lr, tuning.scale_lr), strict=True):
-            group["lr"] = lr * tuning.rate(step)
+    groups = [
+        {"params": [bank.latent_NL for bank in banks], "rate": tuning.lr},
+        {"params": [bank.growth_N1 for bank in banks], "rate": tuning.scale_lr},
+        {"params": [g for bank in banks for g in bank.ratio_growth.values()], "rate": tuning.scale_lr},
+    ]
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.99), eps=1e-12)
+
+    def values(width: int | None) -> dict[str, Tensor]:
+        return {name: weight for bank in banks for name, weight in bank.values(width).items()}
+
+    for step in range(tuning.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * tuning.rate(step)
         optimizer.zero_grad()
-        loss(gather(banks), index).backward()
+        objective(values, step).backward()
         optimizer.step()
         for bank in banks:
             bank.confine()
     trained = {name: q for bank in banks for name, q in bank.harden().items()}
-    better = mean_loss(trained, loss, batches) < mean_loss(start, loss, batches)
-    return {name: trained[name] for name in start} if better else start
+    return {name: trained[name] for name in start}
 
 
 def make_banks(start: Mapping[str, QWeight], weights: Mapping[str, Tensor]) -> list[Bank]:
@@ -195,11 +245,6 @@ def make_banks(start: Mapping[str, QWeight], weights: Mapping[str, Tensor]) -> l
         Bank({name: start[name] for name in start if lengths[name] == length}, weights)
         for length in sorted(set(lengths.values()))
     ]
-
-
-def gather(banks: Sequence[Bank]) -> dict[str, Tensor]:
-    """The weights of all banks."""
-    return {name: weight for bank in banks for name, weight in bank.values().items()}
 
 
 def batch_order(batches: int, tuning: Tuning) -> list[int]:

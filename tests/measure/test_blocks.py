@@ -5,6 +5,8 @@ Kinds: reference (hooks on the whole model, its own hidden states), property (re
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -136,6 +138,29 @@ def test_walk_resumes_bit_for_bit(model: nn.Module) -> None:
             again = block.stats()
             assert all(torch.equal(again[n].hessian_II, s.hessian_II) for n, s in first[block.name].items())
         block.finish(shaken(block))
+
+
+def test_without_the_float_path_the_prefix_is_the_same() -> None:
+    model = tiny("llama")
+    both = [list(run_and_finish(model, references)) for references in (True, False)]
+    assert all(torch.equal(a, b) for one, other in zip(*both, strict=True) for a, b in zip(one, other, strict=True))
+
+
+def run_and_finish(model: nn.Module, references: bool) -> Iterator[list[torch.Tensor]]:
+    """Outputs of every block, quantized."""
+    for block in run_blocks(model, text(), targets(model), references=references):
+        block.finish(shaken(block))
+        yield block.outputs
+
+
+def test_statistics_stop_early_only_when_all_is_seen(model: nn.Module) -> None:
+    """One stage at a time leaves the forward early; the sums are those of the full pass."""
+    block = next(run_blocks(model, text(), targets(model)))
+    together = block.stats()
+    for stage in block.stages():
+        for name, stats in block.stats(stage).items():
+            assert stats.tokens == together[name].tokens
+            assert torch.equal(stats.hessian_II, together[name].hessian_II)
 
 
 def test_stages_follow_the_data(model: nn.Module) -> None:
