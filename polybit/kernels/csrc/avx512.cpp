@@ -14,6 +14,7 @@ struct Avx512 {
   using Ints = __m512i;
   using Floats = __m512;
   static constexpr int rows = 16;
+  static constexpr int largest = 4;  // tile, as index in kTileSizes
   static constexpr bool wide = true;  // the dot product takes bytes up to 255
 
   static POLYBIT_INLINE Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }

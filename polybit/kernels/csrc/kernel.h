@@ -362,20 +362,18 @@ uint64_t read_memory(const void* memory, size_t count) {
   return result;
 }
 
-template <class I, int B>
+template <class I, int B, int Size = 0>
 void fill(Kernels& k) {
-  k.tile[B][0] = tile<I, B, 1>;
-  k.tile[B][1] = tile<I, B, 2>;
-  k.tile[B][2] = tile<I, B, 4>;
-  k.tile[B][3] = tile<I, B, 8>;
-  k.tile[B][4] = tile<I, B, 16>;
+  k.tile[B][Size] = tile<I, B, kTileSizes[Size]>;
   k.decode[B] = decode<I, B>;
+  if constexpr (Size < I::largest) fill<I, B, Size + 1>(k);
 }
 
 template <class I>
 Kernels make_kernels(const char* name) {
   Kernels k{};
   k.name = name;
+  k.largest = I::largest;
   fill<I, 1>(k);
   fill<I, 2>(k);
   fill<I, 3>(k);

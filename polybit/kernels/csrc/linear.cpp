@@ -77,12 +77,12 @@ struct Tile {
   int kernel;  // index in kTileSizes
 };
 
-std::vector<Tile> cut_tiles(int count) {
+std::vector<Tile> cut_tiles(int count, int largest) {
   std::vector<Tile> tiles;
   int first = 0;
   while (first < count) {
     const int left = count - first;
-    const int kernel = left > 12 ? 4 : left > 4 ? 3 : left > 2 ? 2 : left - 1;
+    const int kernel = std::min(largest, left > 12 ? 4 : left > 4 ? 3 : left > 2 ? 2 : left - 1);
     tiles.push_back({first, kTileSizes[kernel], kernel});
     first += kTileSizes[kernel];
   }
@@ -101,9 +101,9 @@ struct Packed {
 
 size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-Packed lay_out(Scratch& scratch, const Weight& w, int digit_rows, int threads) {
+Packed lay_out(Scratch& scratch, const Weight& w, int digit_rows, int largest, int threads) {
   Packed p;
-  p.tiles = cut_tiles(digit_rows);
+  p.tiles = cut_tiles(digit_rows, largest);
   const size_t rows = p.tiles.empty() ? 0 : p.tiles.back().first + p.tiles.back().size;
   const size_t words = static_cast<size_t>(w.column_blocks) * 8;
   const size_t code_bytes = round_up(rows * words * 4), chunk_bytes = round_up(rows * w.chunks * 4);
@@ -133,8 +133,7 @@ void pack_token(const Kernels& kernels, const Weight& w, const Inputs& in, const
   for (int d = 0; d < in.digits; ++d) {
     const int row = token * in.digits + d;
     // all tiles but the last few have the largest size
-    const size_t guess = std::min(static_cast<size_t>(row / 16), p.tiles.size() - 1);
-    size_t t = guess;
+    size_t t = std::min(static_cast<size_t>(row / kTileSizes[kernels.largest]), p.tiles.size() - 1);
     while (row >= p.tiles[t].first + p.tiles[t].size) ++t;
     const Tile& tile = p.tiles[t];
     const int lane = row - tile.first;
@@ -187,7 +186,7 @@ void linear(const Kernels& kernels, const Weight& w, const Inputs& in, const Out
   const int digit_rows = in.tokens * in.digits;
   const double work = static_cast<double>(w.rows) * w.columns * digit_rows;
   const int threads = work < 1 << 17 ? 1 : std::min(available_threads(), w.row_blocks);
-  const Packed p = lay_out(scratch, w, digit_rows, threads);
+  const Packed p = lay_out(scratch, w, digit_rows, kernels.largest, threads);
   const bool rounds_alone = in.tokens == 1;
   if (rounds_alone) pack_token(kernels, w, in, p, 0, 0);
 

@@ -46,6 +46,7 @@ struct Tokens {
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
+  int largest;  // index in kTileSizes of the largest tile there is
   // out[M][16] = one row block times M tokens, without gain; [width][index of M in kTileSizes]
   void (*tile[9][kTiles])(const Weight&, const Tokens&, int row_block, float* out);
   // rounds `columns` activations (a multiple of 32) chunk by chunk; `low` is null for 8-bit activations
