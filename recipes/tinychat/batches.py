@@ -41,9 +41,9 @@ def mix_at(done: float) -> dict[str, float]:
         return {"reading": 1.0, "arithmetic": 1.2, "dialogue": 1.1, "drill": 1.2}
     if done < 0.53:  # finding the right subject: learnt only when it is most of what there is to learn
         return {"contrast": 8.0, "reading": 0.6, "arithmetic": 0.6, "dialogue": 0.6, "drill": 0.2}
-    if done < 0.65:
+    if done < 0.55:
         return {"contrast": 2.0, "reading": 1.5, "arithmetic": 1.0, "dialogue": 1.0, "drill": 0.5}
-    return {"contrast": 1.0, "reading": 1.5, "arithmetic": 1.5, "dialogue": 1.2, "drill": 0.4}
+    return {"contrast": 0.8, "reading": 1.4, "arithmetic": 1.7, "dialogue": 1.2, "drill": 1.0}
 
 
 def easy_at(done: float) -> float:
