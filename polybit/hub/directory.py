@@ -78,6 +78,8 @@ def staged_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             stage.mkdir()
             yield stage
             write_manifest(stage)
+            for path in stage.iterdir():  # safetensors makes files only their owner may read
+                shutil.copymode(stage / MANIFEST, path)
             fsync_tree(stage)
             publish(stage, out)
         finally:
@@ -104,7 +106,8 @@ def absolute(path: Path) -> Path:
 
 def check_output(out: Path, *, overwrite: bool = False) -> None:
     """Refuse an output path that cannot or must not be written."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    out = absolute(out)
+    if out.exists() and not out.is_dir():
         raise PolybitError(f"the output {out} is not a directory: choose a path for a new directory")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:

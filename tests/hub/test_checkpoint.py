@@ -66,6 +66,12 @@ def test_further_files_are_listed_and_the_card_is_free_to_change(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_files_have_the_mode_the_user_asked_for(tmp_path):
+    path = save(quantized("llama"), tmp_path / "out")
+    (tmp_path / "plain").write_text("")
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_saving_is_deterministic(tmp_path):
     one = save(quantized("llama"), tmp_path / "one")
     two = save(quantized("llama"), tmp_path / "two")

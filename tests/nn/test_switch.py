@@ -14,7 +14,7 @@ from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
 from polybit.nn.convert import convert
 from polybit.nn.linear import QuantLinear
-from polybit.nn.switch import at, current, keep_decoded, presets, random_precision, set_presets, use
+from polybit.nn.switch import at, current, keep_decoded, multiply_by, presets, random_precision, set_presets, use
 from tests.families import prompt, quantized, rtn
 
 
@@ -144,3 +144,13 @@ def test_a_copy_is_switched_by_itself():
     other = copy.deepcopy(model)
     use(other, 2)
     assert model[0].width == 8 and other[0].width == 2
+
+
+def test_the_way_of_multiplying_is_chosen_for_the_whole_model():
+    model = small()
+    x = torch.randn(4, 16)
+    exact = model(x)
+    assert {layer.activations for layer in multiply_by(model, "int8")} == {"int8"}
+    assert 1e-4 < (model(x) - exact).abs().max() / exact.abs().max() < 0.1
+    multiply_by(model)
+    assert torch.allclose(model(x), exact, atol=1e-3 * float(exact.abs().max()))
