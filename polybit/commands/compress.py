@@ -86,7 +86,8 @@ def compress(
         finished = store.read(FINISH)
         if finished is None:
             tuning = replace(FINISH_TUNING, steps=recipe.finish_steps, seed=recipe.seed)
-            finished = finish_model(model, batches, targets, kept, tuning=tuning)
+            widths = recipe.widths if is_nested(recipe) else None
+            finished = finish_model(model, batches, targets, kept, widths=widths, tuning=tuning)
             store.write(FINISH, finished)
         yield kept | finished
 

@@ -113,6 +113,7 @@ def recipe_of(config: QuantizeConfig):
 def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
     """Load, calibrate, quantize block by block, save, verify, measure; returns the numbers of the run."""
     from polybit.commands import calibration as text
+    from polybit.commands.recipes import within_memory
     from polybit.hub.checkpoint import save, verify
     from polybit.hub.load import load_float
     from polybit.hub.workspace import Workspace
@@ -123,6 +124,7 @@ def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
     chosen = targets(model, include_embeddings=config.include_embeddings)
     if not chosen:
         raise PolybitError(f"{name} has no weight that can be quantized: only embeddings, norms or unknown layers")
+    recipe = within_memory(recipe, sum(target.size for target in chosen))
     leftovers = [asdict(row) for row in left_in_float(model, chosen)]
     embedded = Path(resolve(name)) == Path(resolve(EMBEDDED))
     length = text.window_length(model, config.window)
