@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from random import Random
 from typing import Literal
 
-from . import arithmetic, dialogue, reading
-from .names import is_held_out
-from .records import Document, Item, Message, Turn, exchange
+from polybit.data.synth import arithmetic, dialogue, reading
+from polybit.data.synth.names import is_held_out
+from polybit.data.synth.records import Document, Item, Message, Turn, exchange
 
 __all__ = [
     "MIX",

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from .names import OBJECTS, draw_names
-from .records import Document, Turn
+from polybit.data.synth.names import OBJECTS, draw_names
+from polybit.data.synth.records import Document, Turn
 
 Numbers = dict[str, int]
 

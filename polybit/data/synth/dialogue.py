@@ -12,8 +12,8 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from .names import ANIMALS, COLORS, FOODS, INSTRUMENTS, MONTHS, draw_name, draw_names
-from .records import Document, Turn
+from polybit.data.synth.names import ANIMALS, COLORS, FOODS, INSTRUMENTS, MONTHS, draw_name, draw_names
+from polybit.data.synth.records import Document, Turn
 
 FACTS = (
     ("What color is the sky?", "The sky is blue."),

@@ -11,8 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from .names import ANIMALS, COLORS, FOODS, GOODS, INSTRUMENTS, JOBS, MONTHS, checksum, draw_name, draw_names
-from .records import Document, Turn
+from polybit.data.synth.names import (
+    ANIMALS,
+    COLORS,
+    FOODS,
+    GOODS,
+    INSTRUMENTS,
+    JOBS,
+    MONTHS,
+    checksum,
+    draw_name,
+    draw_names,
+)
+from polybit.data.synth.records import Document, Turn
 
 Draw = Callable[[Random, bool], str]
 
