@@ -23,7 +23,6 @@ from polybit.hub.directory import absolute, check_manifest, restore, staged_dire
 from polybit.hub.files import Header, check_sizes, read_headers, read_json, shards_of
 from polybit.nn.convert import is_kind
 from polybit.nn.fields import Fields, is_integer
-from polybit.nn.linear import QuantWeight
 from polybit.nn.switch import panel
 
 METHOD, VERSION = "polybit", 1
@@ -342,8 +341,3 @@ def verify(directory: str | Path, model: nn.Module) -> Description:
 def bits_of(tensor: Tensor) -> Tensor:
     """The tensor's bytes, so that -0.0 and 0.0 differ and types are compared too."""
     return tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """True when a model has at least one layer with a stored weight."""
-    return any(isinstance(part, QuantWeight) for part in module.modules())

@@ -16,6 +16,7 @@ from polybit.hub.directory import restore
 from polybit.hub.files import check_sizes, read_headers, read_json, shards_of
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 
@@ -55,16 +56,30 @@ def load_float(
 def load_quantized(
     name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
-    """A polybit checkpoint: (model in evaluation mode at all stored bits, tokenizer or None when none was saved)."""
+    """A polybit checkpoint: (model in evaluation mode at all stored bits, tokenizer or None when none was saved).
+
+    One named by a hub id is fetched whole first, so that its manifest can be checked like that of a local one.
+    """
     from polybit.hub import plugin
 
-    name = str(name_or_path)
-    if Path(name).is_dir():
-        plugin.validate_once(Path(name))
+    path = Path(name_or_path)
+    if not path.is_dir():
+        path = fetch(str(name_or_path))
+    plugin.validate_once(path)
     plugin.register()
-    model = open_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    has_none = Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES)
-    return model, None if has_none else load_tokenizer(name, trust_remote_code=trust_remote_code)
+    model = open_model(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
+    has_none = not any((path / file).is_file() for file in TOKENIZER_FILES)
+    return model, None if has_none else load_tokenizer(str(path), trust_remote_code=trust_remote_code)
+
+
+def fetch(name: str) -> Path:
+    """Every file of a checkpoint on the hub, in its cache."""
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=FETCHED))
+    except Exception as error:
+        raise PolybitError(f"{name} could not be fetched ({first_line(error)}): check the connection") from error
 
 
 def open_model(name: str, *, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:

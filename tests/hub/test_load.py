@@ -56,3 +56,28 @@ def test_a_quantized_checkpoint_is_no_float_model(tmp_path):
     save(quantized("llama"), tmp_path / "out")
     with pytest.raises(PolybitError, match=r"quantized already \(polybit\)"):
         load_float(tmp_path / "out")
+
+
+def test_a_checkpoint_on_the_hub_is_fetched_whole_and_validated(source, tmp_path, monkeypatch):
+    """The hub is played by a directory: symbolic links into a store, as in its cache."""
+    import huggingface_hub
+
+    from polybit.hub import load as module
+
+    model, tokenizer = load_float(source)
+    convert(model, quantize(model))
+    store = save(model, tmp_path / "store", tokenizer=tokenizer)
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in store.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    monkeypatch.setattr(module, "quantization_of", lambda *_, **__: "polybit")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(snapshot))
+    again, words = load("somebody/model")
+    verify(store, again)
+    assert len(words) == 96
+    data = bytearray((store / "polybit.safetensors").read_bytes())
+    data[-7] ^= 4
+    (store / "polybit.safetensors").write_bytes(data)
+    with pytest.raises(PolybitError, match="sha256"):
+        load("somebody/model")
