@@ -40,8 +40,8 @@ struct Avx2 {
   static POLYBIT_INLINE Ints down(Ints a, int n) { return _mm256_srai_epi32(a, n); }
 #if defined(POLYBIT_VNNI)
   static constexpr bool wide = true;  // the dot product takes bytes up to 255
-  static POLYBIT_INLINE Ints dot(Ints sum, Bytes u, int32_t codes) {
-    return _mm256_dpbusd_epi32(sum, u, _mm256_set1_epi32(codes));
+  static POLYBIT_INLINE Ints dot(Ints sum, Bytes u, const int32_t* codes) {
+    return _mm256_dpbusd_epi32(sum, u, _mm256_set1_epi32(*codes));
   }
 #else
   static constexpr bool wide = false;
@@ -58,9 +58,11 @@ struct Avx2 {
 
   static POLYBIT_INLINE Floats set(float v) { return _mm256_set1_ps(v); }
   static POLYBIT_INLINE Floats to_float(Ints a) { return _mm256_cvtepi32_ps(a); }
+  static POLYBIT_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static POLYBIT_INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   static POLYBIT_INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
   static POLYBIT_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static POLYBIT_INLINE Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
   static POLYBIT_INLINE void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
   static POLYBIT_INLINE Floats load_half(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -77,6 +79,7 @@ struct Avx2 {
   static constexpr int multiply_operations = 64;
   static uint64_t multiply_many(long count) {
     Ints sum[12];
+    POLYBIT_UNROLL
     for (int i = 0; i < 12; ++i) sum[i] = _mm256_set1_epi32(i);
     const Ints a = _mm256_set1_epi32(static_cast<int>(count)), b = _mm256_set1_epi32(0x01010101);
     for (long n = 0; n < count; n += 12) {
@@ -91,6 +94,7 @@ struct Avx2 {
       __asm__ volatile("" ::: "memory");
     }
     uint32_t total = 0;
+    POLYBIT_UNROLL
     for (int i = 0; i < 12; ++i) total += static_cast<uint32_t>(_mm256_extract_epi32(sum[i], 0));
     return total;
   }

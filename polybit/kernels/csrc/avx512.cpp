@@ -37,15 +37,19 @@ struct Avx512 {
   static POLYBIT_INLINE Ints zero() { return _mm512_setzero_si512(); }
   static POLYBIT_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
   static POLYBIT_INLINE Ints down(Ints a, int n) { return _mm512_srai_epi32(a, static_cast<unsigned>(n)); }
-  static POLYBIT_INLINE Ints dot(Ints sum, Bytes u, int32_t codes) {
-    return _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(codes));
+  static POLYBIT_INLINE Ints dot(Ints sum, Bytes u, const int32_t* codes) {
+    // the broadcast is part of the instruction, which the intrinsic does not tell GCC
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*codes));
+    return sum;
   }
 
   static POLYBIT_INLINE Floats set(float v) { return _mm512_set1_ps(v); }
   static POLYBIT_INLINE Floats to_float(Ints a) { return _mm512_cvtepi32_ps(a); }
+  static POLYBIT_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static POLYBIT_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static POLYBIT_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static POLYBIT_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static POLYBIT_INLINE Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
   static POLYBIT_INLINE void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
   static POLYBIT_INLINE Floats load_half(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -63,6 +67,7 @@ struct Avx512 {
   static constexpr int multiply_operations = 128;
   static uint64_t multiply_many(long count) {
     Ints sum[12];
+    POLYBIT_UNROLL
     for (int i = 0; i < 12; ++i) sum[i] = _mm512_set1_epi32(i);
     const Ints a = _mm512_set1_epi32(static_cast<int>(count)), b = _mm512_set1_epi32(0x01010101);
     for (long n = 0; n < count; n += 12) {
@@ -71,6 +76,7 @@ struct Avx512 {
       __asm__ volatile("" ::: "memory");
     }
     int total = 0;
+    POLYBIT_UNROLL
     for (int i = 0; i < 12; ++i) total += _mm512_reduce_add_epi32(sum[i]);
     return static_cast<uint64_t>(static_cast<uint32_t>(total));
   }

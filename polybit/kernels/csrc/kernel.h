@@ -131,7 +131,7 @@ POLYBIT_INLINE void accumulate(const uint8_t* block, size_t stride, const int32_
       POLYBIT_UNROLL
       for (int m = 0; m < M; ++m) {
         auto& slot = sum[m][i * S::fields / 8 * S::copies + i % S::copies];
-        slot = I::dot(slot, u[i], codes[i * M + m]);
+        slot = I::dot(slot, u[i], codes + i * M + m);
       }
     }
   } else {
@@ -178,12 +178,9 @@ struct Affine {
   alignas(64) float inverses[16];
   float unit_centre;
   float stored_centre;
-  float unit;
-  Floats shift;
 
   POLYBIT_INLINE Affine(const Weight& w, int code_unit) {
-    const float step = static_cast<float>(1 << (w.bits - w.width));
-    unit = static_cast<float>(code_unit);
+    const float step = static_cast<float>(1 << (w.bits - w.width)), unit = static_cast<float>(code_unit);
     unit_centre = unit * centre(w.width);
     stored_centre = centre(w.bits);
     for (int i = 0; i < (w.ratio ? 16 : 1); ++i) {
@@ -192,10 +189,14 @@ struct Affine {
       factors[i] = step * r / unit;
       inverses[i] = unit / (step * r);
     }
-    shift = I::set((stored_centre - w.fixed_zero) * inverses[0] - unit_centre);
   }
 
-  POLYBIT_INLINE void at(const Weight& w, size_t group, int part, Floats& factor, Floats& offset) const {
+  // The shift where it is the same for all groups; Tokens then hold shift * S in place of S.
+  POLYBIT_INLINE float uniform_shift(float fixed_zero) const {
+    return (stored_centre - fixed_zero) * inverses[0] - unit_centre;
+  }
+
+  POLYBIT_INLINE void at(const Weight& w, size_t group, int part, Floats& factor, Floats& shift) const {
     const Floats scale = I::load_half(w.scale + group * kRows + part * I::rows);
     Floats inverse;
     if (__builtin_expect(w.ratio != nullptr, 0)) {
@@ -203,16 +204,10 @@ struct Affine {
       inverse = I::lookup(inverses, w.ratio + group * 8, part);
     } else {
       factor = I::multiply(scale, I::set(factors[0]));
-      if (__builtin_expect(w.zero == nullptr, 1)) {
-        offset = shift;
-        return;
-      }
       inverse = I::set(inverses[0]);
     }
-    const Floats zero =
-        w.zero ? I::load_byte(w.zero + group * kRows + part * I::rows) : I::set(w.fixed_zero);
-    const Floats distance = I::subtract(I::set(stored_centre), zero);
-    offset = I::fma(distance, inverse, I::set(-unit_centre));
+    const Floats zero = w.zero ? I::load_byte(w.zero + group * kRows + part * I::rows) : I::set(w.fixed_zero);
+    shift = I::fma(I::subtract(I::set(stored_centre), zero), inverse, I::set(-unit_centre));
   }
 };
 
@@ -221,10 +216,11 @@ void tile(const Weight& w, const Tokens& x, int row_block, float* out) {
   using S = Shape<I, B, M>;
   using Floats = typename I::Floats;
   const Affine<I> affine(w, S::unit);
+  const bool uniform = !w.zero && !w.ratio;
   for (int part = 0; part < kRows / I::rows; ++part) {
-    Floats total[M];
+    float* total = out + part * I::rows;  // in memory: the registers belong to sums and codes
     POLYBIT_UNROLL
-    for (int m = 0; m < M; ++m) total[m] = I::set(0.0f);
+    for (int m = 0; m < M; ++m) I::store(total + m * kRows, I::set(0.0f));
     const uint8_t* block =
         w.planes + static_cast<size_t>(row_block) * w.column_blocks * kBlockBytes + part * I::rows * 4;
     const int32_t* codes = x.codes;
@@ -241,20 +237,26 @@ void tile(const Weight& w, const Tokens& x, int row_block, float* out) {
       left -= blocks;
       for (int k = 0; k < blocks; ++k, block += kBlockBytes, codes += 8 * M)
         accumulate<I, B, M>(block, w.plane_stride, codes, sum);
-      Floats factor, offset;
-      affine.at(w, first_group + (chunk >> w.group_shift), part, factor, offset);
+      const size_t group = first_group + (chunk >> w.group_shift);
       const float* scale = x.scale + static_cast<size_t>(chunk) * M;
-      const float* code_sum = x.sum + static_cast<size_t>(chunk) * M;
+      const float* shift = x.shift + static_cast<size_t>(chunk) * M;
+      Floats factor, slope;
+      affine.at(w, group, part, factor, slope);
       POLYBIT_UNROLL
       for (int m = 0; m < M; ++m) {
         const Floats dot = I::to_float(fold<I, S::fields, S::copies>(sum[m]));
-        const Floats centred = I::fma(offset, I::set(code_sum[m]), dot);
-        total[m] = I::fma(I::multiply(centred, I::set(scale[m])), factor, total[m]);
+        const Floats centred = uniform ? I::add(dot, I::set(shift[m])) : I::fma(slope, I::set(shift[m]), dot);
+        const Floats before = I::load_floats(total + m * kRows);
+        I::store(total + m * kRows, I::fma(I::multiply(centred, I::set(scale[m])), factor, before));
       }
     }
-    POLYBIT_UNROLL
-    for (int m = 0; m < M; ++m) I::store(out + m * kRows + part * I::rows, total[m]);
   }
+}
+
+// What `tile` adds to a chunk's integer sum, in units of the sum of its codes, where it is the same for all rows.
+template <class I, int B, int M>
+float shift_of(const Weight& w) {
+  return Affine<I>(w, Shape<I, B, M>::unit).uniform_shift(w.fixed_zero);
 }
 
 template <class I, int B>
@@ -365,6 +367,7 @@ uint64_t read_memory(const void* memory, size_t count) {
 template <class I, int B, int Size = 0>
 void fill(Kernels& k) {
   k.tile[B][Size] = tile<I, B, kTileSizes[Size]>;
+  k.shift[B][Size] = shift_of<I, B, kTileSizes[Size]>;
   k.decode[B] = decode<I, B>;
   if constexpr (Size < I::largest) fill<I, B, Size + 1>(k);
 }

@@ -94,6 +94,7 @@ struct Packed {
   std::vector<Tile> tiles;
   int32_t* codes;  // a tile begins at first * column_blocks * 8
   float* scale;    // a tile begins at first * chunks
+  float* shift;
   float* sum;
   float* row;      // per thread: one token as floats, then its digits
   size_t row_bytes;
@@ -111,7 +112,7 @@ Packed lay_out(Scratch& scratch, const Weight& w, int digit_rows, int largest, i
   char* memory = static_cast<char*>(scratch.reserve(code_bytes + 2 * chunk_bytes + threads * p.row_bytes));
   p.codes = reinterpret_cast<int32_t*>(memory);
   p.scale = reinterpret_cast<float*>(memory + code_bytes);
-  p.sum = reinterpret_cast<float*>(memory + code_bytes + chunk_bytes);
+  p.shift = reinterpret_cast<float*>(memory + code_bytes + chunk_bytes);
   p.row = reinterpret_cast<float*>(memory + code_bytes + 2 * chunk_bytes);
   return p;
 }
@@ -143,11 +144,12 @@ void pack_token(const Kernels& kernels, const Weight& w, const Inputs& in, const
     } else {
       for (size_t k = 0; k < words; ++k) std::memcpy(codes + k * tile.size, digit[d] + 4 * k, 4);
     }
+    const float shift = !w.zero && !w.ratio ? kernels.shift[w.width][tile.kernel](w) : 1.0f;
     const float weight = two && d == 0 ? 256.0f : 1.0f;
     const size_t at = static_cast<size_t>(tile.first) * w.chunks + lane;
     for (int c = 0; c < w.chunks; ++c) {
       p.scale[at + static_cast<size_t>(c) * tile.size] = scale[c] * weight;
-      p.sum[at + static_cast<size_t>(c) * tile.size] = sum[d][c];
+      p.shift[at + static_cast<size_t>(c) * tile.size] = sum[d][c] * shift;
     }
   }
 }
@@ -200,7 +202,7 @@ void linear(const Kernels& kernels, const Weight& w, const Inputs& in, const Out
     for (const Tile& tile : p.tiles) {
       const Tokens tokens = {p.codes + static_cast<size_t>(tile.first) * w.column_blocks * 8,
                              p.scale + static_cast<size_t>(tile.first) * w.chunks,
-                             p.sum + static_cast<size_t>(tile.first) * w.chunks};
+                             p.shift + static_cast<size_t>(tile.first) * w.chunks};
       for (int row_block = index * panel; row_block < end; ++row_block) {
         kernels.tile[w.width][tile.kernel](w, tokens, row_block, sums);
         write(w, in, out, tile, row_block, sums);

@@ -50,9 +50,11 @@ struct Neon {
 
   static POLYBIT_INLINE Floats set(float v) { return vdupq_n_f32(v); }
   static POLYBIT_INLINE Floats to_float(Ints a) { return vcvtq_f32_s32(a); }
+  static POLYBIT_INLINE Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
   static POLYBIT_INLINE Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
   static POLYBIT_INLINE Floats subtract(Floats a, Floats b) { return vsubq_f32(a, b); }
   static POLYBIT_INLINE Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+  static POLYBIT_INLINE Floats load_floats(const float* p) { return vld1q_f32(p); }
   static POLYBIT_INLINE void store(float* p, Floats a) { vst1q_f32(p, a); }
   static POLYBIT_INLINE Floats load_half(const uint16_t* p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
@@ -73,6 +75,7 @@ struct Neon {
   static constexpr int multiply_operations = 32;
   static uint64_t multiply_many(long count) {
     Ints sum[12];
+    POLYBIT_UNROLL
     for (int i = 0; i < 12; ++i) sum[i] = vdupq_n_s32(i);
     const int8x16_t a = vdupq_n_s8(static_cast<int8_t>(count)), b = vdupq_n_s8(1);
     for (long n = 0; n < count; n += 12) {
@@ -81,6 +84,7 @@ struct Neon {
       __asm__ volatile("" ::: "memory");
     }
     uint32_t total = 0;
+    POLYBIT_UNROLL
     for (int i = 0; i < 12; ++i) total += static_cast<uint32_t>(vgetq_lane_s32(sum[i], 0));
     return total;
   }

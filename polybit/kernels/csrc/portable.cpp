@@ -38,8 +38,8 @@ struct Portable {
   static POLYBIT_INLINE Ints zero() { return Ints{}; }
   static POLYBIT_INLINE Ints add(Ints a, Ints b) { return a + b; }
   static POLYBIT_INLINE Ints down(Ints a, int n) { return a >> n; }
-  static POLYBIT_INLINE Ints dot(Ints sum, Bytes u, int32_t codes) {
-    const uint32_t word = static_cast<uint32_t>(codes);
+  static POLYBIT_INLINE Ints dot(Ints sum, Bytes u, const int32_t* codes) {
+    const uint32_t word = static_cast<uint32_t>(*codes);
     for (int t = 0; t < 4; ++t)
       sum += (Ints)((u >> (8 * t)) & 0xFFu) * static_cast<int32_t>(static_cast<int8_t>(word >> (8 * t)));
     return sum;
@@ -47,10 +47,16 @@ struct Portable {
 
   static POLYBIT_INLINE Floats set(float v) { return Floats{} + v; }
   static POLYBIT_INLINE Floats to_float(Ints a) { return __builtin_convertvector(a, Floats); }
+  static POLYBIT_INLINE Floats add(Floats a, Floats b) { return a + b; }
   static POLYBIT_INLINE Floats multiply(Floats a, Floats b) { return a * b; }
   static POLYBIT_INLINE Floats subtract(Floats a, Floats b) { return a - b; }
   // rounded twice: a fused product in software would cost far more than it gains
   static POLYBIT_INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+  static POLYBIT_INLINE Floats load_floats(const float* p) {
+    Floats a;
+    std::memcpy(&a, p, sizeof a);
+    return a;
+  }
   static POLYBIT_INLINE void store(float* p, Floats a) { std::memcpy(p, &a, sizeof a); }
   static POLYBIT_INLINE Floats load_half(const uint16_t* p) {
     Floats a = {};
@@ -72,7 +78,10 @@ struct Portable {
   static uint64_t multiply_many(long count) {
     Ints sum = zero();
     const Bytes a = Bytes{} + four(3);
-    for (long n = 0; n < count; ++n) sum = dot(sum, a, static_cast<int32_t>(n));
+    for (long n = 0; n < count; ++n) {
+      const int32_t codes = static_cast<int32_t>(n);
+      sum = dot(sum, a, &codes);
+    }
     return static_cast<uint32_t>(sum[0]);
   }
 };

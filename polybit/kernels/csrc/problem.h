@@ -40,7 +40,7 @@ struct Weight {
 struct Tokens {
   const int32_t* codes;  // [column_blocks * 8][M], four int8 codes of neighbouring columns in each word
   const float* scale;    // [chunks][M]
-  const float* sum;      // [chunks][M], sum of the codes of a chunk
+  const float* shift;    // [chunks][M], sum of the codes of a chunk, times Kernels::shift where the weight is uniform
 };
 
 // The kernels of one instruction set.
@@ -49,6 +49,8 @@ struct Kernels {
   int largest;  // index in kTileSizes of the largest tile there is
   // out[M][16] = one row block times M tokens, without gain; [width][index of M in kTileSizes]
   void (*tile[9][kTiles])(const Weight&, const Tokens&, int row_block, float* out);
+  // what multiplies Tokens::shift of a uniform weight (no `zero`, no `ratio`)
+  float (*shift[9][kTiles])(const Weight&);
   // rounds `columns` activations (a multiple of 32) chunk by chunk; `low` is null for 8-bit activations
   void (*round)(const float* x, int columns, int chunk, int8_t* high, int8_t* low, float* scale, float* sum_high,
                 float* sum_low);
