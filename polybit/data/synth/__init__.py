@@ -7,7 +7,7 @@ that no training document contains, and in half of its items a wording or an obj
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from random import Random
 from typing import Literal
 
@@ -33,7 +33,7 @@ __all__ = [
 Split = Literal["train", "test"]
 TASKS = ("reading", "arithmetic", "dialogue")
 MIX: Mapping[str, float] = {"reading": 1.0, "arithmetic": 1.0, "dialogue": 1.0, "drill": 0.3}
-DRAW = {
+DRAW: Mapping[str, Callable[..., Document]] = {
     "reading": reading.document,
     "arithmetic": arithmetic.document,
     "dialogue": dialogue.document,

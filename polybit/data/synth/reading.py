@@ -387,8 +387,8 @@ def questions(rng: Random, text: str, facts: list[Fact], schema: dict[str, Relat
                 (relation.questions[wording].format(s=fact.subject), fact.value, fact.relation, fact.value_start)
             )
         if relation.reverse and not new_pairs:
-            wording = rng.choice(relation.reverse).format(v=fact.value)
-            found.append((wording, fact.subject, fact.relation + " reversed", fact.subject_start))
+            asked = rng.choice(relation.reverse).format(v=fact.value)
+            found.append((asked, fact.subject, fact.relation + " reversed", fact.subject_start))
     rng.shuffle(found)
     return [
         Turn(
