@@ -137,7 +137,7 @@ def test_every_width_is_good_at_once(size):
     weight_OI, seen = layer(48, 128)
     q = nested(weight_OI, seen, Grid(8, size, "group"))
     sliced = gptq(weight_OI, seen, Grid(8, size, "centre"), descent_sweeps=0)
-    bounds = {8: 1.0, 6: 1.05, 5: 1.2, 4: 1.3, 3: 1.25, 2: 1.25}  # pure noise is harder than a model's layers
+    bounds = {8: 3.0, 6: 1.15, 5: 1.15, 4: 1.2, 3: 1.25, 2: 1.5}  # noise is harder than the layers of a model
     for width, bound in bounds.items():
         alone = layer_loss(weight_OI, gptq(weight_OI, seen, Grid(width, size, "centre"), descent_sweeps=0), seen)
         assert layer_loss(weight_OI, q, seen, width) < bound * alone, width
