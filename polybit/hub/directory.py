@@ -73,7 +73,8 @@ def staged_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         restore(out)
         check_output(out, overwrite=overwrite)
         stage = staging(out)
-        shutil.rmtree(stage, ignore_errors=True)
+        for leftover in (stage, replaced(out)):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             stage.mkdir()
             yield stage

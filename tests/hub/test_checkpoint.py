@@ -3,7 +3,9 @@
 import json
 import os
 import resource
+import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -221,8 +223,51 @@ def test_full_disk_is_one_sentence_and_leaves_the_old_artefact(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_killed_while_saving_over_an_artefact_leaves_one_whole_artefact(tmp_path):
-    """kill -9 at 12 moments: what is at the path is a complete checkpoint, and the next save cleans up."""
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.link", "os.symlink")
+
+
+def killed_at(count, work):
+    """Fork a child that kills itself with -9 right before its `count`-th change of the file system; True if it was."""
+
+    def in_the_child():
+        seen = [0]
+
+        def watch(event, arguments):
+            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            change = bool(writes) or event in CHANGES
+            seen[0] += change
+            if change and seen[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        work()
+
+    child, pipe = in_child(in_the_child)
+    os.close(pipe)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("swaps", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_killed_before_any_change_of_the_disk_leaves_the_old_artefact_or_the_new(swaps, tmp_path, monkeypatch):
+    """kill -9 before every file operation of a save, with and without a swap in one step; the next save cleans up."""
+    if not swaps:
+        monkeypatch.setattr(directory, "exchange", lambda *_: False)
+    old, new = quantized("llama"), quantized("gpt2")
+    out = save(old, tmp_path / "out")
+    wholes = {(out / "manifest.json").read_text(), (save(new, tmp_path / "new") / "manifest.json").read_text()}
+    shutil.rmtree(tmp_path / "new")
+    count, found = 1, set()
+    while killed_at(count, lambda: save(new, out, overwrite=True)):
+        validate(out)
+        found.add((out / "manifest.json").read_text())
+        save(old, out, overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        count += 1
+    assert count > 10 and found == wholes
+
+
+def test_killed_at_random_moments_leaves_a_whole_artefact(tmp_path):
+    """The same by the clock, which also falls inside a single write."""
     models = [quantized("gpt2"), quantized("llama")]
     out = save(models[1], tmp_path / "out")
 
@@ -230,9 +275,9 @@ def test_killed_while_saving_over_an_artefact_leaves_one_whole_artefact(tmp_path
         for n in range(10_000):
             save(models[n % 2], out, overwrite=True)
 
-    for n in range(12):
+    for n in range(6):
         child, pipe = in_child(work)
-        time.sleep(0.003 + 0.0089 * n)
+        time.sleep(0.003 + 0.0171 * n)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(pipe)
