@@ -14,6 +14,7 @@ from polybit.core.affine import QWeight, fake_quantize_tokens
 from polybit.core.planes import COLUMNS, ROWS, Planes, ratio_levels
 from polybit.core.precision import FLOAT, Precision
 from polybit.kernels import ops
+from polybit.kernels.prepared import Holder
 from polybit.nn.fields import Fields, tensors_of
 
 
@@ -38,6 +39,7 @@ class QuantWeight(nn.Module):
         self.kept: tuple[int, Tensor] | None = None
         self.kind = "linear"  # how the float model stored this weight; told by whoever puts the layer in place
         self.activations: ops.Activations = "float"
+        self.holder = Holder()
 
     @classmethod
     def of(cls, planes: Planes, *rest: Any) -> Any:
@@ -88,7 +90,10 @@ class QuantWeight(nn.Module):
         """x W^T + bias at the current precision, in x's dtype."""
         x = self.round_input(x)
         if not self.keep:
-            return ops.linear(x, self.planes, self.width, bias, activations=self.activations)
+            if self.activations == "float" or type(x) is not Tensor or torch.compiler.is_compiling():
+                return ops.linear(x, self.planes, self.width, bias, activations=self.activations)
+            prepared = self.holder.get(self._parameters.values(), lambda: self.planes)
+            return prepared.linear(x, self.width, bias, self.activations)
         y = dense(x.float(), self.decode(), None if bias is None else bias.float())
         return y.to(x.dtype)
 

@@ -68,6 +68,43 @@ Weight make_weight(uintptr_t planes, size_t plane_stride, int bits, uintptr_t sc
   return w;
 }
 
+// A weight whose addresses and numbers are handed over once, so that a call carries little. The owner of the memory must
+// outlive it.
+class Layer {
+ public:
+  Layer(int isa, uintptr_t planes, size_t plane_stride, int bits, uintptr_t scale, uintptr_t zero,
+        uintptr_t column_scale, float gain, float fixed_zero, int rows, int columns, int group_size)
+      : kernels_(chosen(isa)), column_scale_(at<uint16_t>(column_scale)) {
+    for (int width = 1; width <= bits; ++width)
+      weight_[width] = make_weight(planes, plane_stride, bits, scale, zero, 0, gain, fixed_zero, 1.0, 1.0, rows,
+                                   columns, group_size, width);
+    bits_ = bits;
+  }
+
+  void set_ratio(int width, uintptr_t index, double low, double high) {
+    Weight& w = checked(width);
+    w.ratio = at<uint8_t>(index);
+    fill_ratios(w.ratios, low, high);
+  }
+
+  void multiply(int width, int digits, int tokens, int type, uintptr_t x, uintptr_t y, uintptr_t bias, int bias_type) {
+    const Inputs in = {at<void>(x), static_cast<Type>(type), tokens, column_scale_, digits};
+    const Outputs out = {reinterpret_cast<void*>(y), at<void>(bias), static_cast<Type>(bias_type)};
+    linear(kernels_, checked(width), in, out);
+  }
+
+ private:
+  Weight& checked(int width) {
+    if (width < 1 || width > bits_) throw std::invalid_argument("width out of range");
+    return weight_[width];
+  }
+
+  const Kernels& kernels_;
+  const uint16_t* column_scale_;
+  Weight weight_[9] = {};
+  int bits_ = 0;
+};
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -95,6 +132,10 @@ NB_MODULE(_cpu, m) {
     nb::gil_scoped_release release;
     decode(chosen(isa), w, at<uint16_t>(column_scale), reinterpret_cast<float*>(out));
   });
+  nb::class_<Layer>(m, "Layer")
+      .def(nb::init<int, uintptr_t, size_t, int, uintptr_t, uintptr_t, uintptr_t, float, float, int, int, int>())
+      .def("set_ratio", &Layer::set_ratio)
+      .def("multiply", &Layer::multiply, nb::call_guard<nb::gil_scoped_release>());
   m.def("read", [](int isa, uintptr_t bytes, size_t count) {
     nb::gil_scoped_release release;
     return read(chosen(isa), at<void>(bytes), count);
