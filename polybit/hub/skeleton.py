@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 
-from polybit.core.runtime import PolybitError
+from polybit.hub.load import check_architecture, load_config
 
 
 def load_skeleton(name_or_path: str, *, trust_remote_code: bool = False) -> nn.Module:
@@ -15,30 +13,13 @@ def load_skeleton(name_or_path: str, *, trust_remote_code: bool = False) -> nn.M
 
     Raises PolybitError when there is no configuration or it does not describe a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    path = Path(name_or_path)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise PolybitError(f"{name_or_path} has no config.json: give a model directory, a hub id, or 'tinychat'")
-    if path.is_file():
-        raise PolybitError(f"{name_or_path} is a file: give the directory that holds config.json, or a hub id")
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PolybitError(
-            f"the configuration of {name_or_path!r} could not be read ({reason}): "
-            "give a local directory, a hub id that can be reached, or 'tinychat'"
-        ) from error
-    for key in ("quantization_config",):
-        if hasattr(config, key):
-            delattr(config, key)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        raise PolybitError(
-            f"{name_or_path!r} is a {config.model_type!r} model, not a causal language model: choose one that generates text"
-        ) from error
+    config = load_config(name_or_path, trust_remote_code=trust_remote_code)
+    check_architecture(name_or_path, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the plan is about the float model behind a checkpoint
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model.eval()
