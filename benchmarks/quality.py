@@ -36,7 +36,7 @@ from polybit.measure.blocks import Whole, outside
 from polybit.nn.convert import Target, targets
 
 WINDOW, CALIBRATION, EVALUATION = 256, 128, 392
-STEPS = {"block": (200, 0), "finish": (0, 200), "nested-finish": (0, 400)}  # steps per block, steps of the finish
+STEPS = {"block": (200, 0), "finish": (0, 160), "nested-finish": (0, 400)}  # steps per block, steps of the finish
 METHODS = {"block": "rounding", "finish": "rounding", "nested-finish": "nested"}
 
 

@@ -158,13 +158,23 @@ class Whole:
 
     def forward(self, weights: Weights, ids_BT: Tensor) -> Tensor:
         """Logits [B, T, V] with `weights` in place of the model's own; gradients reach `weights`."""
+        return self._call(weights, ids_BT).logits
+
+    def states(self, weights: Weights, ids_BT: Tensor, most: int = 8) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the hidden states [B, T, D] after up to `most` blocks, evenly spread, the last one among them."""
+        output = self._call(weights, ids_BT, output_hidden_states=True)
+        hidden = list(output.hidden_states[1:])
+        every = -(-len(hidden) // most)
+        return output.logits, hidden[::-1][::every]
+
+    def _call(self, weights: Weights, ids_BT: Tensor, **kwargs: bool) -> Any:
         stored = {
             parameter_name(target): as_stored(target, weights[target.name], self.model)
             for target in self.targets
             if target.name in weights
         }
         with plain_experts(self.model):
-            return functional_call(self.model, stored, (ids_BT,), {"use_cache": False}).logits
+            return functional_call(self.model, stored, (ids_BT,), {"use_cache": False, **kwargs})
 
 
 def run_blocks(

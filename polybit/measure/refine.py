@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,12 @@ from polybit.quant.rounding import Tuning, Values, batch_order, refine, train
 
 BLOCK = Tuning(steps=200, lr=0.005, scale_lr=0.002)
 FINISH = Tuning(steps=200, lr=0.005, scale_lr=0.002)
+NESTED = Tuning(steps=300, lr=0.01, scale_lr=0.0, ratio_lr=0.001, reach=1.0)  # steps in codes of all stored bits
 ANCHORED = 5  # widths from here on are held by layer losses instead of runs of the model
-EMPHASIS = {8: 0.2, 7: 0.5, 6: 1.0, 5: 1.0, 4: 1.0, 3: 1.0, 2: 1.0}  # weight of each width's relative loss
+EMPHASIS = {8: 1.0, 7: 2.0, 6: 4.0, 5: 2.0, 4: 1.0, 3: 1.0, 2: 1.0}  # weight of each width's relative loss
+HIDDEN = 1.5  # weight of the hidden states' relative squared error beside the KL in nats
+INAUDIBLE = 1e-3  # nats per token; differences below it do not count when widths are compared
+WORST = 1.2  # factor by which no width may lose, whatever the others gain
 SAMPLE = 8  # batches on which the widths are compared before and after
 TEACHER_BYTES = 1 << 30  # the teacher's distributions are kept up to this size, and recomputed beyond it
 
@@ -50,8 +55,9 @@ def finish_model(
 ) -> dict[str, QWeight]:
     """Train the codes of all weights at once so that the model's next-token distribution stays the float model's.
 
-    The loss is KL(float || quantized), nats per token, on the calibration windows; what is stored stays integer codes
-    and scales. With `widths` the start holds nested codes, and all these widths are trained together (`nested_loss`).
+    The loss is KL(float || quantized), nats per token, on the calibration windows, beside the error of the hidden
+    states; what is stored stays integer codes and scales. With `widths` the start holds nested codes, and all these
+    widths are trained together (`refine_nested`; of the tuning only steps and seed count then).
     Needs the whole model's weights, gradients and optimizer state in memory: about 20 bytes a weight.
     Returns the start when training did not lower the loss on the calibration windows.
     """
@@ -59,8 +65,9 @@ def finish_model(
     teacher = Teacher(whole, batches)
     weights = {target.name: target.weight_OI(model) for target in whole.targets}
     if widths is None:
-        return refine(start, weights, teacher.divergence, len(batches), tuning=tuning)
+        return refine(start, weights, teacher.distance, len(batches), tuning=tuning, score=teacher.divergence)
     stats = collect(model, batches, whole.targets)
+    tuning = replace(NESTED, steps=tuning.steps, seed=tuning.seed)
     return refine_nested(start, weights, stats, teacher, widths=widths, tuning=tuning)
 
 
@@ -89,12 +96,13 @@ def refine_nested(
 
     def objective(values: Values, step: int) -> Tensor:
         width = narrow[step % len(narrow)]
-        term = teacher.divergence(values(width), order[step]) * (EMPHASIS[width] * len(narrow) / first[width])
+        term = teacher.distance(values(width), order[step]) * (EMPHASIS[width] * len(narrow) / first[width])
         return term + sum(EMPHASIS[b] * anchors(values(b), b) for b in wide)
 
     trained = train(start, weights, objective, tuning)
     last = {b: divergences(trained, b, teacher, sample) for b in widths}
-    better = sum(EMPHASIS[b] * (last[b] / first[b] - 1) for b in widths) < 0
+    changes = [max(last[b], INAUDIBLE) / max(first[b], INAUDIBLE) for b in widths]
+    better = sum(changes) < len(changes) and max(changes) < WORST
     return dict(trained if better else start)
 
 
@@ -134,30 +142,58 @@ def divergences(codes: Mapping[str, QWeight], width: int, teacher: Teacher, samp
     return max(sum(float(teacher.divergence(dense, i)) for i in sample) / len(sample), 1e-9)
 
 
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What the float model says about one batch: distributions of the next token and hidden states on the way."""
+
+    probability_BTV: Tensor
+    negative_entropy: Tensor  # mean over tokens of sum p log p
+    hidden: list[Tensor]
+    levels: list[Tensor]  # mean square of each hidden state
+
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return sum(t.numel() * t.element_size() for t in (self.probability_BTV, *self.hidden))
+
+
 class Teacher:
-    """The float model's distributions over the next token, per batch; the last position predicts nothing known."""
+    """The float model on the calibration windows; the last position of a window predicts nothing known."""
 
     def __init__(self, whole: Whole, batches: Sequence[Tensor]) -> None:
         self.whole, self.batches = whole, batches
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.kept: dict[int, Lesson] = {}
         self.room = TEACHER_BYTES
 
     def divergence(self, weights: Mapping[str, Tensor], index: int) -> Tensor:
         """KL(float || quantized) on batch `index`, nats per token."""
-        given_BTV = log_softmax(self.whole.forward(weights, self.batches[index])[:, :-1].float(), -1)
-        wanted_BTV, negative_entropy = self(index)
-        return negative_entropy - (wanted_BTV * given_BTV).sum(-1).mean()
+        return self._divergence(self.whole.forward(weights, self.batches[index]), self.lesson(index))
+
+    def distance(self, weights: Mapping[str, Tensor], index: int) -> Tensor:
+        """The loss of training: KL, plus HIDDEN times the relative squared error of the hidden states.
+
+        The hidden states say more per token than the next token's distribution does: less is learnt by heart.
+        """
+        lesson = self.lesson(index)
+        logits_BTV, hidden = self.whole.states(weights, self.batches[index])
+        pairs = zip(hidden, lesson.hidden, lesson.levels, strict=True)
+        errors = [(given - wanted).square().mean() / level for given, wanted, level in pairs]
+        return self._divergence(logits_BTV, lesson) + HIDDEN * torch.stack(errors).mean()
+
+    def _divergence(self, logits_BTV: Tensor, lesson: Lesson) -> Tensor:
+        given_BTV = log_softmax(logits_BTV[:, :-1].float(), -1)
+        return lesson.negative_entropy - (lesson.probability_BTV * given_BTV).sum(-1).mean()
 
     @torch.no_grad()
-    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
-        """(probabilities [B, T-1, V], mean of sum p log p) of batch `index`."""
+    def lesson(self, index: int) -> Lesson:
+        """The float model's answer to batch `index`, kept while there is room."""
         if index in self.kept:
             return self.kept[index]
-        log_BTV = log_softmax(self.whole.forward({}, self.batches[index])[:, :-1].float(), -1)
+        logits_BTV, hidden = self.whole.states({}, self.batches[index])
+        log_BTV = log_softmax(logits_BTV[:, :-1].float(), -1)
         probability_BTV = log_BTV.exp()
-        answer = probability_BTV, (probability_BTV * log_BTV).sum(-1).mean()
-        size = probability_BTV.numel() * probability_BTV.element_size()
-        if size <= self.room:
-            self.room -= size
-            self.kept[index] = answer
-        return answer
+        levels = [h.square().mean().clamp_min(1e-12) for h in hidden]
+        lesson = Lesson(probability_BTV, (probability_BTV * log_BTV).sum(-1).mean(), hidden, levels)
+        if lesson.nbytes() <= self.room:
+            self.room -= lesson.nbytes()
+            self.kept[index] = lesson
+        return lesson

@@ -25,6 +25,7 @@ from polybit.quant.scales import settle
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]  # (weights [O, I] by name, batch index) -> scalar
 Values = Callable[[int | None], Mapping[str, Tensor]]  # width -> weights [O, I] by name
 Objective = Callable[[Values, int], Tensor]  # (values, step) -> scalar
+COMPARED = 16  # batches on which the start and the result of training are compared
 INSIDE = 0.499  # how far from the middle of its cell a latent may start, in codes
 
 
@@ -33,12 +34,15 @@ class Tuning:
     """Knobs of learned rounding.
 
     steps: gradient steps, one batch each · lr: step of the latents, in codes · scale_lr: relative step of the scales
-    (0 keeps them) · warmup: share of the steps in which the rate rises · seed: order of the batches.
+    (0 keeps them) · ratio_lr: the same for the ratios of narrower widths · reach: see StraightThrough, in codes ·
+    warmup: share of the steps in which the rate rises · seed: order of the batches.
     """
 
     steps: int = 200
     lr: float = 0.005
     scale_lr: float = 0.002
+    ratio_lr: float = 0.001
+    reach: float = 0.0
     warmup: float = 0.03
     seed: int = 0
 
@@ -58,17 +62,21 @@ class Tuning:
 class StraightThrough(torch.autograd.Function):
     """Weights as stored: s * (2^(B-b) r (p - c_b) + c_B - z); the gradient treats the rounding as identity in range.
 
-    LSQ (arXiv 1902.08153) eq. 1-5, but for latents in units of codes: moving a scale moves values, not codes.
+    LSQ (arXiv 1902.08153) eq. 1-5, but for latents in units of codes: moving a scale moves values, not codes. At a
+    narrower width b a cell spans 2^(B-b) codes, and moving inside it would change nothing at b and spoil the wider
+    widths; with `reach` > 0 the gradient at b fades out `reach` codes from the boundary it points at.
     """
 
     @staticmethod
-    def forward(ctx, latent_NL, scale_N1, ratio_N1, stride_N1, offset_N1, top_N1):
-        """ratio r; stride 2^(B-b); offset c_B - z; top 2^B - 1."""
+    def forward(ctx, latent_NL, scale_N1, ratio_N1, stride_N1, offset_N1, top_N1, reach):
+        """ratio r; stride 2^(B-b); offset c_B - z; top 2^B - 1; reach in codes of B bits."""
         prefix_NL = torch.floor(latent_NL + 0.5)
         within_NL = (prefix_NL >= 0) & (prefix_NL <= top_N1)
         torch.minimum(prefix_NL.clamp_(min=0), top_N1, out=prefix_NL)
+        ctx.inner_NL, ctx.reach = None, reach
         if float(stride_N1.max()) > 1:
             prefix_NL.div_(stride_N1).floor_()
+            ctx.inner_NL = latent_NL + 0.5 - stride_N1 * prefix_NL  # place in the cell, 0 to stride
         prefix_NL.sub_(((top_N1 + 1) / stride_N1 - 1) / 2)
         step_N1 = ratio_N1 * stride_N1
         ctx.save_for_backward(prefix_NL, scale_N1, ratio_N1, step_N1, stride_N1, offset_N1, within_NL)
@@ -81,7 +89,12 @@ class StraightThrough(torch.autograd.Function):
         along_N1 = (grad_NL * prefix_NL).sum(1, keepdim=True)
         by_scale_N1 = along_N1 * step_N1 + grad_NL.sum(1, keepdim=True) * offset_N1
         by_ratio_N1 = along_N1 * scale_N1 * stride_N1 if ctx.needs_input_grad[2] else None
-        return grad_NL * (scale_N1 * ratio_N1) * within_NL, by_scale_N1, by_ratio_N1, None, None, None
+        by_latent_NL = grad_NL * (scale_N1 * ratio_N1) * within_NL
+        if ctx.inner_NL is not None and ctx.reach:
+            # descent lowers a latent whose gradient is positive: towards the lower end of its cell
+            way_NL = torch.where(grad_NL > 0, ctx.inner_NL, stride_N1 - ctx.inner_NL)
+            by_latent_NL *= ((1 + 1 / ctx.reach) - way_NL / ctx.reach).clamp_(0, 1)
+        return by_latent_NL, by_scale_N1, by_ratio_N1, None, None, None, None
 
 
 class Bank:
@@ -133,12 +146,12 @@ class Bank:
             rows.append((ratio * torch.ones_like(q.scale_OG)).reshape(-1, 1))
         return torch.cat(rows) * (1 + self.ratio_growth[width][self.layer_N, None])
 
-    def values(self, width: int | None = None) -> dict[str, Tensor]:
+    def values(self, width: int | None = None, reach: float = 0.0) -> dict[str, Tensor]:
         """The weights [O, I] as they would be stored now, seen at `width` bits (None: all bits of each)."""
         narrowed_N1 = self.bits_N1 if width is None else self.bits_N1.clamp(max=width)
         stride_N1 = 2 ** (self.bits_N1 - narrowed_N1)
         flat_NL = StraightThrough.apply(
-            self.latent_NL, self.scale_N1(), self.ratio_N1(width), stride_N1, self.offset_N1, self.top_N1
+            self.latent_NL, self.scale_N1(), self.ratio_N1(width), stride_N1, self.offset_N1, self.top_N1, reach
         )
         return {name: self.matrix(flat_NL, name) for name in self.start}
 
@@ -189,6 +202,7 @@ def refine(
     batches: int,
     *,
     tuning: Tuning | None = None,
+    score: Loss | None = None,
 ) -> dict[str, QWeight]:
     """Train the codes and scales of one or many weights together against any loss; never worse than the start.
 
@@ -196,13 +210,15 @@ def refine(
     loss(weights, i): a scalar for batch i of `batches`, a mean over its tokens, differentiable in the weights.
     Follows AutoRound (arXiv 2309.05516): rounding and scale are learned together over a few hundred steps. Unlike the
     paper, training starts from error-compensated codes instead of nearest ones, a latent may cross more than one code,
-    and Adam takes the place of signed descent. Whatever has the lower mean loss over all batches, the trained weights
-    or the start, is returned, so that a bad rate cannot do harm. The same seed gives the same bits.
+    and Adam takes the place of signed descent. Whatever has the lower mean `score` (default: the loss) over up to
+    COMPARED batches, the trained weights or the start, is returned, so that a bad rate cannot do harm. The same seed
+    gives the same bits.
     """
     tuning = tuning or Tuning()
     order = batch_order(batches, tuning)
     trained = train(start, weights, lambda values, step: loss(values(None), order[step]), tuning)
-    better = trained is not start and mean_loss(trained, loss, batches) < mean_loss(start, loss, batches)
+    score = score or loss
+    better = trained is not start and mean_loss(trained, score, batches) < mean_loss(start, score, batches)
     return dict(trained if better else start)
 
 
@@ -219,12 +235,12 @@ def train(
     groups = [
         {"params": [bank.latent_NL for bank in banks], "rate": tuning.lr},
         {"params": [bank.growth_N1 for bank in banks], "rate": tuning.scale_lr},
-        {"params": [g for bank in banks for g in bank.ratio_growth.values()], "rate": tuning.scale_lr},
+        {"params": [g for bank in banks for g in bank.ratio_growth.values()], "rate": tuning.ratio_lr},
     ]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.99), eps=1e-12)
 
     def values(width: int | None) -> dict[str, Tensor]:
-        return {name: weight for bank in banks for name, weight in bank.values(width).items()}
+        return {name: weight for bank in banks for name, weight in bank.values(width, tuning.reach).items()}
 
     for step in range(tuning.steps):
         for group in optimizer.param_groups:
@@ -250,15 +266,16 @@ def make_banks(start: Mapping[str, QWeight], weights: Mapping[str, Tensor]) -> l
 def batch_order(batches: int, tuning: Tuning) -> list[int]:
     """Which batch each step takes: all of them once in random order, then again."""
     generator = torch.Generator().manual_seed(tuning.seed)
-    rounds = [torch.randperm(batches, generator=generator) for _ in range(-(-tuning.steps // batches))]
+    rounds = [torch.randperm(batches, generator=generator) for _ in range(-(-tuning.steps // batches) or 1)]
     return torch.cat(rounds)[: tuning.steps].tolist()
 
 
 @torch.no_grad()
 def mean_loss(weights: Mapping[str, QWeight], loss: Loss, batches: int) -> float:
-    """The loss of quantized weights, mean over the batches."""
+    """The loss of quantized weights, mean over up to COMPARED batches."""
     dense = {name: q.dequantize() for name, q in weights.items()}
-    total = sum(float(loss(dense, index)) for index in range(batches)) / batches
+    chosen = range(0, batches, -(-batches // COMPARED))
+    total = sum(float(loss(dense, index)) for index in chosen) / len(chosen)
     return total if math.isfinite(total) else math.inf
 
 
