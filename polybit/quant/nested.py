@@ -43,8 +43,8 @@ def nested(
     made for this width alone, weighted by `emphasis` μ (width -> weight, 1 where not given; None: EMPHASIS). Each
     width keeps its own error compensation while one code serves all (the joint form of GPTQ, arXiv 2210.17323; slicing
     as in MatQuant, arXiv 2502.06786); then `rounds` times `sweeps` passes of coordinate descent, with the shared scale
-    and zero point of a group and its ratios fitted by least squares inside. `tables`: widths whose ratio is stored per group in 4
-    bits instead of once per layer; None: as many, from the narrowest, as add no more than 5 % to the file.
+    and zero point of a group and its ratios fitted by least squares inside. `tables`: widths whose ratio is stored per
+    group in 4 bits instead of once per layer; None: as many, from the narrowest, as add no more than 5 % to the file.
     Raises PolybitError for widths that do not fit the grid and for values that are not finite.
     """
     widths = check_widths(widths, grid)
