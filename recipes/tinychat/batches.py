@@ -43,7 +43,9 @@ def mix_at(done: float) -> dict[str, float]:
         return {"contrast": 8.0, "reading": 0.6, "arithmetic": 0.6, "dialogue": 0.6, "drill": 0.2}
     if done < 0.55:
         return {"contrast": 2.0, "reading": 1.5, "arithmetic": 1.0, "dialogue": 1.0, "drill": 0.5}
-    return {"contrast": 0.8, "reading": 1.4, "arithmetic": 1.7, "dialogue": 1.2, "drill": 1.0}
+    if done < 0.8:
+        return {"contrast": 0.8, "reading": 1.4, "arithmetic": 1.7, "dialogue": 1.2, "drill": 1.0}
+    return {"contrast": 0.8, "reading": 2.0, "arithmetic": 1.7, "dialogue": 1.4, "drill": 0.4}
 
 
 def easy_at(done: float) -> float:

@@ -1,7 +1,7 @@
 """Score checkpoints of the embedded model, and what rounding its weights does to them.
 
     python recipes/tinychat/evaluate.py CHECKPOINT... --items 200 --log LOG.jsonl    one line per checkpoint (a minute)
-    python recipes/tinychat/evaluate.py CHECKPOINT --items 2000 --free 200 --out recipes/tinychat/scores.json
+    python recipes/tinychat/evaluate.py CHECKPOINT --items 1500 --free 200 --seed 1 --out recipes/tinychat/scores.json
 
 Every prompt has one right reply, so greedy decoding gives it exactly when the most likely token is right at every place
 of the reply, its end included: one forward pass scores a batch and nothing is generated. `--free` checks that claim.
@@ -30,8 +30,9 @@ from torch import Tensor
 from polybit.data import synth
 
 SHORT = (("w4 channel", 4, 0), ("w3 channel", 3, 0), ("w2 channel", 2, 0), ("w3 g64", 3, 64), ("w2 g64", 2, 64))
-LONG = tuple(
-    (f"w{bits} {f'g{group}' if group else 'channel'}", bits, group) for group in (0, 64, 32) for bits in range(8, 1, -1)
+LONG = (
+    *((f"w{bits} channel", bits, 0) for bits in range(8, 1, -1)),
+    *((f"w{bits} g{group}", bits, group) for group in (64, 32) for bits in (4, 3, 2)),
 )
 
 
@@ -104,12 +105,11 @@ def log_probabilities(network: net.Network, data: list[Rows]) -> Iterator[tuple[
             yield part, F.log_softmax(hidden_ND @ network.embedding.weight.T, dim=-1)
 
 
-def measure(network: net.Network, data: list[Rows], reference: net.Network | None = None) -> dict:
-    """Exact replies in per cent by task; against a reference also KL (nats per token) and flipped tokens (per cent)."""
+def measure(network: net.Network, data: list[Rows], reference: list[Tensor] | None = None) -> dict:
+    """Exact replies in per cent by task; against the float model's log-probabilities also KL and flipped tokens."""
     right: dict[str, list[bool]] = defaultdict(list)
     divergence, flips, loss, margins = [], [], [], []
-    against = log_probabilities(reference, data) if reference else iter(())
-    for part, logp_NV in log_probabilities(network, data):
+    for index, (part, logp_NV) in enumerate(log_probabilities(network, data)):
         gold_N = part.ids_BT[:, 1:][part.said_BT]
         loss.append(F.nll_loss(logp_NV, gold_N, reduction="none"))
         top_N2 = logp_NV.topk(2).values
@@ -120,7 +120,7 @@ def measure(network: net.Network, data: list[Rows], reference: net.Network | Non
             for label in labels(item):
                 right[label].append(not wrong)
         if reference:
-            true_NV = next(against)[1]
+            true_NV = reference[index]
             divergence.append((true_NV.exp() * (true_NV - logp_NV)).sum(-1))
             flips.append(true_NV.argmax(-1) != logp_NV.argmax(-1))
     record = {label: proportion(values) for label, values in sorted(right.items())}
@@ -208,7 +208,10 @@ def score(directory: Path, *, items: int, seed: int, variants: tuple, free: int 
         result |= {key: json.loads(resume.read_text())[key] for key in ("step", "tokens", "seconds")}
     result["float"] = measure(network, data)
     result["controls"] = controls(network, data)
-    result["rounded"] = {name: measure(rounded(network, bits, group), data, network) for name, bits, group in variants}
+    reference = [logp_NV for _, logp_NV in log_probabilities(network, data)]
+    result["rounded"] = {
+        name: measure(rounded(network, bits, group), data, reference) for name, bits, group in variants
+    }
     if free:
         result["free running"] = free_running(directory, [item for part in drawn.values() for item in part[:free]])
     return result

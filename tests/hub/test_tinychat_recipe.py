@@ -92,7 +92,9 @@ def test_scorer_knows_right_from_wrong(recipe, trainer) -> None:
     data = recipe.evaluate.rows(made.tokenizer, synth.items("dialogue", 40, 1))
     checked = recipe.evaluate.controls(made.network, data)
     assert checked["right replies %"] == 100 and checked["shuffled replies %"] < 15
-    record = recipe.evaluate.measure(made.network, data, made.network)
+    record = recipe.evaluate.measure(
+        made.network, data, [logp_NV for _, logp_NV in recipe.evaluate.log_probabilities(made.network, data)]
+    )
     assert record["kl"] == 0 and record["flips %"] == 0 and record["dialogue"]["n"] == 40
     for part in data:
         for row, item in enumerate(part.items):
