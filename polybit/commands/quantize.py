@@ -17,7 +17,7 @@ from polybit.core.runtime import PolybitError
 
 Method = Literal["nested", "rounding", "gptq", "awq", "hqq", "rtn"]
 DEFAULT_WIDTHS = "8,6,5,4,3,2"
-BATCH = 8  # windows per calibration batch
+BATCH = 4  # windows per calibration batch
 
 
 @dataclass(frozen=True, kw_only=True)

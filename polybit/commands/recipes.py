@@ -9,7 +9,8 @@ from dataclasses import replace
 from polybit.commands.compress import Recipe
 from polybit.core.affine import Grid, ZeroKind
 
-BLOCK_STEPS, FINISH_STEPS = 200, 200
+BLOCK_STEPS = 200  # learned rounding block by block, where the whole model at once does not fit
+FINISH_STEPS = {"rounding": 160, "nested": 400}  # learned rounding of the whole model
 FINISH_BYTES = 20  # latent, gradient, two moments of Adam and the value itself, per weight
 FINISH_SHARE = 0.25  # of the machine's memory that the finish may take before it is left out
 
@@ -23,23 +24,22 @@ def choose(
         # learned rounding gains nothing from a zero point and would pay its bits (docs/results.md)
         asymmetric = method != "rounding"
     zero: ZeroKind = "group" if asymmetric else "centre"
-    learned = effort != "fast" and method in ("rounding", "nested")
+    steps = 0 if effort == "fast" else FINISH_STEPS.get(method, 0)
     return Recipe(
         method,
         Grid(bits, group_size, zero),
         tuple(widths),
-        block_steps=BLOCK_STEPS if learned and method == "rounding" else 0,
-        finish_steps=FINISH_STEPS if learned else 0,
+        finish_steps=steps,
         seed=seed,
     )
 
 
 def within_memory(recipe: Recipe, weights: int) -> Recipe:
-    """The recipe without its finish where training `weights` weights at once would crowd the machine's memory.
+    """The recipe, rounding block by block where training `weights` weights at once would crowd the machine's memory.
 
-    Decided by the machine's total memory, not by what is free just now, so that a resumed run decides the same.
+    Nested codes then stay as the layers' own optimum. Decided by the machine's total memory, not by what is free just now, so that a resumed run decides the same.
     """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if recipe.finish_steps and FINISH_BYTES * weights > FINISH_SHARE * total:
-        return replace(recipe, finish_steps=0)
+        return replace(recipe, finish_steps=0, block_steps=BLOCK_STEPS if recipe.method == "rounding" else 0)
     return recipe
