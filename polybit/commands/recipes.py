@@ -37,7 +37,8 @@ def choose(
 def within_memory(recipe: Recipe, weights: int) -> Recipe:
     """The recipe, rounding block by block where training `weights` weights at once would crowd the machine's memory.
 
-    Nested codes then stay as the layers' own optimum. Decided by the machine's total memory, not by what is free just now, so that a resumed run decides the same.
+    Nested codes then stay as the layers' own optimum. Decided by the machine's total memory, not by what is free just
+    now, so that a resumed run decides the same.
     """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if recipe.finish_steps and FINISH_BYTES * weights > FINISH_SHARE * total:
