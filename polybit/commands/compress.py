@@ -98,7 +98,8 @@ def parts(
     """The codes of every decoder block in order, then of what lies outside the blocks."""
     _, modules = find_blocks(model, targets)
     rest = outside(model, targets)
-    for block in track(run_blocks(model, batches, targets), "quantizing", total=len(modules)):
+    walk = run_blocks(model, batches, targets, references=bool(recipe.block_steps))
+    for block in track(walk, "quantizing", total=len(modules)):
         done = store.read(block.name)
         if done is None:
             done = quantize_block(block, recipe)

@@ -23,7 +23,7 @@ ANCHORED = 5  # widths from here on are held by layer losses instead of runs of 
 EMPHASIS = {8: 1.0, 7: 2.0, 6: 4.0, 5: 2.0, 4: 1.0, 3: 1.0, 2: 1.0}  # weight of each width's relative loss
 HIDDEN = 1.5  # weight of the hidden states' relative squared error beside the KL in nats
 INAUDIBLE = 1e-3  # nats per token; differences below it do not count when widths are compared
-WORST = 1.2  # factor by which no width may lose, whatever the others gain
+WORST = 1.3  # factor by which no width may lose, whatever the others gain
 SAMPLE = 8  # batches on which the widths are compared before and after
 TEACHER_BYTES = 1 << 30  # the teacher's distributions are kept up to this size, and recomputed beyond it
 
