@@ -22,6 +22,15 @@ from polybit.quant.slices import start_levels
 WIDTHS = (8, 6, 5, 4, 3, 2)
 # 8 bits are nearly exact and can pay for the others: what they lose is invisible, what the others gain is not
 EMPHASIS = {8: 0.05, 7: 0.3, 6: 0.8, 5: 1.1, 4: 1.5, 3: 1.3, 2: 0.6}
+COARSE_EMPHASIS = {
+    8: 0.05,
+    7: 0.3,
+    6: 0.95,
+    5: 1.15,
+    4: 1.55,
+    3: 1.9,
+    2: 2.6,
+}  # groups of 64 and more cost 3 and 2 bits
 EXTRA_BYTES = 0.05  # what the ratios may add to a file, as a share of its largest width alone
 
 
@@ -40,7 +49,7 @@ def nested(
     """Codes of `grid.bits` bits whose leading bits are good codes at every width of `widths`.
 
     The objective is Σ_b μ_b L_b / L_b(alone): the layer loss tr(E_b H E_bᵀ) at each width, over that of classic GPTQ
-    made for this width alone, weighted by `emphasis` μ (width -> weight, 1 where not given; None: EMPHASIS). Each
+    made for this width alone, weighted by `emphasis` μ (width -> weight, 1 where not given; None: as tuned). Each
     width keeps its own error compensation while one code serves all (the joint form of GPTQ, arXiv 2210.17323; slicing
     as in MatQuant, arXiv 2502.06786); then `rounds` times `sweeps` passes of coordinate descent, with the shared scale
     and zero point of a group and its ratios fitted by least squares inside. `tables`: widths whose ratio is stored per
@@ -48,7 +57,9 @@ def nested(
     Raises PolybitError for widths that do not fit the grid and for values that are not finite.
     """
     widths = check_widths(widths, grid)
-    emphasis = {b: float((emphasis or EMPHASIS).get(b, 1.0)) for b in widths}
+    if emphasis is None:
+        emphasis = EMPHASIS if 0 < grid.group_size <= 32 else COARSE_EMPHASIS
+    emphasis = {b: float(emphasis.get(b, 1.0)) for b in widths}
     problem = pose(weight_OI, stats, damp=damp)
     factor_II = inverse_factor(problem.hessian_II)
     if tables is None:
