@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/python -m polybit.demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
