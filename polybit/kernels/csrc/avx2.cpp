@@ -15,6 +15,7 @@ struct Avx2 {
   using Ints = __m256i;
   using Floats = __m256;
   static constexpr int rows = 8;
+  static constexpr bool panels = false;
   static constexpr int largest = 3;  // tile, as index in kTileSizes
 
   static POLYBIT_INLINE Bytes load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

@@ -14,7 +14,8 @@ struct Avx512 {
   using Ints = __m512i;
   using Floats = __m512;
   static constexpr int rows = 16;
-  static constexpr int largest = 4;  // tile, as index in kTileSizes
+  static constexpr int largest = 3;  // tile, as index in kTileSizes
+  static constexpr bool panels = true;
   static constexpr bool wide = true;  // the dot product takes bytes up to 255
 
   static POLYBIT_INLINE Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -42,6 +43,13 @@ struct Avx512 {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*codes));
     return sum;
   }
+  static POLYBIT_INLINE Ints broadcast(int32_t word) { return _mm512_set1_epi32(word); }
+  // in assembly, because GCC 12 copies every accumulator around the intrinsic
+  static POLYBIT_INLINE Ints dot_words(Ints sum, Bytes u, Ints words) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(words));
+    return sum;
+  }
+  static POLYBIT_INLINE void store_bytes(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
 
   static POLYBIT_INLINE Floats set(float v) { return _mm512_set1_ps(v); }
   static POLYBIT_INLINE Floats to_float(Ints a) { return _mm512_cvtepi32_ps(a); }

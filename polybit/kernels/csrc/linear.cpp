@@ -82,7 +82,7 @@ std::vector<Tile> cut_tiles(int count, int largest) {
   int first = 0;
   while (first < count) {
     const int left = count - first;
-    const int kernel = std::min(largest, left > 12 ? 4 : left > 4 ? 3 : left > 2 ? 2 : left - 1);
+    const int kernel = std::min(largest, left > 4 ? 3 : left > 2 ? 2 : left - 1);
     tiles.push_back({first, kTileSizes[kernel], kernel});
     first += kTileSizes[kernel];
   }
@@ -98,18 +98,26 @@ struct Packed {
   float* sum;
   float* row;      // per thread: one token as floats, then its digits
   size_t row_bytes;
+  uint8_t* expanded;  // per thread: the codes of `kPanel` row blocks as bytes; null when no panels are made
+  size_t expanded_bytes;
 };
 
 size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-Packed lay_out(Scratch& scratch, const Weight& w, int digit_rows, int largest, int threads) {
+Packed lay_out(Scratch& scratch, const Kernels& kernels, const Weight& w, int digit_rows, int threads) {
   Packed p;
-  p.tiles = cut_tiles(digit_rows, largest);
-  const size_t rows = p.tiles.empty() ? 0 : p.tiles.back().first + p.tiles.back().size;
+  p.tiles = cut_tiles(digit_rows, kernels.largest);
+  const size_t rows = p.tiles.back().first + p.tiles.back().size;
   const size_t words = static_cast<size_t>(w.column_blocks) * 8;
   const size_t code_bytes = round_up(rows * words * 4), chunk_bytes = round_up(rows * w.chunks * 4);
   p.row_bytes = round_up(words * 16) + 2 * round_up(words * 4) + 3 * round_up(w.chunks * 4);
-  char* memory = static_cast<char*>(scratch.reserve(code_bytes + 2 * chunk_bytes + threads * p.row_bytes));
+  // expanding pays when at least two full tiles use what was expanded
+  const bool panels = kernels.panel[w.width] && digit_rows >= 2 * kTileSizes[kernels.largest];
+  p.expanded_bytes = panels ? kPanel * words * kBlockBytes : 0;
+  char* memory = static_cast<char*>(
+      scratch.reserve(code_bytes + 2 * chunk_bytes + threads * (p.row_bytes + p.expanded_bytes)));
+  p.expanded = panels ? reinterpret_cast<uint8_t*>(memory) : nullptr;
+  memory += threads * p.expanded_bytes;
   p.codes = reinterpret_cast<int32_t*>(memory);
   p.scale = reinterpret_cast<float*>(memory + code_bytes);
   p.shift = reinterpret_cast<float*>(memory + code_bytes + chunk_bytes);
@@ -188,22 +196,34 @@ void linear(const Kernels& kernels, const Weight& w, const Inputs& in, const Out
   const int digit_rows = in.tokens * in.digits;
   const double work = static_cast<double>(w.rows) * w.columns * digit_rows;
   const int threads = work < 1 << 17 ? 1 : std::min(available_threads(), w.row_blocks);
-  const Packed p = lay_out(scratch, w, digit_rows, kernels.largest, threads);
+  const Packed p = lay_out(scratch, kernels, w, digit_rows, threads);
   const bool rounds_alone = in.tokens == 1;
   if (rounds_alone) pack_token(kernels, w, in, p, 0, 0);
 
-  // A panel of row blocks stays in the second-level cache while all tokens pass; one token needs no cache, but long runs.
-  const int tiles = static_cast<int>(p.tiles.size());
-  const int panel = tiles > 1 ? 4 : std::max(1, w.row_blocks / (threads * 8));
-  const int panels = (w.row_blocks + panel - 1) / panel;
-  const auto run_panel = [&](int index) {
-    alignas(64) float sums[16 * kRows];
-    const int end = std::min(w.row_blocks, (index + 1) * panel);
+  // Many tokens pass a few row blocks while those are in the second-level cache; one tile reads long runs of memory.
+  const bool many = p.tiles.size() > 1;
+  const int run = many ? kPanel : std::max(1, w.row_blocks / (threads * 8));
+  const int runs = (w.row_blocks + run - 1) / run;
+  const auto tokens_of = [&](const Tile& tile) {
+    const size_t first = static_cast<size_t>(tile.first);
+    return Tokens{p.codes + first * w.column_blocks * 8, p.scale + first * w.chunks, p.shift + first * w.chunks};
+  };
+  const auto do_run = [&](int index, int thread) {
+    alignas(64) float sums[kPanel * 8 * kRows];
+    const int begin = index * run, end = std::min(w.row_blocks, begin + run);
+    uint8_t* expanded = p.expanded && end - begin == kPanel ? p.expanded + thread * p.expanded_bytes : nullptr;
+    if (expanded) {
+      for (int r = 0; r < kPanel; ++r)
+        kernels.expand[w.width](w, begin + r, expanded + r * (p.expanded_bytes / kPanel));
+    }
     for (const Tile& tile : p.tiles) {
-      const Tokens tokens = {p.codes + static_cast<size_t>(tile.first) * w.column_blocks * 8,
-                             p.scale + static_cast<size_t>(tile.first) * w.chunks,
-                             p.shift + static_cast<size_t>(tile.first) * w.chunks};
-      for (int row_block = index * panel; row_block < end; ++row_block) {
+      const Tokens tokens = tokens_of(tile);
+      if (expanded && tile.kernel == kernels.largest) {
+        kernels.panel[w.width](w, expanded, tokens, begin, sums);
+        for (int r = 0; r < kPanel; ++r) write(w, in, out, tile, begin + r, sums + r * tile.size * kRows);
+        continue;
+      }
+      for (int row_block = begin; row_block < end; ++row_block) {
         kernels.tile[w.width][tile.kernel](w, tokens, row_block, sums);
         write(w, in, out, tile, row_block, sums);
       }
@@ -212,7 +232,7 @@ void linear(const Kernels& kernels, const Weight& w, const Inputs& in, const Out
   if (threads == 1) {
     if (!rounds_alone)
       for (int token = 0; token < in.tokens; ++token) pack_token(kernels, w, in, p, token, 0);
-    for (int index = 0; index < panels; ++index) run_panel(index);
+    for (int index = 0; index < runs; ++index) do_run(index, 0);
     return;
   }
 #if defined(_OPENMP)
@@ -223,7 +243,7 @@ void linear(const Kernels& kernels, const Weight& w, const Inputs& in, const Out
       for (int token = 0; token < in.tokens; ++token) pack_token(kernels, w, in, p, token, omp_get_thread_num());
     }
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int index = 0; index < panels; ++index) run_panel(index);
+    for (int index = 0; index < runs; ++index) do_run(index, omp_get_thread_num());
   }
 #endif
 }

@@ -17,6 +17,7 @@ struct Neon {
   using Ints = int32x4_t;
   using Floats = float32x4_t;
   static constexpr int rows = 4;
+  static constexpr bool panels = false;
   static constexpr int largest = 3;  // tile, as index in kTileSizes
   static constexpr bool wide = false;  // sdot takes signed bytes: codes are fed as nibbles
 

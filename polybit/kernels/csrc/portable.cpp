@@ -10,6 +10,7 @@ struct Portable {
   typedef int32_t Ints __attribute__((vector_size(kBlockBytes)));
   typedef float Floats __attribute__((vector_size(kBlockBytes)));
   static constexpr int rows = 16;
+  static constexpr bool panels = false;
   static constexpr int largest = 2;  // tile, as index in kTileSizes
   static constexpr bool wide = true;
 

@@ -9,8 +9,9 @@ namespace polybit {
 constexpr int kRows = 16;          // rows of a block
 constexpr int kColumns = 32;       // columns of a block
 constexpr int kBlockBytes = 64;    // bytes of a block in one plane
-constexpr int kTileSizes[] = {1, 2, 4, 8, 16};
-constexpr int kTiles = 5;
+constexpr int kTileSizes[] = {1, 2, 4, 8};  // tokens that pass a block together
+constexpr int kTiles = 4;
+constexpr int kPanel = 2;  // row blocks that meet a tile together once their codes are expanded
 
 // One weight matrix at one width. Its value at width b of B stored bits is
 //   s * (2^(B-b) * r * (p - (2^b-1)/2) + (2^B-1)/2 - z),  p = the b most significant bits of the code.
@@ -49,6 +50,10 @@ struct Kernels {
   int largest;  // index in kTileSizes of the largest tile there is
   // out[M][16] = one row block times M tokens, without gain; [width][index of M in kTileSizes]
   void (*tile[9][kTiles])(const Weight&, const Tokens&, int row_block, float* out);
+  // For many tokens: a row block's codes written out once as bytes [column_blocks][8][64], then `kPanel` such row blocks
+  // (the first of them `row_block`) times a tile of the largest size, out[kPanel][M][16]. Null where `tile` is as good.
+  void (*expand[9])(const Weight&, int row_block, uint8_t* codes);
+  void (*panel[9])(const Weight&, const uint8_t* codes, const Tokens&, int row_block, float* out);
   // what multiplies Tokens::shift of a uniform weight (no `zero`, no `ratio`)
   float (*shift[9][kTiles])(const Weight&);
   // rounds `columns` activations (a multiple of 32) chunk by chunk; `low` is null for 8-bit activations
