@@ -96,16 +96,20 @@ def descend_rows(
         before_OI = codes_OI.clone()
         for group, first in enumerate(range(0, columns, size)):
             here = slice(first, min(first + size, columns))
+            old_BOi = values_BOI[:, :, here].clone()
             if freedom is not None:
                 fit_group(levels, group, codes_OI[:, here], gradient_BOI[:, :, here], hessian_II[here, here], freedom)
-                new_BOi = group_values(levels, group, codes_OI[:, here])
-                gradient_BOI += (new_BOi - values_BOI[:, :, here]) @ hessian_II[here]
-                values_BOI[:, :, here] = new_BOi
+                values_BOI[:, :, here] = group_values(levels, group, codes_OI[:, here])
+                gradient_BOI[:, :, here] += (values_BOI[:, :, here] - old_BOi) @ hessian_II[here, here]
             choice = Choice(levels, group)
             for start in range(here.start, here.stop, BLOCK):
                 block = slice(start, min(start + BLOCK, here.stop))
                 moved_BOi = descend_block(choice, hessian_II, block, codes_OI, values_BOI, gradient_BOI)
-                gradient_BOI += moved_BOi @ hessian_II[block]
+                gradient_BOI[:, :, here] += moved_BOi @ hessian_II[block, here]
+            # inside the group the gradient was needed at once, elsewhere only now
+            moved_BOi = values_BOI[:, :, here] - old_BOi
+            for rest in (slice(0, here.start), slice(here.stop, columns)):
+                gradient_BOI[:, :, rest] += moved_BOi @ hessian_II[here, rest]
         if freedom is None and torch.equal(before_OI, codes_OI):
             break
 

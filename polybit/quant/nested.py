@@ -31,6 +31,7 @@ COARSE_EMPHASIS = {
     3: 1.9,
     2: 2.6,
 }  # groups of 64 and more cost 3 and 2 bits
+SETTLED = 0.002  # share of codes below which another round of descent is not worth its time
 EXTRA_BYTES = 0.05  # what the ratios may add to a file, as a share of its largest width alone
 
 
@@ -75,7 +76,10 @@ def nested(
             levels, found = relevel(levels, wanted_ratios(problem, codes_OI, levels), tables)
         levels = fit_layer_ratios(problem, codes_OI, levels, tables)
         freedom = Freedom(scale_gain(levels.scale_OG), grid.zero == "group", found)
+        before_OI = codes_OI
         codes_OI, levels = descend(problem, codes_OI, levels, sweeps=sweeps, freedom=freedom)
+        if index and float((codes_OI != before_OI).float().mean()) < SETTLED:
+            break
     levels, ratios = finish(fit_layer_ratios(problem, codes_OI, levels, tables), found)
     codes_OI, levels = descend(problem, codes_OI, levels, sweeps=sweeps, freedom=None)
     fixed = grid.fixed_zero()

@@ -30,10 +30,11 @@ def start_levels(problem: Problem, grid: Grid, widths: Sequence[int], emphasis: 
     found = []
     for part in row_chunks(rows, 4 * columns):
         groups_OGg, _ = split_groups(problem.weight_OI[part], grid.group_size)
-        limits = {
-            b: emphasis[b] / slice_error(groups_OGg, weights_Gg, b, b, scale_OG[part], centre(b))[0].clamp_min(1e-30)
-            for b, scale_OG in alone.items()
-        }
+        limits = {}
+        for b, alone_OG in alone.items():
+            codes_OGg = nearest_codes(groups_OGg, b, alone_OG[part], torch.full_like(alone_OG[part], centre(b)))
+            error_OG, _ = slice_error(codes_OGg, groups_OGg, weights_Gg, b, b, alone_OG[part])
+            limits[b] = emphasis[b] / error_OG.clamp_min(1e-30)
         found.append(search_rows(groups_OGg, weights_Gg, grid, limits, gain))
     scale_OG, zero_OG = (torch.cat([f[i] for f in found]) for i in (0, 1))
     ratio_BOG = torch.cat([f[2] for f in found], dim=1)
@@ -59,7 +60,9 @@ def search_rows(
                 point_OG = integer_zero(centre(grid.bits) - tilt * middle_OG / tried_OG, grid.bits)
             else:
                 point_OG = torch.full_like(tried_OG, float(grid.fixed_zero() or 0.0))
-            judged = [slice_error(groups_OGg, weights_Gg, grid.bits, b, tried_OG, point_OG) for b in limits]
+            codes_OGg = nearest_codes(groups_OGg, grid.bits, tried_OG, point_OG)
+            wanted_OGg = groups_OGg - ((centre(grid.bits) - point_OG) * tried_OG)[..., None]
+            judged = [slice_error(codes_OGg, wanted_OGg, weights_Gg, grid.bits, b, tried_OG) for b in limits]
             total_OG = sum(error * limit for (error, _), limit in zip(judged, limits.values(), strict=True))
             better = total_OG < best_OG
             best_OG = torch.where(better, total_OG, best_OG)
@@ -68,20 +71,26 @@ def search_rows(
     return scale_OG, zero_OG, ratio_BOG
 
 
+def nearest_codes(groups_OGg: Tensor, bits: int, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
+    """Codes of round to nearest, in floating point."""
+    codes_OGg = round_half_up(groups_OGg / scale_OG[..., None] + zero_OG[..., None])
+    return codes_OGg.clamp_(0, (1 << bits) - 1)
+
+
 def slice_error(
-    groups_OGg: Tensor, weights_Gg: Tensor, bits: int, width: int, scale_OG: Tensor, zero: Tensor | float
+    codes_OGg: Tensor, wanted_OGg: Tensor, weights_Gg: Tensor, bits: int, width: int, scale_OG: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weighted squared error per group of the `width` leading bits of nearest codes, and the ratio that gives it."""
-    spread_OG1 = scale_OG[..., None]
-    zero_OG1 = zero[..., None] if isinstance(zero, Tensor) else zero
-    codes_OGg = round_half_up(groups_OGg / spread_OG1 + zero_OG1).clamp_(0, (1 << bits) - 1)
+    """Weighted squared error per group of the `width` leading bits of codes, and the ratio that makes it least.
+
+    wanted_OGg: the weights less the value of the middle of the code range.
+    """
     stride = 2.0 ** (bits - width)
-    level_OGg = ((codes_OGg / stride).floor_() - centre(width)) * (stride * spread_OG1)
-    wanted_OGg = groups_OGg - (centre(bits) - zero_OG1) * spread_OG1
+    level_OGg = (codes_OGg / stride).floor_().sub_(centre(width)).mul_(stride * scale_OG[..., None])
     if width == bits:
         ratio_OG = torch.ones_like(scale_OG)
     else:
-        fitted = (level_OGg * wanted_OGg * weights_Gg).sum(-1) / (level_OGg.square() * weights_Gg).sum(-1)
+        pull_OGg = level_OGg * weights_Gg
+        fitted = (pull_OGg * wanted_OGg).sum(-1) / (pull_OGg * level_OGg).sum(-1)
         ratio_OG = torch.where(torch.isfinite(fitted), fitted, torch.ones_like(fitted)).clamp(0.4, 1.6)
-    error_OG = ((level_OGg * ratio_OG[..., None] - wanted_OGg).square() * weights_Gg).sum(-1)
-    return error_OG, ratio_OG
+        level_OGg.mul_(ratio_OG[..., None])
+    return (level_OGg.sub_(wanted_OGg).square_().mul_(weights_Gg)).sum(-1), ratio_OG
