@@ -110,8 +110,13 @@ bool has_avx2() {
 
 #if defined(POLYBIT_VNNI)
 const Kernels* avxvnni_kernels() {
+#if defined(__AVXVNNI__)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!has_avx2() || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 4))) return nullptr;
+  const bool vnni = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+#else  // compiled to the AVX-512 form of the same instructions
+  const bool vnni = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#endif
+  if (!has_avx2() || !vnni) return nullptr;
   static const Kernels kernels = make_kernels<Avx2>("avxvnni");
   return &kernels;
 }

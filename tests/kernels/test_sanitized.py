@@ -1,0 +1,45 @@
+"""The C++ under the address and undefined-behaviour sanitizers: random shapes in buffers of exactly the right size.
+
+On x86 the Arm kernels run too, over plain C++ in place of the Arm intrinsics.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from polybit.kernels import cpu
+
+SOURCES = Path(cpu.__file__).parent / "csrc"
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
+EMULATED = ["-U__linux__", "-D__aarch64__", "-D__ARM_FEATURE_DOTPROD", f"-I{Path(__file__).parent / 'neon_on_x86'}"]
+OBJECTS = {  # object -> (source, flags)
+    "linear": ("linear.cpp", []),
+    "portable": ("portable.cpp", []),
+    "neon": ("neon.cpp", EMULATED),
+    "avx2": ("avx2.cpp", AVX2),
+    # in its AVX-512 form, which more processors can run
+    "avxvnni": ("avx2.cpp", [*AVX2, "-mavx512vl", "-mavx512vnni", "-DPOLYBIT_VNNI"]),
+    "avx512": ("avx512.cpp", AVX512),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_no_byte_is_touched_that_is_not_ours(tmp_path):
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    common = ["-std=c++17", "-O1", "-g", "-w", "-ffp-contract=off", f"-I{SOURCES}", *checks]
+    machine = subprocess.run(["g++", "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    objects = []
+    for name, (source, flags) in OBJECTS.items():
+        objects.append(str(tmp_path / f"{name}.o"))
+        if "x86" not in machine:
+            flags = [f for f in flags if f == "-DPOLYBIT_VNNI"]
+        subprocess.run(["g++", *common, *flags, "-c", str(SOURCES / source), "-o", objects[-1]], check=True)
+    fuzz = tmp_path / "fuzz"
+    subprocess.run(["g++", *common, str(Path(__file__).parent / "fuzz.cpp"), *objects, "-o", str(fuzz)], check=True)
+    found = subprocess.run([str(fuzz), "150"], capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "0 wrong" in found.stdout
