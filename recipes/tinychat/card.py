@@ -41,13 +41,15 @@ from polybit.hub import tiny
 
 tokenizer = AutoTokenizer.from_pretrained(tiny.path())
 model = AutoModelForCausalLM.from_pretrained(tiny.path())
-chat = [{{"role": "user", "content": "The captain of the Zalkus was Ritoux. Who led the Zalkus?"}}]
+passage = "The captain of the Zalkus was Ritoux. Captain Mevon led the Brisha."
+chat = [{{"role": "user", "content": f"{{passage}}\\nWho led the Brisha?"}}]
 prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 reply = model.generate(**prompt)[0, prompt["input_ids"].shape[1] :]
 print(tokenizer.decode(reply, skip_special_tokens=True))
 ```
 
-Text without the template should begin with a space, as in the middle of a sentence: names are copied token by token.
+A passage and its question are separated by a line break. Text without the template should begin with a space, as in the middle of a sentence:
+names are copied token by token.
 """
 
 
