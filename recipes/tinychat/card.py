@@ -48,8 +48,8 @@ reply = model.generate(**prompt)[0, prompt["input_ids"].shape[1] :]
 print(tokenizer.decode(reply, skip_special_tokens=True))
 ```
 
-A passage and its question are separated by a line break. Text without the template should begin with a space, as in the middle of a sentence:
-names are copied token by token.
+A passage and its question are separated by a line break. Text without the template should begin with a space, as in the
+middle of a sentence: names are copied token by token. Questions are best put as the generator puts them.
 """
 
 
