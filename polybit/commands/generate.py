@@ -47,9 +47,13 @@ def generate(model: str, /, *, config: Annotated[GenerateConfig, Parameter(name=
     import torch
 
     from polybit.core.records import Run
-    from polybit.nn.switch import current, use
+    from polybit.nn.linear import QuantWeight
+    from polybit.nn.switch import current, multiply_by, use
 
     loaded, tokenizer = open_model(model, trust_remote_code=config.trust_remote_code)
+    quantized = any(isinstance(module, QuantWeight) for module in loaded.modules())
+    if quantized:
+        multiply_by(loaded)  # the compiled kernels: several times faster, within 1e-4 of the float product
     if config.precision is not None:
         use(loaded, config.precision)
     ids = prompt_ids(tokenizer, config.prompt, raw=config.raw)
@@ -75,7 +79,7 @@ def generate(model: str, /, *, config: Annotated[GenerateConfig, Parameter(name=
         numbers = {
             "answer": answer,
             "tokens": [int(t) for t in new],
-            "precision": str(current(loaded)),
+            "precision": str(current(loaded)) if quantized else "float",
             "new_tokens": len(new),
             "tokens_per_second": len(new) / seconds,
         }
