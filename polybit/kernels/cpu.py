@@ -14,6 +14,7 @@ from polybit.core.planes import COLUMNS, ROWS, Planes, RatioTable
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GROUPS = (0, 32, 64, 128, 256)  # group sizes the compiled kernels read; others take the reference path
+BYTES = ROWS * COLUMNS // 8  # of a block in one plane
 WHOLE = RatioTable(1.0, 1.0)  # the ratio of a width that has none
 
 
@@ -52,10 +53,13 @@ def fits(
     """Whether stored tensors have the very types and sizes the kernels read; anything else must not reach them."""
     if group_size not in GROUPS:
         return False
-    blocks = -(-rows // ROWS)
+    blocks, steps = -(-rows // ROWS), -(-columns // COLUMNS)
     groups = -(-columns // group_size) if group_size else 1
     return (
-        is_block(planes[0], torch.uint8, (blocks, -(-columns // COLUMNS), ROWS * COLUMNS // 8))
+        planes.dtype == torch.uint8
+        and planes.shape[1:] == (blocks, steps, BYTES)
+        and planes.stride()[1:] == (steps * BYTES, BYTES, 1)
+        and planes.is_cpu
         and is_block(scale, torch.float16, (blocks, groups, ROWS))
         and (zero is None or is_block(zero, torch.uint8, (blocks, groups, ROWS)))
         and (ratio is None or is_block(ratio, torch.uint8, (blocks, groups, ROWS // 2)))

@@ -215,7 +215,7 @@ def slice_rows(planes: Planes, start: int, stop: int) -> tuple[Planes, int]:
     zero = planes.zero[cut] if isinstance(planes.zero, Tensor) else planes.zero
     part = replace(
         planes,
-        planes=planes.planes[:, cut].contiguous(),
+        planes=planes.planes[:, cut],
         scale=planes.scale[cut],
         zero=zero,
         shape=(rows, planes.shape[1]),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polybit.core.affine import QWeight, centre, storable_scale
-from polybit.core.planes import pack, storable_ratio, unpack
+from polybit.core.planes import Planes, pack, storable_ratio, unpack
 from polybit.core.runtime import PolybitError
 from polybit.kernels import cpu, ops, reference
 
@@ -279,3 +279,13 @@ def test_without_the_library_the_slow_twin_serves_and_says_so(monkeypatch):
             ops.linear(x, p, 4, activations="int8")
     finally:
         cpu.library.cache_clear()
+
+
+def test_rows_cut_out_of_a_larger_weight():
+    """Planes may be any distance apart: a slice of row blocks is read in place."""
+    p, x = random_planes(64, 96), random_input(3, 96)
+    cut = Planes(p.planes[:, 1:3], p.scale[1:3], p.zero, p.gain, (32, 96), p.group_size)
+    assert cpu.fits(cut.planes, cut.scale, None, None, None, 32, 96, 64)
+    for activations in ops.MODES:
+        whole = ops.linear(x, p, 5, activations=activations)
+        assert torch.allclose(ops.linear(x, cut, 5, activations=activations), whole[:, 16:48], rtol=1e-5, atol=1e-6)
