@@ -43,8 +43,8 @@ class QuantizeConfig:
     """Windows of calibration text."""
     window: int | None = None
     """Tokens per window (default: 256 or 512 by the model's context)."""
-    effort: Literal["fast", "normal"] = "normal"
-    """fast = no learned rounding; seconds instead of minutes."""
+    effort: Literal["fast", "normal", "best"] = "normal"
+    """fast = no learned rounding; best = nested files are trained over the whole model too."""
     include_embeddings: bool = False
     """Quantize the token embedding and the output head too (default: they stay in float)."""
     seed: int = 0

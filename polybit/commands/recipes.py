@@ -10,7 +10,7 @@ from polybit.commands.compress import Recipe
 from polybit.core.affine import Grid, ZeroKind
 
 BLOCK_STEPS = 200  # learned rounding block by block, where the whole model at once does not fit
-FINISH_STEPS = {"rounding": 160, "nested": 400}  # learned rounding of the whole model
+FINISH_STEPS = {"rounding": 160, "nested": 300}  # learned rounding of the whole model
 FINISH_BYTES = 20  # latent, gradient, two moments of Adam and the value itself, per weight
 FINISH_SHARE = 0.25  # of the machine's memory that the finish may take before it is left out
 
@@ -18,13 +18,19 @@ FINISH_SHARE = 0.25  # of the machine's memory that the finish may take before i
 def choose(
     method: str, widths: Sequence[int], group_size: int, *, asymmetric: bool | None, effort: str, seed: int
 ) -> Recipe:
-    """The recipe of a method; `effort` fast leaves learned rounding out."""
+    """The recipe of a method; `effort` fast leaves learned rounding out.
+
+    Nested codes are trained over the whole model only with `best`: it moves along the trade between widths, narrow
+    ones gain about a tenth and wide ones pay, for several times the seconds (docs/results.md).
+    """
     bits = max(widths)
     if asymmetric is None:
         # learned rounding gains nothing from a zero point and would pay its bits (docs/results.md)
         asymmetric = method != "rounding"
     zero: ZeroKind = "group" if asymmetric else "centre"
-    steps = 0 if effort == "fast" else FINISH_STEPS.get(method, 0)
+    steps = FINISH_STEPS.get(method, 0)
+    if effort == "fast" or (effort == "normal" and method == "nested"):
+        steps = 0
     return Recipe(
         method,
         Grid(bits, group_size, zero),
