@@ -1,4 +1,4 @@
-"""Calibration text the model writes itself, for models whose user has no text at hand (LLM-QAT, arXiv 2305.17888 §2.1)."""
+"""Calibration text the model writes itself, where the user has none at hand (LLM-QAT, arXiv 2305.17888 §2.1)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ def self_text(model: nn.Module, start: int | None, *, count: int, length: int, s
     windows = []
     for first in track(range(0, count, batch), "writing calibration text"):
         size = min(batch, count - first)
-        if start is None:
-            ids = torch.randint(0, vocabulary, (size, 1), generator=draw)
-        else:
-            ids = torch.full((size, 1), start)
+        drawn = torch.randint(0, vocabulary, (size, 1), generator=draw)
+        ids = drawn if start is None else torch.full_like(drawn, start)
         windows.append(continue_text(model, ids, length, draw, greedy=0 if start is not None else GREEDY_TOKENS))
     return torch.cat(windows)
 
