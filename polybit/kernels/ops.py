@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -135,6 +137,38 @@ def linear_on_cpu(
     return y.to(x.dtype)
 
 
+def linear_on_gpu(
+    x: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    ratio: Tensor | None,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    numbers: Sequence[float],
+    rows: int,
+    group_size: int,
+    width: int,
+    mode: int,
+) -> Tensor:
+    """polybit::linear on a GPU: a few tokens by the Triton kernel where triton is there, else the slow twin."""
+    stored = assemble(planes, scale, zero, ratio, column_scale, numbers, (rows, x.shape[-1]), group_size, width)
+    kernel = gpu_kernel() if mode and group_size in cpu.GROUPS and planes.is_contiguous() else None
+    if kernel is not None and 0 < x.numel() <= kernel.MOST_TOKENS * x.shape[-1]:
+        return kernel.linear(x, stored, width, bias, NAMES[mode])
+    return reference.linear(x, stored, width, bias, activations=NAMES[mode])
+
+
+@cache
+def gpu_kernel() -> ModuleType | None:
+    """The Triton kernel, or None where triton is not installed."""
+    try:
+        from polybit.kernels import triton_gemv
+    except ImportError:
+        return None
+    return triton_gemv
+
+
 def assemble(
     planes: Tensor,
     scale: Tensor,
@@ -161,4 +195,5 @@ LIBRARY = torch.library.Library("polybit", "DEF")
 LIBRARY.define(SCHEMA)
 LIBRARY.impl("linear", linear_by_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("linear", linear_on_cpu, "CPU")
+LIBRARY.impl("linear", linear_on_gpu, "CUDA")
 torch.library.register_fake("polybit::linear", linear_shape, lib=LIBRARY)

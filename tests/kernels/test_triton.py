@@ -1,0 +1,90 @@
+"""The GPU kernel: interpreted against the slow twin at every width, and compiled for sm_80 and sm_90 without a GPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from polybit.kernels import ops, reference
+from tests.kernels.test_ops import KINDS, random_input, random_planes, relative
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    os.environ["TRITON_INTERPRET"] = "1"
+    from polybit.kernels import triton_gemv
+
+    yield triton_gemv
+    del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activations", ["int8", "int16"])
+@pytest.mark.parametrize("group_size", [0, 32, 128])
+def test_interpreted_equals_the_slow_twin(kernel, kind, activations, group_size):
+    p = random_planes(20, 200, 8, group_size, **KINDS[kind])
+    x, bias = random_input(2, 200), random_input(20, seed=2)
+    for width in range(1, 9):
+        exact = reference.linear(x.double(), p, width, bias, activations=activations, precision=torch.float64)
+        assert relative(kernel.linear(x, p, width, bias, activations), exact) <= 1e-6, width
+
+
+def test_interpreted_spoiled_token_spoils_only_itself(kernel):
+    p, x = random_planes(20, 200), random_input(2, 200)
+    clean = kernel.linear(x, p, 4, None, "int8")
+    x[1, 3] = float("nan")
+    y = kernel.linear(x, p, 4, None, "int8")
+    assert torch.equal(y[0], clean[0]) and y[1].isnan().all()
+
+
+def test_the_operator_takes_it_for_a_few_tokens(kernel):
+    """What a GPU's dispatch runs, here on main memory; many tokens and odd group sizes go to the slow twin."""
+    for tokens, group_size in ((1, 64), (kernel.MOST_TOKENS, 64), (kernel.MOST_TOKENS + 1, 64), (2, 16), (0, 64)):
+        p, x = random_planes(20, 96, 8, group_size), random_input(tokens, 96, dtype=torch.bfloat16)
+        parts = (x, p.planes, p.scale, None, None, None, None, (p.gain, p.zero, 1.0, 1.0))
+        y = ops.linear_on_gpu(*parts, 20, group_size, 4, 8)
+        expected = reference.linear(x, p, 4, activations="int8")
+        assert y.shape == (tokens, 20) and y.dtype == torch.bfloat16
+        assert torch.allclose(y.float(), expected.float(), rtol=2**-7, atol=1e-3)
+
+
+COMPILE = """
+import subprocess, sys, tempfile, triton
+from pathlib import Path
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from polybit.kernels.triton_gemv import BLOCKS, WARPS, gemv
+arch = int(sys.argv[1])
+signature = dict(x="*i32", x_scale="*fp32", x_sum="*i32", planes="*u32", scale="*fp16", zero="*u8", ratio="*u8",
+                 bias="*fp32", y="*fp32", stride="i32", rows="i32", blocks="i32", groups="i32",
+                 gain="fp32", fixed_zero="fp32", low="fp32", high="fp32")
+for width in (2, 4, 8):
+    for digits in (1, 2):
+        fixed = dict(STORED=8, WIDTH=width, GROUP_BLOCKS=2, DIGITS=digits, HAS_ZERO=True, HAS_RATIO=True,
+                     HAS_BIAS=True, BLOCKS=BLOCKS, INTERPRET=False)
+        names = [*signature, *fixed]
+        source = ASTSource(fn=gemv, signature=signature | {n: "constexpr" for n in fixed},
+                           constexprs={(names.index(n),): v for n, v in fixed.items()},
+                           attrs={(names.index(n),): [["tt.divisibility", 16]] for n in ("x", "planes", "scale")})
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": WARPS})
+        ptx = built.asm["ptx"]
+        assert "dp4a" in ptx and "lop3" in ptx
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(built.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        assert "STACK:0" in usage and "LOCAL:0" in usage, usage
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_compiles_without_a_gpu(arch):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", COMPILE, str(arch)], check=True, env=environment, timeout=600)
