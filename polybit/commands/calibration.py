@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polybit.core.runtime import PolybitError
+from polybit.hub.lm import longest_input
 
 SELF = "self"  # the model writes its own text
 AUTO = "auto"  # conversations of the generator for the embedded model, otherwise SELF
@@ -62,7 +63,7 @@ def gather(
 
 def window_length(model, asked: int | None) -> int:
     """Tokens per window: what was asked for if the model can read it, else 512, or 256 for a short context."""
-    context = context_length(model)
+    context = longest_input(model)
     if asked is not None:
         if asked < 2 or (context is not None and asked > context):
             raise PolybitError(
@@ -72,14 +73,6 @@ def window_length(model, asked: int | None) -> int:
     if context is None:
         return 512
     return min(context, 256 if context <= 1024 else 512)
-
-
-def context_length(model) -> int | None:
-    """Most positions the model can read, where its configuration says so."""
-    for key in ("max_position_embeddings", "n_positions", "seq_length"):
-        if (value := getattr(model.config, key, None)) is not None:
-            return int(value)
-    return None
 
 
 def batches(windows_NT: Tensor, size: int) -> list[Tensor]:

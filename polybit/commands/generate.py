@@ -9,7 +9,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from polybit.commands.calibration import context_length
 from polybit.commands.models import open_model
 from polybit.core.runtime import PolybitError
 
@@ -47,6 +46,7 @@ def generate(model: str, /, *, config: Annotated[GenerateConfig, Parameter(name=
     import torch
 
     from polybit.core.records import Run
+    from polybit.hub.lm import longest_input
     from polybit.nn.linear import QuantWeight
     from polybit.nn.switch import current, multiply_by, use
 
@@ -57,7 +57,7 @@ def generate(model: str, /, *, config: Annotated[GenerateConfig, Parameter(name=
     if config.precision is not None:
         use(loaded, config.precision)
     ids = prompt_ids(tokenizer, config.prompt, raw=config.raw)
-    room = context_length(loaded)
+    room = longest_input(loaded)
     if room is not None and ids.shape[1] >= room:
         raise PolybitError(f"the prompt has {ids.shape[1]} tokens but the model reads at most {room}: shorten it")
     torch.manual_seed(config.seed)

@@ -6,12 +6,13 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from polybit.commands.calibration import SELF, context_length, text_name, window_length
+from polybit.commands.calibration import SELF, text_name, window_length
 from polybit.core.runtime import PolybitError
 from polybit.data.chat import Prompt, read_prompts
 from polybit.data.text import has_chat_template, read_windows
 from polybit.evals.compare import Material
 from polybit.evals.tasks import embedded_items
+from polybit.hub.lm import longest_input
 
 EMBEDDED_TEXT = "embedded-test"  # conversations of names and wordings no training document had
 BEGINNING = 16  # tokens of a text that serve as a prompt where no prompts are given
@@ -42,7 +43,7 @@ def gather_material(reference, tokenizer, config: Any, *, embedded: bool, tasks:
     items = {}
     if tasks or embedded:
         items = embedded_items(max(config.items, config.answers), seed=TEST_SEED + config.seed)
-    prompts = choose_prompts(tokenizer, config, windows, items if embedded else {}, context_length(reference))
+    prompts = choose_prompts(tokenizer, config, windows, items if embedded else {}, longest_input(reference))
     asked = {name: items[name][: config.items] for name in tasks}
     return Gathered(Material(windows, prompts, asked, config.max_tokens), text_name(source))
 

@@ -9,6 +9,7 @@ from polybit.quant.awq import awq
 from polybit.quant.gptq import gptq
 from polybit.quant.hqq import hqq
 from polybit.quant.nested import nested
+from polybit.quant.rounding import rounding
 from polybit.quant.rtn import rtn
 
 QUANTIZERS: dict[str, Callable[..., QWeight]] = {
@@ -17,4 +18,5 @@ QUANTIZERS: dict[str, Callable[..., QWeight]] = {
     "awq": awq,
     "hqq": hqq,
     "nested": nested,
+    "rounding": rounding,
 }
