@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from polybit.core.runtime import PolybitError
-from polybit.kernels import ops
+from polybit.kernels import cpu, ops
 from polybit.kernels.prepared import Holder, Prepared
 from tests.kernels.test_ops import KINDS, random_input, random_planes
 
 
+@pytest.mark.skipif(not cpu.instruction_sets(), reason="needs the compiled kernels")
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_operator(kind):
     """Every width, mode and type of input, with ratios that differ from width to width."""
