@@ -23,6 +23,7 @@ import torch
 from polybit.core.planes import Planes
 from polybit.core.records import machine
 from polybit.kernels import cpu, ops, reference
+from polybit.kernels.prepared import Prepared
 
 GROUP = 64
 clock = time.perf_counter  # main() takes the thread's own clock when there is one thread
@@ -52,13 +53,14 @@ def polybit_jobs(rows: int, columns: int, tokens: int, widths: list[int], modes:
     """name -> (call(i), number of matrices, bytes read per call)."""
     copies = max(3, -(-BEYOND_CACHE // (rows * columns * min(widths) // 8)))
     weights = [random_planes(rows, columns, i) for i in range(min(copies, 12))]
+    prepared = [Prepared(weight) for weight in weights]  # as quantized layers call them
     x = torch.randn(tokens, columns)
     jobs = {}
     for mode in modes:
         for width in widths:
 
             def call(i: int, width: int = width, mode: str = mode) -> torch.Tensor:
-                return ops.linear(x, weights[i], width, activations=mode)
+                return prepared[i].linear(x, width, None, mode)
 
             jobs[f"polybit {width} bits {mode}"] = (call, len(weights), weights[0].nbytes(width))
     return jobs
