@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
 from polybit.commands.compress import Recipe, compress
+from polybit.commands.recipes import BLOCK_STEPS, FINISH_STEPS
 from polybit.core.affine import Grid, QWeight
 from polybit.core.records import machine
 from polybit.core.runtime import write_json
@@ -36,7 +37,11 @@ from polybit.measure.blocks import Whole, outside
 from polybit.nn.convert import Target, targets
 
 WINDOW, CALIBRATION, EVALUATION = 256, 128, 392
-STEPS = {"block": (200, 0), "finish": (0, 160), "nested-finish": (0, 400)}  # steps per block, steps of the finish
+STEPS = {
+    "block": (BLOCK_STEPS, 0),
+    "finish": (0, FINISH_STEPS["rounding"]),
+    "nested-finish": (0, FINISH_STEPS["nested"]),
+}  # steps per block, steps of the finish
 METHODS = {"block": "rounding", "finish": "rounding", "nested-finish": "nested"}
 
 

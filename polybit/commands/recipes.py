@@ -10,7 +10,7 @@ from polybit.commands.compress import Recipe
 from polybit.core.affine import Grid, ZeroKind
 
 BLOCK_STEPS = 200  # learned rounding block by block, where the whole model at once does not fit
-FINISH_STEPS = {"rounding": 160, "nested": 300}  # learned rounding of the whole model
+FINISH_STEPS = {"rounding": 130, "nested": 300}  # learned rounding of the whole model
 FINISH_BYTES = 20  # latent, gradient, two moments of Adam and the value itself, per weight
 FINISH_SHARE = 0.25  # of the machine's memory that the finish may take before it is left out
 

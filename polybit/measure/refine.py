@@ -21,7 +21,8 @@ FINISH = Tuning(steps=200, lr=0.005, scale_lr=0.002)
 NESTED = Tuning(steps=300, lr=0.01, scale_lr=0.0, ratio_lr=0.001, reach=1.0)  # steps in codes of all stored bits
 ANCHORED = 5  # widths from here on are held by layer losses instead of runs of the model
 EMPHASIS = {8: 1.0, 7: 2.0, 6: 4.0, 5: 2.0, 4: 1.0, 3: 1.0, 2: 1.0}  # weight of each width's relative loss
-HIDDEN = 1.5  # weight of the hidden states' relative squared error beside the KL in nats
+HIDDEN = 20.0  # weight of the hidden states' relative squared error beside the KL in nats; little of it overfits
+NESTED_HIDDEN = 1.5  # the same for nested codes, whose KL is divided by its start's
 INAUDIBLE = 1e-3  # nats per token; differences below it do not count when widths are compared
 WORST = 1.3  # factor by which no width may lose, whatever the others gain
 SAMPLE = 8  # batches on which the widths are compared before and after
@@ -62,7 +63,7 @@ def finish_model(
     Returns the start when training did not lower the loss on the calibration windows.
     """
     whole = Whole(model, tuple(target for target in targets if target.name in start))
-    teacher = Teacher(whole, batches)
+    teacher = Teacher(whole, batches, HIDDEN if widths is None else NESTED_HIDDEN)
     weights = {target.name: target.weight_OI(model) for target in whole.targets}
     if widths is None:
         return refine(start, weights, teacher.distance, len(batches), tuning=tuning, score=teacher.divergence)
@@ -159,8 +160,8 @@ class Lesson:
 class Teacher:
     """The float model on the calibration windows; the last position of a window predicts nothing known."""
 
-    def __init__(self, whole: Whole, batches: Sequence[Tensor]) -> None:
-        self.whole, self.batches = whole, batches
+    def __init__(self, whole: Whole, batches: Sequence[Tensor], hidden: float = HIDDEN) -> None:
+        self.whole, self.batches, self.hidden = whole, batches, hidden
         self.kept: dict[int, Lesson] = {}
         self.room = TEACHER_BYTES
 
@@ -169,7 +170,7 @@ class Teacher:
         return self._divergence(self.whole.forward(weights, self.batches[index]), self.lesson(index))
 
     def distance(self, weights: Mapping[str, Tensor], index: int) -> Tensor:
-        """The loss of training: KL, plus HIDDEN times the relative squared error of the hidden states.
+        """The loss of training: KL, plus `hidden` times the relative squared error of the hidden states.
 
         The hidden states say more per token than the next token's distribution does: less is learnt by heart.
         """
@@ -177,7 +178,7 @@ class Teacher:
         logits_BTV, hidden = self.whole.states(weights, self.batches[index])
         pairs = zip(hidden, lesson.hidden, lesson.levels, strict=True)
         errors = [(given - wanted).square().mean() / level for given, wanted, level in pairs]
-        return self._divergence(logits_BTV, lesson) + HIDDEN * torch.stack(errors).mean()
+        return self._divergence(logits_BTV, lesson) + self.hidden * torch.stack(errors).mean()
 
     def _divergence(self, logits_BTV: Tensor, lesson: Lesson) -> Tensor:
         given_BTV = log_softmax(logits_BTV[:, :-1].float(), -1)
