@@ -90,6 +90,8 @@ def refine_nested(
     count = len(teacher.batches)
     sample = range(0, count, max(1, count // SAMPLE))
     narrow = [b for b in sorted(widths) if b < ANCHORED]
+    if not narrow:
+        return dict(start)  # wide widths are as good as their layers' optimum
     wide = [b for b in sorted(widths) if b >= ANCHORED]
     first = {b: divergences(start, b, teacher, sample) for b in widths}
     anchors = Anchors(start, weights, stats, wide)
