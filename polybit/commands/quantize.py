@@ -66,13 +66,14 @@ def quantize(model: str, /, *, config: Annotated[QuantizeConfig, Parameter(name=
 
     Interrupted runs go on where they stopped when the same command is given again.
     """
-    recipe_of(config)  # flags that cannot be meant are refused before anything is loaded
+    recipe = recipe_of(config)  # flags that cannot be meant are refused before anything is loaded
     from polybit.core.records import Run
     from polybit.hub.directory import check_output, output_lock
 
     run = Run(
         "quantize", {"model": model, **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}}
     )
+    run.config["method"] = recipe.method
     check_output(config.out, overwrite=config.overwrite)
     with output_lock(config.out), run.timed():
         numbers = build(model, config, run)
