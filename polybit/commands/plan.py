@@ -134,8 +134,7 @@ def dry_run(chosen: Sequence[Any], recipe) -> dict[str, Any]:
 
 def print_plan(model: str, recipe, numbers: Mapping[str, Any]) -> None:
     """The plan as a table and a few sentences."""
-    from polybit.report.summary import plain_table
-    from polybit.report.tables import percent, size
+    from polybit.report.tables import aligned, percent, size
 
     total, quantized = numbers["parameters"], numbers["quantized"]
     half = 2 * quantized
@@ -147,7 +146,7 @@ def print_plan(model: str, recipe, numbers: Mapping[str, Any]) -> None:
         [name, f"{row['bits_per_weight']:.3f}", size(row["bytes"]), f"{100 * row['bytes'] / max(half, 1):.0f} %"]
         for name, row in numbers["sizes"].items()
     ]
-    print(plain_table(["width", "bits/weight", "bytes read", "of 16-bit"], rows))
+    print(aligned(["width", "bits/weight", "bytes read", "of 16-bit"], rows))
     print("\nstays in float:")
     for row in numbers["left_in_float"]:
         print(f"  {percent(row['share']):>7}  {row['name']} ({row['reason']})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from polybit.report.html import task_score
@@ -42,8 +42,3 @@ def markdown_table(numbers: Mapping[str, Any]) -> str:
     """The table in Markdown."""
     header, table = rows(numbers)
     return markdown(header, table)
-
-
-def plain_table(header: Sequence[str], table: Sequence[Sequence[str]]) -> str:
-    """Any table in plain text."""
-    return aligned(header, table)
