@@ -46,6 +46,7 @@ def test_round_trip_through_plain_transformers(family, include_embeddings, tmp_p
 def test_shards_load(tmp_path):
     model = quantized("mixtral", include_embeddings=True)
     again = reopen(save(model, tmp_path / "out", shard_bytes=40_000))
+    assert len(list((tmp_path / "out").glob("polybit-*.safetensors"))) > 1
     verify(tmp_path / "out", again)
 
 
