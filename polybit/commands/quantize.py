@@ -44,7 +44,7 @@ class QuantizeConfig:
     window: int | None = None
     """Tokens per window (default: 256 or 512 by the model's context)."""
     effort: Literal["fast", "normal", "best"] = "normal"
-    """fast = no learned rounding; best = nested files are trained over the whole model too."""
+    """fast = no learned rounding; best = also try to train nested files over the whole model, kept only if it helps."""
     include_embeddings: bool = False
     """Quantize the token embedding and the output head too (default: they stay in float)."""
     seed: int = 0

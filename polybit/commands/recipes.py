@@ -20,8 +20,8 @@ def choose(
 ) -> Recipe:
     """The recipe of a method; `effort` fast leaves learned rounding out.
 
-    Nested codes are trained over the whole model only with `best`: it moves along the trade between widths, narrow
-    ones gain about a tenth and wide ones pay, for several times the seconds (docs/results.md).
+    Nested codes are trained over the whole model only with `best`: it mostly trades wide widths for narrow ones and is
+    then refused, for several times the seconds (docs/results.md).
     """
     bits = max(widths)
     if asymmetric is None:
