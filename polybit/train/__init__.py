@@ -1,0 +1,1 @@
+"""Training: objectives, schedules and fake-quantized modules on transformers' Trainer."""

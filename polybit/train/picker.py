@@ -1,0 +1,93 @@
+"""Which moment of a training run is kept: the best by held-out flips and KL, never by the loss or reward accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from polybit.core.runtime import write_json
+from polybit.hub.files import read_json
+
+Probed = Mapping[str, Mapping[str, float]]  # preset -> {"flips": share, "kl": nats per token, ...}
+JUDGED = ("flips", "kl")
+HISTORY = "probes.json"
+
+
+@dataclass(slots=True)
+class Picker:
+    """Judges every probe of a run against its start, preset by preset.
+
+    slack: how far above its start a width's flips or KL may lie, as a share of the start, before that moment is refused
+    (the guard per width) · patience: so many probes below the start in a row, by every width, stop the run.
+    """
+
+    slack: float = 0.0
+    patience: int = 3
+    history: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str | None = None
+
+    def judge(self, step: int, probed: Probed) -> bool:
+        """Enter the probe of a step; True when it is the best so far. The first probe entered is the start."""
+        worse = {} if not self.history else self.below_start(probed)
+        entry: dict[str, Any] = {"step": step, "presets": {k: dict(v) for k, v in probed.items()}, "worse": worse}
+        entry["score"] = 1.0 if not self.history else self.score(probed)
+        best = self.best
+        self.history.append(entry)
+        lost = [e for e in self.history[-self.patience :] if len(e["worse"]) == len(e["presets"])]
+        if len(lost) == self.patience:
+            names = ", ".join(sorted(worse))
+            self.stopped = (
+                f"stopped at step {step}: {names} fell below the start for {self.patience} probes in a row "
+                f"({'; '.join(worse.values())}); a lower learning rate is the usual remedy"
+            )
+        return best is None or (not worse and entry["score"] < best["score"])
+
+    def below_start(self, probed: Probed) -> dict[str, str]:
+        """The widths that are worse than at the start, each with what is worse."""
+        start = self.history[0]["presets"]
+        found = {}
+        for name, numbers in probed.items():
+            for key in JUDGED:
+                now, then = numbers[key], start[name][key]
+                if not isfinite(now) or now > then * (1 + self.slack):
+                    found[name] = f"{name}: {key} {now:.4g}, at the start {then:.4g}"
+        return found
+
+    def score(self, probed: Probed) -> float:
+        """Mean over widths of flips and KL relative to the start: 1 = no gain, 0 = the float model; lower is better."""
+        start = self.history[0]["presets"]
+        shares = [numbers[key] / max(start[name][key], 1e-12) for name, numbers in probed.items() for key in JUDGED]
+        return sum(shares) / len(shares)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The entry that is kept: the lowest score among those no width of which is below its start."""
+        good = [entry for entry in self.history if not entry["worse"]]
+        return min(good, key=lambda entry: entry["score"]) if good else None
+
+    def reason(self) -> str:
+        """One sentence on what was kept and why."""
+        best = self.best
+        if best is None:
+            return "nothing was probed"
+        if self.stopped:
+            return f"{self.stopped}; step {best['step']} is kept"
+        if best["step"] == self.history[0]["step"] and len(self.history) > 1:
+            last = "; ".join(self.history[-1]["worse"].values()) or "no later probe was better"
+            return f"the start is kept, because every later probe was below it for some width ({last})"
+        return f"step {best['step']} is kept, the best of {len(self.history)} probes by held-out flips and KL"
+
+    def write(self, directory: Path) -> None:
+        """Keep the history beside the run."""
+        write_json(directory / HISTORY, {"history": self.history, "stopped": self.stopped})
+
+    def read(self, directory: Path, *, until: int) -> None:
+        """Take over the history of an interrupted run up to a step; what came later is probed again."""
+        found: Sequence[dict[str, Any]] = []
+        if (directory / HISTORY).is_file():
+            found = read_json(directory / HISTORY)["history"]
+        self.history = [entry for entry in found if entry["step"] <= until]
+        self.stopped = None

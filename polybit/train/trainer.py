@@ -1,0 +1,301 @@
+"""PrecisionTrainer: transformers' Trainer over a model whose precision changes from one pass to the next."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from polybit.core.runtime import PolybitError, atomic_path, track
+from polybit.hub.tensors import read_tensors, write_tensors
+from polybit.train.balance import Balance, combine
+from polybit.train.picker import Picker, Probed
+
+Forward = Callable[[Mapping[str, Tensor], str], Tensor]
+Objective = Callable[[Forward, Any, tuple[str, ...]], tuple[Tensor, dict[str, float]]]
+Schedule = Callable[[int, tuple[str, ...]], tuple[str, ...]]
+Switch = Callable[[nn.Module, str], object]
+
+STATE, BEST, WHOLE = "trainable.safetensors", "best.safetensors", "whole"
+
+
+def every_preset(step: int, presets: tuple[str, ...]) -> tuple[str, ...]:
+    """The schedule that uses all presets at every step."""
+    return presets
+
+
+def settings(
+    out: str | Path,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    save_every: int,
+    seed: int = 0,
+    floor: float = 0.1,
+    **further: Any,
+) -> TrainingArguments:
+    """The project's defaults as TrainingArguments: AdamW without decay, 5 % warm-up, cosine to `floor`, clip at 1.
+
+    `further` are TrainingArguments by their own names (gradient_accumulation_steps, fsdp, report_to, ...).
+    """
+    chosen: dict[str, Any] = {
+        "output_dir": str(out),
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": floor},
+        "warmup_steps": max(1, steps // 20),
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "save_strategy": "steps",
+        "save_steps": save_every,
+        "save_total_limit": 2,
+        "seed": seed,
+        "report_to": "none",
+        "logging_steps": 10,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        # a loss that is not finite must be seen, not smoothed over
+        "logging_nan_inf_filter": False,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    return TrainingArguments(**(chosen | further))
+
+
+class PrecisionTrainer(Trainer):
+    """Trains one model at several presets, each step at those its schedule names.
+
+    model: what make_trainable returned · objective(forward, batch, presets) -> (loss, logs), where forward(part,
+    preset) switches the model and gives logits_BTV; a `part` with the mask "keep_BT" gives only the logits at those
+    positions, [N, V], and the others are never computed · schedule(step, presets) -> the presets of that step ·
+    switch(model, preset) · gather(rows) turns what the dataset holds into the batch, at the moment it is needed, so
+    that a dataset of row numbers can stand for answers that change while training.
+
+    An objective with the attribute `separable = True` is a sum over presets: they are then run one at a time, so that
+    memory is that of one, and `balance` says how their gradients are put together. probe(model) -> {preset: {"flips",
+    "kl", ...}} on held-out prompts every `probe_every` steps; `picker` keeps the best moment and stops a run that
+    falls below its start. renew(step) is called before the step, every `renew_every` steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        objective: Objective,
+        presets: Sequence[str],
+        switch: Switch,
+        schedule: Schedule = every_preset,
+        gather: Callable[[Any], Any] | None = None,
+        balance: Balance | None = None,
+        probe: Callable[[nn.Module], Probed] | None = None,
+        probe_every: int = 0,
+        picker: Picker | None = None,
+        renew: Callable[[int], None] | None = None,
+        renew_every: int = 0,
+        **trainer: Any,
+    ) -> None:
+        trainer.setdefault("data_collator", list)
+        super().__init__(model, **trainer)
+        self.objective, self.presets, self.switch, self.schedule = objective, tuple(presets), switch, schedule
+        self.gather, self.balance = gather, balance or Balance()
+        self.probe, self.probe_every = probe, probe_every
+        self.picker = picker or Picker()
+        self.renew, self.renew_every = renew, renew_every
+        self.heard: dict[str, list[float]] = {}
+        # our objectives divide by their own counts; the Trainer must average over accumulated batches
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)  # a bar instead; every number is in the log history
+        self.add_callback(_Watch(self))
+
+    # one step ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one batch at the presets of this step; returns the loss for the log."""
+        # dropout would be noise the reference does not have; checkpointing only works in training mode
+        model.train(bool(self.args.gradient_checkpointing))
+        if self.gather is not None:
+            inputs = self.gather(inputs)
+        batch = self._prepare_inputs(inputs) if isinstance(inputs, Mapping) else inputs
+        chosen = tuple(self.schedule(self.state.global_step, self.presets))
+        alone = bool(getattr(self.objective, "separable", False)) and len(chosen) > 1
+        groups = [(name,) for name in chosen] if alone else [chosen]
+        total = torch.zeros((), device=self.args.device)
+        gradients: list[list[Tensor | None]] = []
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        before = [parameter.grad for parameter in parameters]
+        for group in groups:
+            if alone:
+                for parameter in parameters:
+                    parameter.grad = None
+            with self.compute_loss_context_manager():
+                loss, logs = self.objective(self.forward_of(model), batch, group)
+            if loss.requires_grad:
+                self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+            total += loss.detach() / self.current_gradient_accumulation_steps
+            self.hear(logs)
+            if alone:
+                gradients.append([parameter.grad for parameter in parameters])
+        if alone:
+            joined = combine(gradients, chosen, self.balance)
+            for parameter, old, new in zip(parameters, before, joined, strict=True):
+                parameter.grad = new if old is None else old if new is None else old + new
+        return total
+
+    def forward_of(self, model: nn.Module) -> Forward:
+        """forward(part, preset) -> logits, with the model at that preset."""
+
+        def forward(part: Mapping[str, Tensor], preset: str) -> Tensor:
+            self.switch(self.model, preset)
+            given = {"input_ids": part["ids_BT"], "use_cache": False}
+            names = {"mask_BT": "attention_mask", "positions_BT": "position_ids", "mask_B1TT": "attention_mask"}
+            given |= {theirs: part[ours] for ours, theirs in names.items() if ours in part}
+            with keep_positions(self.model, part.get("keep_BT")):
+                logits = model(**given).logits
+            return logits if "keep_BT" not in part else logits[0]
+
+        return forward
+
+    def hear(self, logs: Mapping[str, float]) -> None:
+        """Gather what the objective says until the next log."""
+        for name, value in logs.items():
+            self.heard.setdefault(name, []).append(float(value))
+
+    def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
+        """The Trainer's log with the means of what the objective said since the last one."""
+        means = {name: sum(values) / len(values) for name, values in self.heard.items()}
+        self.heard = {}
+        super().log({**logs, **means}, *rest, **named)
+
+    # states -----------------------------------------------------------------------------------------------------
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Name -> parameter of everything that is trained."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save what is trained and nothing else; sharded models are saved the Trainer's way."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            write_tensors(Path(output_dir or self.args.output_dir) / STATE, self.trainable())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The inverse of _save."""
+        path = Path(resume_from_checkpoint) / STATE
+        if path.is_file():
+            self.put(path)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def put(self, path: Path) -> None:
+        """Copy stored values into the trained parameters."""
+        tensors, _ = read_tensors(path)
+        ours = self.trainable()
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in ours.items()}:
+            raise PolybitError(f"{path} holds the weights of another run: remove its directory or choose another --out")
+        with torch.no_grad():
+            for name, parameter in ours.items():
+                parameter.copy_(tensors[name])
+
+    def fit(self) -> Picker:
+        """Train from the last whole checkpoint of the output directory, if any, and put the best weights in place."""
+        out = Path(self.args.output_dir)
+        last = last_checkpoint(out)
+        self.picker.read(out, until=-1 if last is None else int(last.name.rpartition("-")[2]))
+        if self.probe is not None and not self.picker.history:
+            self.take_probe(0)
+        self.train(resume_from_checkpoint=None if last is None else str(last))
+        if self.probe is not None and (out / BEST).is_file():
+            self.put(out / BEST)
+        return self.picker
+
+    def take_probe(self, step: int) -> None:
+        """Probe the model now, and keep its weights when they are the best so far."""
+        assert self.probe is not None
+        out = Path(self.args.output_dir)
+        self.model.eval()
+        with torch.no_grad():
+            probed = self.probe(self.model)
+        if self.picker.judge(step, probed):
+            write_tensors(out / BEST, self.trainable())
+        self.picker.write(out)
+
+
+class _Watch(TrainerCallback):
+    """Renews material, probes, and stops where the Trainer lets others act."""
+
+    def __init__(self, trainer: PrecisionTrainer) -> None:
+        self.trainer = trainer
+        self.bar: Iterator[int] = iter(())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        left = range(state.global_step, state.max_steps)
+        self.bar = iter(track(left, "train", state.max_steps, done=state.global_step))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        next(self.bar, None)  # the bar goes
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        next(self.bar, None)
+        if trainer.renew is not None and trainer.renew_every and state.global_step % trainer.renew_every == 0:
+            trainer.model.eval()
+            trainer.renew(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        due = trainer.probe_every and state.global_step % trainer.probe_every == 0
+        if trainer.probe is not None and (due or state.global_step == state.max_steps):
+            trainer.take_probe(state.global_step)
+            control.should_training_stop |= trainer.picker.stopped is not None
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE
+        with atomic_path(path) as staged:
+            staged.write_text("")
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; what a kill left half written is removed."""
+    while out.is_dir() and (found := get_last_checkpoint(str(out))) is not None:
+        if (Path(found) / WHOLE).is_file():
+            return Path(found)
+        shutil.rmtree(found)
+    return None
+
+
+def keep_positions(model: nn.Module, keep_BT: Tensor | None) -> AbstractContextManager[object]:
+    """While it lasts, the output head sees only the hidden states at `keep_BT`, as one row [1, N, D].
+
+    The logits of prompts and padding, most of the memory of a step with a large vocabulary, are then never made.
+    Whatever the model does to logits afterwards (a cap, a factor) it does to these.
+    """
+    if keep_BT is None:
+        return nullcontext()
+    ask: Any = model.get_output_embeddings
+    kept_BT = keep_BT.bool()
+    handle = ask().register_forward_pre_hook(lambda _, inputs: (inputs[0][kept_BT][None], *inputs[1:]))
+    return _Removed(handle)
+
+
+class _Removed:
+    """A hook that is there inside a `with`."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def __enter__(self) -> _Removed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
