@@ -39,6 +39,8 @@ DOORS = {  # third-party library -> the files or rooms that may import it
     "triton": ("kernels/",),
     "gguf": ("export/gguf.py",),
     "matplotlib": ("report/plots.py",),
+    "openai": ("evals/judge_client.py",),
+    "lm_eval": ("evals/lm_eval_bridge.py",),
     "jinja2": ("report/",),
     "fastapi": ("serve/server.py",),
     "uvicorn": ("serve/server.py",),

@@ -1,0 +1,255 @@
+"""Ask a judge behind an OpenAI-compatible endpoint: retried, a few at a time, every reply kept on disk at once.
+
+A reply is filed under a digest of everything that decides it (judge, messages, sampling), so a run that was killed asks
+only for what is missing, and two runs that ask the same share the answer. The network enters by this file only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from polybit.core.runtime import PolybitError, track
+
+Messages = Sequence[Mapping[str, str]]
+PATIENCE = 5  # requests in a row that may fail after all retries before the endpoint counts as down
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the judge is and how it is asked.
+
+    url: base address, as in https://api.openai.com/v1 or http://localhost:8000/v1 · model: the judge's name there ·
+    timeout: seconds for one reply · retries: further attempts after a timeout, a refused connection, 429 or a server
+    error, with growing pauses and the server's Retry-After · concurrency: requests at a time.
+    """
+
+    url: str
+    model: str
+    key: str = "none"
+    temperature: float = 0.0
+    max_tokens: int = 2048
+    timeout: float = 120.0
+    retries: int = 4
+    concurrency: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back: `text` and why it ended; `refused` when the judge declined to answer."""
+
+    text: str
+    finish: str
+    refused: bool = False
+
+
+def request_key(endpoint: Endpoint, messages: Messages) -> str:
+    """sha256 of all that decides a reply; where the judge runs and how patient we are do not."""
+    decides = [endpoint.model, endpoint.temperature, endpoint.max_tokens, [dict(message) for message in messages]]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+class ReplyCache:
+    """Replies in one SQLite file; each is on disk before the next is taken, and several processes may share it."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        try:
+            with closing(self._open()) as db, db:
+                db.execute(
+                    "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT, finish TEXT, refused INT)"
+                )
+        except sqlite3.DatabaseError as error:
+            raise PolybitError(
+                f"The judge's replies in {path} cannot be read ({error}); move the file away to ask again."
+            ) from error
+
+    def _open(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, timeout=30)
+
+    def read(self, keys: Sequence[str]) -> dict[str, Reply]:
+        """The replies that are there."""
+        with closing(self._open()) as db:
+            rows = (
+                db.execute("SELECT text, finish, refused FROM replies WHERE key = ?", (k,)).fetchone() for k in keys
+            )
+            return {k: Reply(r[0], r[1], bool(r[2])) for k, r in zip(keys, rows, strict=True) if r is not None}
+
+    def write(self, key: str, reply: Reply) -> None:
+        """Keep one reply; the first of two equal requests stays."""
+        with closing(self._open()) as db, db:
+            db.execute(
+                "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", (key, reply.text, reply.finish, reply.refused)
+            )
+
+
+def ask(
+    endpoint: Endpoint, requests: Sequence[Messages], cache: ReplyCache, *, label: str = "judge"
+) -> list[Reply | None]:
+    """Replies in the order of the requests, None where the endpoint gave none after all retries.
+
+    What fails is not cached, so the next run asks for it again. Raises PolybitError, which says how many replies are
+    kept, when the endpoint cannot be used at all: wrong key, unknown model, or PATIENCE failures in a row.
+    """
+    keys = [request_key(endpoint, messages) for messages in requests]
+    found: dict[str, Reply | None] = dict(cache.read(keys))
+    missing = {key: messages for key, messages in zip(keys, requests, strict=True) if key not in found}
+    if missing:
+        send = open_client(endpoint)
+        failures = 0
+        finished = _in_parallel(send, missing, endpoint.concurrency)
+        for key, outcome in track(finished, label, total=len(set(keys)), done=len(found)):
+            if isinstance(outcome, Reply):
+                cache.write(key, outcome)
+                found[key], failures = outcome, 0
+                continue
+            found[key] = None
+            failures += 1
+            if outcome.fatal or failures >= min(PATIENCE, len(missing)):
+                kept = sum(reply is not None for reply in found.values())
+                raise PolybitError(f"{outcome} ({kept} of {len(set(keys))} replies are kept: run again to go on)")
+    return [found[key] for key in keys]
+
+
+class Failure(Exception):
+    """Why one request got no reply; `fatal` when every other would fare alike."""
+
+    def __init__(self, sentence: str, *, fatal: bool) -> None:
+        super().__init__(sentence)
+        self.fatal = fatal
+
+
+def _in_parallel(
+    send: Callable[[Messages], Reply], requests: Mapping[str, Messages], concurrency: int
+) -> Iterator[tuple[str, Reply | Failure]]:
+    """Each request's outcome as it arrives; when the consumer stops, nothing further is sent.
+
+    The threads are daemons: Ctrl-C ends the program at once and does not wait for a judge that is thinking.
+    """
+    waiting: SimpleQueue[tuple[str, Messages]] = SimpleQueue()
+    outcomes: SimpleQueue[tuple[str, Reply | Failure | BaseException]] = SimpleQueue()
+    stop = threading.Event()
+    for item in requests.items():
+        waiting.put(item)
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                key, messages = waiting.get_nowait()
+            except Empty:
+                return
+            try:
+                outcomes.put((key, send(messages)))
+            except BaseException as error:  # handed over: what the judge did as an outcome, what we did to the caller
+                outcomes.put((key, error))
+
+    for _ in range(min(concurrency, len(requests))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in requests:
+            key, outcome = outcomes.get()
+            if not isinstance(outcome, (Reply, Failure)):
+                raise outcome
+            yield key, outcome
+    finally:
+        stop.set()
+
+
+def open_client(endpoint: Endpoint) -> Callable[[Messages], Reply]:
+    """A function that sends one request through the `openai` library, which retries; failures become Failure."""
+    try:
+        import openai
+    except ImportError as error:
+        raise PolybitError("A judge is asked through the library openai: run pip install 'polybit[judge]'.") from error
+    try:
+        client = openai.OpenAI(
+            base_url=endpoint.url, api_key=endpoint.key, timeout=endpoint.timeout, max_retries=endpoint.retries
+        )
+    except Exception as error:  # the library's own complaint about an address that is none
+        raise PolybitError(
+            f"The judge's address {endpoint.url!r} cannot be used ({error}); give one as in http://localhost:8000/v1."
+        ) from error
+
+    def send(messages: Messages) -> Reply:
+        try:
+            answer = client.chat.completions.create(
+                model=endpoint.model,
+                messages=[dict(message) for message in messages],  # type: ignore[misc]
+                temperature=endpoint.temperature,
+                max_tokens=endpoint.max_tokens,
+            )
+        except openai.OpenAIError as error:
+            if refusal := _refusal(error):
+                return refusal
+            raise explain(error, endpoint) from error
+        except ValueError:  # a reply that calls itself JSON and is none
+            raise no_judge(endpoint) from None
+        return read_answer(answer, endpoint)
+
+    return send
+
+
+def no_judge(endpoint: Endpoint) -> Failure:
+    """What answers there is something else."""
+    return Failure(
+        f"The judge at {endpoint.url} answers, but not with a chat completion; give the address of an "
+        "OpenAI-compatible endpoint, usually one that ends in /v1.",
+        fatal=True,
+    )
+
+
+def read_answer(answer: Any, endpoint: Endpoint) -> Reply:
+    """The text of a chat completion; something that is none is a Failure."""
+    try:
+        choice = answer.choices[0]
+        text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
+    except (AttributeError, IndexError, TypeError):
+        raise no_judge(endpoint) from None
+    finish = str(choice.finish_reason or "")
+    refused = bool(refusal) or finish == "content_filter"
+    return Reply(str(text or refusal or ""), finish, refused)
+
+
+def _refusal(error: Exception) -> Reply | None:
+    """A content filter that answers with status 400 is a refusal, not a fault of ours."""
+    code = str(getattr(error, "code", "") or "")
+    return Reply(str(error)[:300], code, True) if code == "content_filter" else None
+
+
+def explain(error: Any, endpoint: Endpoint) -> Failure:
+    """The sentence for one exception of the library."""
+    import openai
+
+    where, status = f"The judge at {endpoint.url}", getattr(error, "status_code", None)
+    said = " ".join(str(getattr(error, "message", "") or error).split())[:160]
+    attempts = f"after {endpoint.retries + 1} attempts"
+    if isinstance(error, openai.APITimeoutError):
+        return Failure(
+            f"{where} gave no reply within {endpoint.timeout:g} s {attempts}; raise --timeout or lower --concurrency.",
+            fatal=False,
+        )
+    if isinstance(error, openai.APIConnectionError):
+        return Failure(f"{where} cannot be reached {attempts}; start it or mend --endpoint.", fatal=False)
+    if status in (401, 403):
+        return Failure(
+            f"{where} refuses the key (status {status}); put a valid one into the variable --key-from names.",
+            fatal=True,
+        )
+    if status == 404:
+        return Failure(f"{where} does not know {endpoint.model!r} or the address ({said}); mend either.", fatal=True)
+    if status == 429:
+        return Failure(
+            f"{where} limits our rate or quota {attempts} ({said}); lower --concurrency or wait.", fatal=False
+        )
+    if status is not None and status < 500:
+        return Failure(f"{where} rejects a request with status {status} ({said}).", fatal=False)
+    return Failure(f"{where} fails {attempts} with status {status} ({said}); look at its own log.", fatal=False)
