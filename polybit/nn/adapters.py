@@ -1,0 +1,71 @@
+"""Low-rank adapters beside quantized layers, one set per preset: switching the preset switches the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from polybit.core.runtime import PolybitError
+from polybit.nn.linear import QuantLinear
+
+
+class Lora(nn.Module):
+    """y + (alpha / r) B A x, a plain adapter (LoRA, arXiv 2106.09685) of one preset."""
+
+    def __init__(self, rows: int, columns: int, rank: int, like: Tensor, *, alpha: float | None = None) -> None:
+        super().__init__()
+        self.alpha = float(rank if alpha is None else alpha)
+        down_RI = torch.empty(rank, columns, dtype=like.dtype, device=like.device)
+        self.down_RI = nn.Parameter(nn.init.kaiming_uniform_(down_RI, a=sqrt(5)))
+        self.up_OR = nn.Parameter(like.new_zeros(rows, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added to the layer's output."""
+        down_RI, up_OR = self.down_RI.to(x.dtype), self.up_OR.to(x.dtype)
+        return linear(linear(x, down_RI), up_OR) * (self.alpha / len(self.down_RI))
+
+    def nbytes(self) -> int:
+        """Bytes of both factors as they are saved, in 16-bit floats."""
+        return 2 * (self.down_RI.numel() + self.up_OR.numel())
+
+
+@dataclass(slots=True)
+class Socket:
+    """The adapters of one quantized layer, applied by a forward hook; which one depends on the preset in use."""
+
+    loras: Mapping[str, Lora]
+    preset: str | None = None
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """The layer's output with the preset's adapter, or as it is when the preset has none."""
+        lora = self.loras.get(self.preset or "")
+        return output if lora is None else output + lora(inputs[0])
+
+
+def plug(model: nn.Module, adapters: Mapping[str, Mapping[str, Lora]]) -> None:
+    """Attach adapters (layer name -> preset -> adapter) to the quantized layers of a model.
+
+    They are no part of the model's own state: the checkpoint stays a pure quantized one, adapters are files beside it.
+    """
+    sockets = model.__dict__.setdefault("polybit_sockets", {})
+    for name, loras in adapters.items():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, QuantLinear):
+            raise PolybitError(f"an adapter is meant for {name!r:.120}, which is no quantized layer: use its own model")
+        for lora in loras.values():
+            wanted, found = (layer.rows, layer.columns), (lora.up_OR.shape[0], lora.down_RI.shape[1])
+            if wanted != found:
+                raise PolybitError(f"the adapter of {name!r:.120} is for shape {found}, the layer has {wanted}")
+        sockets[name] = Socket(loras)
+        layer.register_forward_hook(sockets[name])
+
+
+def wear(model: nn.Module, preset: str | None) -> None:
+    """Let every layer use the adapter of a preset; None or a preset without adapters: none."""
+    for socket in model.__dict__.get("polybit_sockets", {}).values():
+        socket.preset = preset
