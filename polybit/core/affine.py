@@ -15,7 +15,7 @@ Suffixes: O output rows, I input columns, G groups of `group_size` columns (the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import frexp, isfinite
 from typing import Literal
@@ -46,7 +46,8 @@ class Grid:
     bits_G: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_width("w", self.bits)
+        if self.bits != 1:  # one bit is no width of a layer, but groups inside a ragged one may have it
+            check_width("w", self.bits)
         if self.bits_G is not None and (min(self.bits_G, default=0) < 1 or max(self.bits_G) != self.bits):
             raise PolybitError(
                 f"group widths {list(self.bits_G)!r:.60} do not fit a grid of {self.bits} bits: "
@@ -78,6 +79,15 @@ class Grid:
                 f"{self.group_size or columns}: give {count}"
             )
         return torch.tensor(self.bits_G)
+
+    def by_width(self, columns: int) -> Iterator[tuple[Grid, slice | Tensor]]:
+        """(plain grid, which groups have it) for every width there is; one pair, all groups, for a plain grid."""
+        if self.bits_G is None:
+            yield self, slice(None)
+            return
+        bits_G = self.group_bits(columns)
+        for bits in sorted(set(self.bits_G)):
+            yield replace(self, bits=bits, bits_G=None), torch.nonzero(bits_G == bits).flatten()
 
     def fixed_zero(self) -> float | None:
         """The zero point all groups share (that of the widest: `zero_points`), or None when each stores its own."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from polybit.core.affine import Grid, QWeight, encode
+from polybit.core.affine import Grid, QWeight
 from polybit.core.records import LayerStats
 from polybit.quant.levels import Levels, as_qweight
 from polybit.quant.problem import pose
@@ -37,9 +37,8 @@ def awq(weight_OI: Tensor, stats: LayerStats | None, grid: Grid, *, points: int 
         scaled_OI = part_OI / column_I
         importance_I = problem.importance_I * column_I.square()
         scale_OG, zero = search_scale(scaled_OI, grid, importance_I, points=tries)
-        codes_OI = encode(scaled_OI, scale_OG, zero, grid.bits, grid.group_size)
-        levels = Levels.single(grid.bits, grid.group_size, scale_OG, zero)
-        return as_qweight(codes_OI, levels, 1.0, zero, column_scale_I=column_I.float())
+        levels = Levels.of(grid, scale_OG, zero, weight_OI.shape[1])
+        return as_qweight(levels.encode(scaled_OI), levels, 1.0, zero, column_scale_I=column_I.float())
 
     def harm(part_OI: Tensor, q: QWeight) -> float:
         error_OI = q.dequantize().to(part_OI) - part_OI

@@ -135,4 +135,4 @@ def descend_block(
 def group_values(levels: Levels, group: int, codes_Oi: Tensor) -> Tensor:
     """Values of the codes of one group, [B, O, i]."""
     step_BO = levels.steps()[:, :, group]
-    return levels.prefixes(codes_Oi) * step_BO[:, :, None] + levels.offsets()[:, group, None]
+    return levels.prefixes(codes_Oi, group) * step_BO[:, :, None] + levels.offsets()[:, group, None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from polybit.core.affine import centre, round_half_up
+from polybit.core.affine import round_half_up
 from polybit.quant.levels import Levels
 from polybit.quant.scales import half_scale
 
@@ -64,11 +64,11 @@ class Quadratic:
 
 def expand_around(levels: Levels, group: int, codes_Oi: Tensor, gradient_BOi: Tensor, hessian_ii: Tensor) -> Quadratic:
     """The cost as a function of one group's numbers; gradient_BOi is (E_b H) at the group's columns."""
-    prefix_BOi = levels.prefixes(codes_Oi) * levels.strides()
+    prefix_BOi = levels.prefixes(codes_Oi, group) * levels.strides()
     pushed_BOi = prefix_BOi @ hessian_ii
     ones_i = hessian_ii.sum(0)
     s_O1 = levels.scale_OG[:, group, None]
-    o_O1 = centre(levels.bits) - levels.zero_OG[:, group, None]
+    o_O1 = levels.middle(group) - levels.zero_OG[:, group, None]
     wanted_BOi = s_O1 * (levels.ratio_BOG[:, :, group, None] * pushed_BOi + o_O1 * ones_i) - gradient_BOi
     return Quadratic(
         levels.emphasis_B[:, None],
@@ -90,28 +90,28 @@ def fit_group(
     quadratic = expand_around(levels, group, codes_Oi, gradient_BOi, hessian_ii)
     best = (
         levels.scale_OG[:, group].clone(),
-        centre(levels.bits) - levels.zero_OG[:, group],
+        levels.middle(group) - levels.zero_OG[:, group],
         levels.ratio_BOG[:, :, group].clone(),
     )
     least_O = quadratic.cost(*best)
-    for proposal in proposals(quadratic, best, levels, freedom):
+    for proposal in proposals(quadratic, best, levels, group, freedom):
         cost_O = quadratic.cost(*proposal)
         better_O = cost_O < least_O
         least_O = torch.where(better_O, cost_O, least_O)
         best = tuple(torch.where(better_O, new, old) for new, old in zip(proposal, best, strict=True))  # type: ignore[assignment]
     levels.scale_OG[:, group] = best[0]
-    levels.zero_OG[:, group] = centre(levels.bits) - best[1]
+    levels.zero_OG[:, group] = levels.middle(group) - best[1]
     levels.ratio_BOG[:, :, group] = best[2]
 
 
 def proposals(
-    quadratic: Quadratic, now: tuple[Tensor, Tensor, Tensor], levels: Levels, freedom: Freedom
+    quadratic: Quadratic, now: tuple[Tensor, Tensor, Tensor], levels: Levels, group: int, freedom: Freedom
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Storable (s, o, r) worth trying: around the joint least-squares optimum, ratios and scale fitted in turn."""
     s_O, o_O, r_BO = now
     offsets = [o_O]
     if freedom.zero:
-        middle, top = centre(levels.bits), (1 << levels.bits) - 1
+        middle, top = levels.middle(group), levels.top(group)
         wanted_O = quadratic.offset(r_BO)
         nearest_O = round_half_up(middle - torch.where(torch.isfinite(wanted_O), wanted_O, o_O)).clamp(0, top)
         offsets += [middle - (nearest_O + shift).clamp(0, top) for shift in (0, -1, 1)]

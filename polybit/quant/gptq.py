@@ -34,7 +34,7 @@ def gptq(
     """
     problem = pose(weight_OI, stats, damp=damp)
     scale_OG, zero = search_scale(problem.weight_OI, grid, problem.importance_I)
-    levels = Levels.single(grid.bits, grid.group_size, scale_OG, zero)
+    levels = Levels.of(grid, scale_OG, zero, weight_OI.shape[1])
     order_I = torch.argsort(problem.importance_I, descending=True, stable=True) if act_order else None
     codes_OI = compensate(problem, factor(problem, order_I), levels, order_I)
     if descent_sweeps:

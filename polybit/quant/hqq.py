@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polybit.core.affine import Grid, QWeight, encode, round_half_up, scale_gain, split_groups
+from polybit.core.affine import Grid, QWeight, round_half_up, scale_gain, split_groups
 from polybit.core.records import LayerStats
 from polybit.quant.levels import Levels, as_qweight
 from polybit.quant.problem import pose, row_chunks
-from polybit.quant.scales import candidate, half_scale, integer_zero, settle, span, span_scale
+from polybit.quant.scales import candidate, half_scale, integer_zero, settle, span, span_scale, stored_zero
 
 STARTS = {2: (1.0, 0.85, 0.7, 0.55), 3: (1.0, 0.85, 0.7), 4: (1.0, 0.85)}  # clipping ranges to start from
 
@@ -34,15 +34,18 @@ def hqq(
     """
     problem = pose(weight_OI, None)
     gain = scale_gain(span_scale(problem.weight_OI, grid)[0])
-    found = []
-    for part in row_chunks(len(weight_OI), 2 * weight_OI.shape[1]):
+    rows, columns = problem.weight_OI.shape
+    scale_OG = problem.weight_OI.new_empty(rows, grid.groups(columns))
+    zero_OG = torch.empty_like(scale_OG)
+    for part in row_chunks(rows, 2 * columns):
         groups_OGg, mask_Gg = split_groups(problem.weight_OI[part], grid.group_size)
-        found.append(fit_rows(groups_OGg, mask_Gg, grid, gain, (norm, beta, kappa, iterations)))
-    scale_OG = settle(torch.cat([scale for scale, _ in found])).to(problem.weight_OI.dtype)
-    fixed = grid.fixed_zero()
-    zero = torch.cat([zero for _, zero in found]) if fixed is None else torch.tensor(fixed, device=weight_OI.device)
-    codes_OI = encode(problem.weight_OI, scale_OG, zero, grid.bits, grid.group_size)
-    return as_qweight(codes_OI, Levels.single(grid.bits, grid.group_size, scale_OG, zero), problem.gain, zero)
+        for plain, chosen_G in grid.by_width(columns):
+            found = fit_rows(groups_OGg[:, chosen_G], mask_Gg[chosen_G], plain, gain, (norm, beta, kappa, iterations))
+            scale_OG[part, chosen_G], zero_OG[part, chosen_G] = found
+    scale_OG = settle(scale_OG).to(problem.weight_OI.dtype)
+    zero = stored_zero(zero_OG, grid)
+    levels = Levels.of(grid, scale_OG, zero, columns)
+    return as_qweight(levels.encode(problem.weight_OI), levels, problem.gain, zero)
 
 
 def fit_rows(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from polybit.core.affine import QWeight, centre, expand_groups, round_half_up
+from polybit.core.affine import Grid, QWeight, centre, encode, expand_groups, round_half_up, tops, zero_points
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,8 @@ class Levels:
     """Values of the 2^bits codes at every width b of a weight, w_b = s (2^(B-b) r_b (p_b - c_b) + c_B - z).
 
     scale_OG, zero_OG: working precision · ratio_BOG: one layer per width (1 at the full width) · emphasis_B: λ_b, how
-    much a squared error at each width counts. W suffix B = widths here.
+    much a squared error at each width counts. Suffix B = widths here. bits_G: a width per group, with B = 1 and
+    ratio 1, for a ragged weight: zero_OG is then in codes of each group's own width.
     """
 
     bits: int
@@ -26,12 +27,36 @@ class Levels:
     scale_OG: Tensor
     zero_OG: Tensor
     ratio_BOG: Tensor
+    bits_G: Tensor | None = None
 
     @classmethod
-    def single(cls, bits: int, group_size: int, scale_OG: Tensor, zero: Tensor) -> Levels:
+    def of(cls, grid: Grid, scale_OG: Tensor, zero: Tensor, columns: int) -> Levels:
+        """Levels of a weight on `grid`, plain or ragged, read at its own width only."""
+        bits_G = None if grid.bits_G is None else grid.group_bits(columns).to(scale_OG.device)
+        return cls.single(grid.bits, grid.group_size, scale_OG, zero, bits_G)
+
+    @classmethod
+    def single(cls, bits: int, group_size: int, scale_OG: Tensor, zero: Tensor, bits_G: Tensor | None = None) -> Levels:
         """Levels of an ordinary weight, read at its own width only."""
         ones = torch.ones_like(scale_OG)
-        return cls(bits, group_size, (bits,), ones.new_ones(1), scale_OG, zero.to(ones) * ones, ones[None])
+        zero_OG = zero_points(zero.to(ones), bits, bits_G) * ones
+        return cls(bits, group_size, (bits,), ones.new_ones(1), scale_OG, zero_OG, ones[None], bits_G)
+
+    def top(self, group: int) -> int:
+        """Largest code of a group."""
+        return (1 << (self.bits if self.bits_G is None else int(self.bits_G[group]))) - 1
+
+    def middle(self, group: int) -> float:
+        """Middle of the code range of a group, c_B."""
+        return self.top(group) / 2
+
+    def middles(self) -> Tensor | float:
+        """Middle of the code range of every group: [G], or one number where all are equal."""
+        return centre(self.bits) if self.bits_G is None else tops(self.bits_G).to(self.scale_OG) / 2
+
+    def encode(self, weight_OI: Tensor) -> Tensor:
+        """Nearest codes at the full width, uint8 [O, I]."""
+        return encode(weight_OI, self.scale_OG, self.zero_OG, self.bits, self.group_size, self.bits_G)
 
     def rows(self, part: slice) -> Levels:
         """The same for some rows."""
@@ -55,10 +80,15 @@ class Levels:
 
     def offsets(self) -> Tensor:
         """Value of the middle of the code range, the same at every width, [O, G]."""
-        return self.scale_OG * (centre(self.bits) - self.zero_OG)
+        return self.scale_OG * (self.middles() - self.zero_OG)
 
-    def prefixes(self, codes: Tensor) -> Tensor:
-        """p_b - c_b of any codes, one layer per width."""
+    def prefixes(self, codes: Tensor, group: int | None = None) -> Tensor:
+        """p_b - c_b of codes of one group, or of whole rows, one layer per width."""
+        if self.bits_G is not None:
+            if group is not None:
+                return (codes.to(self.scale_OG.dtype) - self.middle(group))[None]
+            middles_OG = (tops(self.bits_G).to(self.scale_OG) / 2)[None]
+            return (codes.to(self.scale_OG.dtype) - expand_groups(middles_OG, codes.shape[1], self.group_size))[None]
         kept = [(codes >> (self.bits - b)).to(self.scale_OG.dtype) - centre(b) for b in self.widths]
         return torch.stack(kept)
 
@@ -83,7 +113,7 @@ class Choice:
     def __init__(self, levels: Levels, group: int) -> None:
         self.step_BO = levels.steps()[:, :, group]
         self.offset_O = levels.offsets()[:, group]
-        self.middle, self.top = centre(levels.bits), (1 << levels.bits) - 1
+        self.middle, self.top = levels.middle(group), levels.top(group)
         self.joint = len(levels.widths) > 1
         if self.joint:
             codes = torch.arange(1 << levels.bits, device=self.step_BO.device)
@@ -120,4 +150,5 @@ def as_qweight(
         levels.group_size,
         dict(ratios or {}),
         column_scale_I,
+        None if levels.bits_G is None else levels.bits_G.to(torch.uint8),
     )

@@ -57,6 +57,11 @@ def nested(
     group in 4 bits instead of once per layer; None: as many, from the narrowest, as add no more than 5 % to the file.
     Raises PolybitError for widths that do not fit the grid and for values that are not finite.
     """
+    if grid.bits_G is not None:
+        raise PolybitError(
+            "nested codes are stored at one width and narrowed group by group when they are read: quantize without "
+            "column widths and give them to the plan the checkpoint is read with"
+        )
     widths = check_widths(widths, grid)
     if emphasis is None:
         emphasis = EMPHASIS if 0 < grid.group_size <= 32 else COARSE_EMPHASIS

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from polybit.core.affine import Grid, QWeight, centre, scale_gain, split_groups
+from polybit.core.affine import Grid, QWeight, scale_gain, split_groups, tops, zero_points
 from polybit.core.planes import storable_ratio
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
@@ -114,8 +114,10 @@ class Bank:
             latents.append(groups_OGL.reshape(count, -1))
             scales.append(q.scale_OG.reshape(count, 1))
             gains.append(column * scale_gain(q.scale_OG))
-            offsets.append((centre(q.bits) - q.zero * torch.ones_like(q.scale_OG)).reshape(count, 1))
-            bits.append(column * q.bits)
+            stored_G = q.stored_widths()
+            zero = zero_points(q.zero, q.bits, q.bits_G)
+            offsets.append((tops(stored_G) / 2 - zero * torch.ones_like(q.scale_OG)).reshape(count, 1))
+            bits.append(stored_G.float().expand_as(q.scale_OG).reshape(count, 1))
         self.latent_NL = torch.cat(latents).contiguous().requires_grad_()
         self.start_scale_N1, self.gain_N1 = torch.cat(scales), torch.cat(gains)
         self.growth_N1 = torch.zeros_like(self.start_scale_N1, requires_grad=True)
@@ -189,7 +191,7 @@ def start_latents(q: QWeight, weight_OI: Tensor) -> Tensor:
     if q.column_scale_I is not None:
         weight_OI = weight_OI / q.column_scale_I
     weight_OGL, _ = split_groups(weight_OI.float(), q.group_size)
-    zero = (q.zero * torch.ones_like(q.scale_OG))[..., None]
+    zero = (zero_points(q.zero, q.bits, q.bits_G) * torch.ones_like(q.scale_OG))[..., None]
     position_OI = (weight_OGL / q.scale_OG[..., None] + zero).flatten(1)[:, : q.shape[1]]
     codes_OI = q.codes_OI.float()
     return torch.minimum(torch.maximum(position_OI, codes_OI - INSIDE), codes_OI + INSIDE)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from polybit.core.affine import Grid, QWeight, encode
+from polybit.core.affine import Grid, QWeight
 from polybit.core.records import LayerStats
 from polybit.quant.levels import Levels, as_qweight
 from polybit.quant.problem import pose
-from polybit.quant.scales import search_scale, span_scale
+from polybit.quant.scales import search_scale, span_scale, stored_zero
 
 
 def rtn(weight_OI: Tensor, stats: LayerStats | None, grid: Grid, *, search: bool = True, points: int = 30) -> QWeight:
@@ -23,6 +23,7 @@ def rtn(weight_OI: Tensor, stats: LayerStats | None, grid: Grid, *, search: bool
         importance_I = None if stats is None else problem.importance_I
         scale_OG, zero = search_scale(problem.weight_OI, grid, importance_I, points=points)
     else:
-        scale_OG, zero = span_scale(problem.weight_OI, grid)
-    codes_OI = encode(problem.weight_OI, scale_OG, zero, grid.bits, grid.group_size)
-    return as_qweight(codes_OI, Levels.single(grid.bits, grid.group_size, scale_OG, zero), problem.gain, zero)
+        scale_OG, zero_OG = span_scale(problem.weight_OI, grid)
+        zero = stored_zero(zero_OG, grid)
+    levels = Levels.of(grid, scale_OG, zero, weight_OI.shape[1])
+    return as_qweight(levels.encode(problem.weight_OI), levels, problem.gain, zero)

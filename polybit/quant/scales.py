@@ -25,13 +25,18 @@ def half_scale(scale: Tensor, gain: float) -> Tensor:
 
 
 def span_scale(weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Plain min-max scale and zero point: every weight is inside the range. Returns (scale_OG, zero)."""
+    """Plain min-max scale and zero point: every weight is inside the range. Returns (scale_OG, zero) [O, G] both."""
     groups_OGg, _ = split_groups(weight_OI, grid.group_size)
-    scale, zero = candidate(*span(groups_OGg, grid), 1.0, grid, None)
-    scale = settle(scale).to(weight_OI.dtype)
+    scale_OG, zero_OG = torch.empty_like(groups_OGg[..., 0]), torch.empty_like(groups_OGg[..., 0])
+    for plain, chosen_G in grid.by_width(weight_OI.shape[1]):
+        span_OG = span(groups_OGg[:, chosen_G], plain)
+        scale_OG[:, chosen_G], zero_OG[:, chosen_G] = candidate(*span_OG, 1.0, plain, None)
+    scale_OG = settle(scale_OG).to(weight_OI.dtype)
     if grid.zero == "group":
-        zero = integer_zero(-span(groups_OGg, grid)[0] / scale, grid.bits)
-    return scale, zero
+        for plain, chosen_G in grid.by_width(weight_OI.shape[1]):
+            low_OG, _ = span(groups_OGg[:, chosen_G], plain)
+            zero_OG[:, chosen_G] = integer_zero(-low_OG / scale_OG[:, chosen_G], plain.bits)
+    return scale_OG, zero_OG
 
 
 def search_scale(
@@ -47,14 +52,20 @@ def search_scale(
     weights_I = torch.ones_like(weight_OI[0]) if importance_I is None else importance_I.to(weight_OI.dtype)
     weights_Gg, _ = split_groups(weights_I[None], grid.group_size)
     gain = scale_gain(span_scale(weight_OI, grid)[0])
-    found = [
-        search_rows(split_groups(weight_OI[part], grid.group_size)[0], weights_Gg, grid, gain, points, refine)
-        for part in row_chunks(rows, columns + grid.group_size)
-    ]
-    scale_OG = settle(torch.cat([scale for scale, _ in found])).to(weight_OI.dtype)
+    scale_OG = weight_OI.new_empty(rows, grid.groups(columns))
+    zero_OG = torch.empty_like(scale_OG)
+    for part in row_chunks(rows, columns + grid.group_size):
+        groups_OGg, _ = split_groups(weight_OI[part], grid.group_size)
+        for plain, chosen_G in grid.by_width(columns):
+            found = search_rows(groups_OGg[:, chosen_G], weights_Gg[:, chosen_G], plain, gain, points, refine)
+            scale_OG[part, chosen_G], zero_OG[part, chosen_G] = found
+    return settle(scale_OG).to(weight_OI.dtype), stored_zero(zero_OG, grid)
+
+
+def stored_zero(zero_OG: Tensor, grid: Grid) -> Tensor:
+    """Zero points as the grid stores them: [O, G], or 0-dim where all groups share that of the widest."""
     fixed = grid.fixed_zero()
-    zero = torch.cat([zero for _, zero in found]) if fixed is None else torch.tensor(fixed, device=weight_OI.device)
-    return scale_OG, zero
+    return zero_OG if fixed is None else torch.tensor(fixed, device=zero_OG.device)
 
 
 def search_rows(
@@ -112,7 +123,9 @@ def candidate(low: Tensor, high: Tensor, shrink: float, grid: Grid, gain: float 
     elif grid.zero == "centre":
         scale = high * (shrink / centre(grid.bits))
     else:
-        scale = torch.maximum(-low / middle, high / (top - middle)) * shrink
+        # one bit has no level above zero: the other sign is had by a negative shrink
+        above = high / (top - middle) if top > middle else torch.zeros_like(high)
+        scale = torch.maximum(-low / middle, above) * shrink
     if gain is not None:
         scale = half_scale(scale, gain)
     if middle is not None:
