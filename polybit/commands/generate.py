@@ -46,6 +46,7 @@ def generate(model: str, /, *, config: Annotated[GenerateConfig, Parameter(name=
     import torch
 
     from polybit.core.records import Run
+    from polybit.hub.decode import generate as write
     from polybit.hub.lm import longest_input
     from polybit.nn.linear import QuantWeight
     from polybit.nn.switch import current, multiply_by, use
@@ -64,7 +65,8 @@ def generate(model: str, /, *, config: Annotated[GenerateConfig, Parameter(name=
     sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature else {"do_sample": False}
     started = time.perf_counter()
     with torch.inference_mode():
-        output = loaded.generate(
+        output = write(
+            loaded,
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=min(config.max_tokens, (room or 1 << 30) - ids.shape[1]),

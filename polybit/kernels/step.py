@@ -1,0 +1,16 @@
+"""The door to the compiled parts of a decoding step that are no products: norm, attention of one token, gate."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+
+@cache
+def library() -> ModuleType | None:
+    """The compiled extension, or None where the package was built without a compiler."""
+    try:
+        from polybit.kernels import _step  # type: ignore[attr-defined]
+    except ImportError:
+        return None
+    return _step
