@@ -211,8 +211,10 @@ def chosen_layers(model: nn.Module, presets: Mapping[str, Plan]) -> Layers:
         if target.kind == "experts":
             raise PolybitError(f"{target.name!r:.120} holds fused experts, which are not trained: use dense models")
         found[target.name] = target, target.weight_OI(model), None
-    for plan in presets.values():
+    for preset, plan in presets.items():
         plan.check_names(found)
+        if plan.columns:
+            raise PolybitError(f"preset {preset!r:.60} has widths inside layers: train with one width per layer")
     return {name: entry for name, entry in found.items() if is_quantized(name, presets)}
 
 
@@ -255,6 +257,11 @@ def at(model: nn.Module, preset: str) -> Iterator[nn.Module]:
     finally:
         for layer, (precision, name) in zip(layers, before, strict=True):
             layer.precision, layer.preset = precision, name
+
+
+def quantized_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the trainable layers."""
+    return tuple(latent_layers(model))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polybit.core.affine import Grid, QWeight, encode, expand_groups, split_groups
+from polybit.core.affine import Grid, QWeight, encode, expand_groups, split_groups, tops, zero_points
 from polybit.quant.scales import settle, span_scale
 
 Scales = Literal["learned", "frozen", "recomputed"]
@@ -73,6 +73,7 @@ class Code(nn.Module):
         self.register_buffer("scale_OG", start.scale_OG.clone())
         self.register_buffer("zero", start.zero.clone())
         self.register_buffer("column_scale_I", start.column_scale_I)
+        self.register_buffer("bits_G", start.bits_G if scales != "recomputed" else None)
         self.widths = tuple(start.ratios) if scales != "recomputed" else ()
         for width in self.widths:
             self.register_buffer(f"ratio_{width}", start.ratios[width].clone())
@@ -96,22 +97,26 @@ class Code(nn.Module):
         column_scale_I: Any = self.column_scale_I
         if self.scales == "recomputed":
             scale_OG, zero = span_scale(flat_OI, self.grid)
+            fixed = self.grid.fixed_zero()
+            zero = zero if fixed is None else torch.tensor(fixed, device=zero.device)
             column_scale_I = None
         else:
             scale_OG, zero = self.grown()[0], self.zero
         if column_scale_I is not None:
             flat_OI = flat_OI / column_scale_I
-        codes_OI = encode(flat_OI, scale_OG, zero, self.bits, self.group_size)
+        bits_G: Any = self.bits_G
+        codes_OI = encode(flat_OI, scale_OG, zero, self.bits, self.group_size, bits_G)
         ratios = {width: getattr(self, f"ratio_{width}") for width in self.widths}
-        return QWeight(codes_OI, scale_OG, zero.float(), self.bits, self.group_size, ratios, column_scale_I)
+        return QWeight(codes_OI, scale_OG, zero.float(), self.bits, self.group_size, ratios, column_scale_I, bits_G)
 
     @torch.no_grad()
     def inside(self, weight_OI: Tensor, q: QWeight) -> Tensor | None:
         """Where the latent weight lies in the range of the codes; None when everywhere."""
         flat_OI = weight_OI if q.column_scale_I is None else weight_OI / q.column_scale_I
         spread = lambda x: expand_groups(x, flat_OI.shape[1], q.group_size)  # noqa: E731
-        position_OI = flat_OI / spread(q.scale_OG) + spread(q.zero * torch.ones_like(q.scale_OG))
-        within_OI = (position_OI >= -0.5) & (position_OI < (1 << q.bits) - 0.5)
+        zero = zero_points(q.zero, q.bits, q.bits_G)
+        position_OI = flat_OI / spread(q.scale_OG) + spread(zero * torch.ones_like(q.scale_OG))
+        within_OI = (position_OI >= -0.5) & (position_OI < spread(tops(q.stored_widths())[None]) + 0.5)
         return None if bool(within_OI.all()) else within_OI
 
     def forward(self, weight_OI: Tensor, width: int, key: object) -> Tensor:

@@ -78,7 +78,7 @@ class PrecisionTrainer(Trainer):
     model: what make_trainable returned · objective(forward, batch, presets) -> (loss, logs), where forward(part,
     preset) switches the model and gives logits_BTV; a `part` with the mask "keep_BT" gives only the logits at those
     positions, [N, V], and the others are never computed · schedule(step, presets) -> the presets of that step ·
-    switch(model, preset) · gather(rows) turns what the dataset holds into the batch, at the moment it is needed, so
+    switch(model, preset) · gather(rows, step) turns what the dataset holds into the batch, at the moment it is needed, so
     that a dataset of row numbers can stand for answers that change while training.
 
     An objective with the attribute `separable = True` is a sum over presets: they are then run one at a time, so that
@@ -95,7 +95,7 @@ class PrecisionTrainer(Trainer):
         presets: Sequence[str],
         switch: Switch,
         schedule: Schedule = every_preset,
-        gather: Callable[[Any], Any] | None = None,
+        gather: Callable[[Any, int], Any] | None = None,
         balance: Balance | None = None,
         probe: Callable[[nn.Module], Probed] | None = None,
         probe_every: int = 0,
@@ -124,7 +124,7 @@ class PrecisionTrainer(Trainer):
         # dropout would be noise the reference does not have; checkpointing only works in training mode
         model.train(bool(self.args.gradient_checkpointing))
         if self.gather is not None:
-            inputs = self.gather(inputs)
+            inputs = self.gather(inputs, self.state.global_step)
         batch = self._prepare_inputs(inputs) if isinstance(inputs, Mapping) else inputs
         chosen = tuple(self.schedule(self.state.global_step, self.presets))
         alone = bool(getattr(self.objective, "separable", False)) and len(chosen) > 1
