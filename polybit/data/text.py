@@ -273,6 +273,12 @@ def read_messages(value: Any, where: str) -> Messages:
 
 
 def _read_dataset(dataset: str, config: str | None, split: str) -> list[str | Messages]:
+    rows = dataset_rows(dataset, config, split, limit=HUB_DOCUMENTS)
+    return [_document(row, f"A row of {dataset!r}") for row in rows]
+
+
+def dataset_rows(dataset: str, config: str | None, split: str, *, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a dataset on the hub, the first `limit` of them; raises PolybitError with the reason when it cannot."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -282,12 +288,10 @@ def _read_dataset(dataset: str, config: str | None, split: str) -> list[str | Me
         ) from error
     try:
         rows = load_dataset(dataset, config, split=split, streaming=True)
-        return [_document(row, f"A row of {dataset!r}") for row in rows.take(HUB_DOCUMENTS)]
-    except PolybitError:
-        raise
+        return [dict(row) for row in (rows if limit is None else rows.take(limit))]
     except Exception as error:  # offline, unknown id or split: whatever the library raises, the remedy is the same
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PolybitError(
             f"Dataset {dataset!r} (configuration {config or 'default'}, split {split}) could not be read: {reason}; "
-            "check the id and the connection, or give a .txt or .jsonl file."
+            "check the id and the connection, or give a file."
         ) from error
