@@ -15,6 +15,7 @@ from polybit.core.runtime import PolybitError, track
 from polybit.data.batches import buckets, pad
 from polybit.data.chat import Prompt, encode_prompt
 from polybit.data.text import encode
+from polybit.hub.cache import keep_packed
 from polybit.nn import switch
 
 
@@ -57,7 +58,7 @@ class LocalLM:
         batch_logits: int = 1 << 24,
         keep_decoded: bool = True,
     ):
-        self.model = model.eval()
+        self.model = keep_packed(model.eval())
         self.tokenizer = tokenizer
         self.keep_decoded = keep_decoded
         self.batch_tokens, self.batch_logits = batch_tokens, batch_logits
@@ -197,6 +198,7 @@ class LocalLM:
             if int(done_B.sum()) * 2 >= len(active) and hasattr(cache, "batch_select_indices"):
                 keep = (~done_B).nonzero()[:, 0]
                 cache.batch_select_indices(keep)
+                switch.keep_rows(self.model, keep.tolist())
                 active = [active[row] for row in keep.tolist()]
                 ids_BT, mask_BT, done_B = ids_BT[keep], mask_BT[keep], done_B[keep]
         return answers

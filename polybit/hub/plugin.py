@@ -90,6 +90,7 @@ class PolybitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Check that every stored tensor arrived as declared; give the model its presets and our save_pretrained."""
+        from polybit.hub.cache import keep_packed
         from polybit.hub.checkpoint import Description
         from polybit.nn.linear import QuantWeight
         from polybit.nn.switch import set_presets
@@ -104,6 +105,7 @@ class PolybitQuantizer(HfQuantizer):
                 )
         set_presets(model, Description.from_json(self.quantization_config.to_dict()).presets)
         model.save_pretrained = types.MethodType(save_pretrained, model)
+        keep_packed(model)
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
         return model

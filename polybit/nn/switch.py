@@ -1,5 +1,7 @@
 """Change the precision of a whole model while it runs: use, at, random_precision, current, multiply_by.
 
+Weights and activations are set layer by layer, attention operands (q, k, v) attention by attention (nn/attention.py).
+
 The model stays a plain module tree, so `generate` and every caller work unchanged. Switching sets one attribute per
 layer and copies no weight. One model has one precision at a time: two threads must not switch the same model.
 """
@@ -7,9 +9,11 @@ layer and copies no weight. One model has one precision at a time: two threads m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,6 +22,8 @@ from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
 from polybit.kernels import ops
+from polybit.nn.attention import asks_for_operands, attention_layers, operand_precisions, operands_of, ports
+from polybit.nn.draw import Rows, split_batches
 from polybit.nn.linear import QuantWeight
 
 Wanted = str | int | Precision | Plan
@@ -46,7 +52,7 @@ def set_presets(model: nn.Module, presets: Mapping[str, Plan]) -> None:
     """Give the model named plans that `use` understands; every plan is checked against the model."""
     board = panel(model)
     for plan in presets.values():
-        precisions(board, plan)
+        check(model, board, plan)
     board.presets = dict(presets)
 
 
@@ -56,15 +62,27 @@ def presets(model: nn.Module) -> dict[str, Plan]:
 
 
 def use(model: nn.Module, wanted: Wanted) -> nn.Module:
-    """Switch every quantized layer of `model` and return it: a preset's name, `w4`, `w4a8`, 4, "float", or a Plan.
+    """Switch every quantized layer of `model` and return it: a preset's name, `w4`, `w4a8k8v4`, 4, "float", or a Plan.
 
     "float" (w = 16) reads all stored bits. Raises PolybitError, leaving the model as it was, for an unknown preset or
-    layer and for more weight bits than are stored.
+    layer, for more weight bits than are stored, and for attention operands that cannot be reached.
     """
     board = panel(model)
-    for layer, precision in precisions(board, read(board, wanted)):
+    plan = read(board, wanted)
+    layers = check(model, board, plan)
+    for operands, precision in operand_precisions(model, plan):
+        operands.precision = precision
+    for layer, precision in layers:
         put(layer, precision)
     return model
+
+
+def check(model: nn.Module, board: Panel, plan: Plan) -> list[tuple[QuantWeight, Precision]]:
+    """Every quantized layer with its precision in the plan; refused when the model cannot have it."""
+    inner = attention_layers(model) if asks_for_operands(plan) else {}
+    found = precisions(board, plan, attention=inner)
+    operand_precisions(model, plan)
+    return found
 
 
 def put(layer: QuantWeight, precision: Precision) -> None:
@@ -77,40 +95,84 @@ def put(layer: QuantWeight, precision: Precision) -> None:
 @contextmanager
 def at(model: nn.Module, wanted: Wanted) -> Iterator[nn.Module]:
     """`with at(model, "w3a4"): ...`: switch for the body, then back to what every layer had before."""
-    before = [(layer, layer.precision) for layer in panel(model).layers.values()]
-    use(model, wanted)
-    try:
+    with as_it_was(model):
+        use(model, wanted)
         yield model
-    finally:
-        for layer, precision in before:
-            put(layer, precision)
 
 
 @contextmanager
-def random_precision(model: nn.Module, choices: Sequence[Wanted], *, seed: int) -> Iterator[nn.Module]:
-    """Draw one of `choices` anew for every forward pass of the body; the same seed draws the same sequence.
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Give every layer and every attention back the precision it has now when the body ends."""
+    layers = [(layer, layer.precision) for layer in panel(model).layers.values()]
+    operands = operands_of(model)
+    try:
+        yield
+    finally:
+        for layer, precision in layers:
+            put(layer, precision)
+        for name, port in (ports(model) if "polybit_attention" in model.__dict__ else {}).items():
+            port.precision = operands.get(name, Precision())
 
+
+@contextmanager
+def random_precision(
+    model: nn.Module, choices: Sequence[Wanted], *, seed: int, per: Literal["pass", "prompt"] = "pass"
+) -> Iterator[nn.Module]:
+    """Draw one of `choices` at random during the body; the same seed draws the same sequence.
+
+    per "pass": anew for every forward pass, one precision for the whole batch. per "prompt": each prompt of a batch has
+    its own, for all tokens of its answer; beams and repeated samples of a prompt share it.
     Random precision inference (Double-Win Quant, Fu et al., ICML 2021) shows an attacker another network each time.
+    Unlike the paper's code, which draws per batch, a draw per prompt is offered.
     """
+    if per not in ("pass", "prompt"):
+        raise PolybitError(f"random precision per {per!r} is not possible: choose 'pass' or 'prompt'")
     board = panel(model)
     plans = [read(board, choice) for choice in choices]
     if not plans:
         raise PolybitError("random precision needs at least one precision to choose from")
-    for plan in plans:
-        precisions(board, plan)
+    table = [check(model, board, plan) for plan in plans]
     generator = torch.Generator().manual_seed(seed)
+    with as_it_was(model):
+        if per == "prompt":
+            use(model, plans[0])
+            same_operands(model, plans)
+            entries = zip(*table, strict=True)  # one tuple per layer: (layer, precision) for each choice
+            puts = {row[0][0]: partial(put_choice, row) for row in entries}
+            with split_batches(model, Rows(len(plans), generator), puts):  # type: ignore[arg-type]
+                yield model
+            return
 
-    def draw(*_: object) -> None:
-        use(model, plans[int(torch.randint(len(plans), (), generator=generator))])
+        def draw(*_: object) -> None:
+            use(model, plans[int(torch.randint(len(plans), (), generator=generator))])
 
-    before = [(layer, layer.precision) for layer in board.layers.values()]
-    hook = model.register_forward_pre_hook(draw)
-    try:
-        yield model
-    finally:
-        hook.remove()
-        for layer, precision in before:
-            put(layer, precision)
+        hook = model.register_forward_pre_hook(draw)
+        try:
+            yield model
+        finally:
+            hook.remove()
+
+
+def put_choice(entries: Sequence[tuple[QuantWeight, Precision]], choice: int) -> None:
+    """Set one layer to the precision it has in a choice."""
+    put(*entries[choice])
+
+
+def same_operands(model: nn.Module, plans: Sequence[Plan]) -> None:
+    """Refuse choices whose keys or values differ: one cache holds all prompts of a batch."""
+    first, *others = [[precision for _, precision in operand_precisions(model, plan)] for plan in plans]
+    if any(other != first for other in others):
+        raise PolybitError(
+            "precisions drawn per prompt differ in q, k or v, which all prompts of a batch share: "
+            "give the same q, k and v in every choice, or draw per pass"
+        )
+
+
+def keep_rows(model: nn.Module, rows: Sequence[int]) -> None:
+    """Say which rows of the running batch go on being answered; needed only inside `random_precision(per="prompt")`."""
+    running: Rows | None = model.__dict__.get("polybit_rows")
+    if running is not None:
+        running.keep(rows)
 
 
 def current(model: nn.Module) -> Plan:
@@ -160,16 +222,10 @@ def read(board: Panel, wanted: Wanted) -> Plan:
         raise PolybitError(f"{error}; this model also has the presets {names}") from None
 
 
-def precisions(board: Panel, plan: Plan) -> list[tuple[QuantWeight, Precision]]:
-    """Every layer with its precision in the plan, checked."""
-    plan.check_names(board.layers)
+def precisions(board: Panel, plan: Plan, *, attention: Iterable[str] = ()) -> list[tuple[QuantWeight, Precision]]:
+    """Every layer with its precision in the plan, checked; a plan may name attention layers too."""
+    plan.check_names([*board.layers, *attention])
     least = min(layer.fields.bits for layer in board.layers.values())
-    for precision in {plan.default, *plan.layers.values()}:
-        if min(precision.q, precision.k, precision.v) != FLOAT:
-            raise PolybitError(
-                f"precision '{precision}' asks for quantized attention operands, which this model computes in float: "
-                "leave q, k and v out"
-            )
     found = [(layer, plan.at(name)) for name, layer in board.layers.items()]
     if max((p.w for p in (plan.default, *plan.layers.values()) if p.w != FLOAT), default=0) > least:
         for name, layer in board.layers.items():

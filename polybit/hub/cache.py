@@ -1,0 +1,181 @@
+"""A transformers cache that holds packed bytes: keys and values at the widths the model's precision gives them.
+
+`keep_packed(model)` makes every later `generate` and cached forward pass use it; loading a checkpoint does so already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from polybit.core.precision import FLOAT
+from polybit.core.runtime import PolybitError
+from polybit.nn.attention import Operands, ports
+from polybit.nn.keyvalue import Store
+
+
+class PackedLayer(DynamicLayer):
+    """Keys and values of one attention layer as packed codes; with a sliding window only its tokens are kept."""
+
+    def __init__(self, operands: Operands, sliding_window: int | None = None) -> None:
+        super().__init__()
+        if sliding_window is not None and operands.keys == "channel" and operands.precision.k != FLOAT:
+            raise PolybitError(
+                f"{operands.name!r} has a sliding window of {sliding_window} tokens, which blocks of keys per channel "
+                "cannot follow: keep keys per token"
+            )
+        self.key_store, self.value_store = operands.stores()
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.seen = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens held, scales included."""
+        return self.key_store.nbytes + self.value_store.nbytes
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take new tokens in; gives all keys and values [B, H, T, D] that attention may read."""
+        self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
+        found = take(self.key_store, key_states), take(self.value_store, value_states)
+        self.seen += key_states.shape[2]
+        if self.sliding_window is not None and self.key_store.length >= self.sliding_window:
+            for store in (self.key_store, self.value_store):
+                store.keep_tokens(store.length - self.sliding_window + 1, store.length)
+        return found
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """The sliding window, or -1."""
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length of the keys attention will read, and the position of the first."""
+        return self.key_store.length + query_length, self.seen - self.key_store.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens (a negative number, as transformers counts)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens, got {tokens_to_remove}")
+        if not tokens_to_remove or not self.seen:
+            return
+        if self.seen != self.key_store.length:
+            raise PolybitError(
+                f"a packed cache cannot forget {-tokens_to_remove} tokens after its sliding window of "
+                f"{self.sliding_window} was passed: use k16v16 for assisted decoding with this model"
+            )
+        self.seen = max(0, self.seen + tokens_to_remove)
+        for store in (self.key_store, self.value_store):
+            store.keep_tokens(0, self.seen)
+
+    def activate_past_recording(self) -> None:
+        """Needed only beyond a sliding window, where crop refuses."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.crop(-self.seen) if self.seen == self.key_store.length else self.forget()
+
+    def forget(self) -> None:
+        """Drop all tokens."""
+        self.seen = 0
+        for store in (self.key_store, self.value_store):
+            store.keep_tokens(0, 0)
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch dimension."""
+        for store in (self.key_store, self.value_store):
+            store.change_rows(change)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i becomes row beam_idx[i]."""
+        self.change_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row several times."""
+        self.change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only some rows stay."""
+        self.change_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def offload(self) -> None:
+        """Packed codes stay where they are."""
+
+    def prefetch(self) -> None:
+        """Packed codes stay where they are."""
+
+
+def take(store: Store, x_BHTD: Tensor) -> Tensor:
+    """Append to a store; the past as stored, then the new tokens as the store shows them at first."""
+    before = store.read(x_BHTD.dtype)
+    store.append(x_BHTD)
+    fresh = store.fresh(x_BHTD)
+    return fresh if before is None else torch.cat([before, fresh], dim=2)
+
+
+class PackedCache(Cache):
+    """A cache whose attention layers hold packed codes; layers of other kinds (linear attention) are transformers'."""
+
+    packs = True  # nn/attention.py leaves the rounding to it
+
+    def __init__(self, model: nn.Module) -> None:
+        board = {operands.index: operands for operands in ports(model).values()}
+        plain = DynamicCache(config=model.config)  # type: ignore[arg-type]
+        count = max([len(plain.layers), *(index + 1 for index in board)])
+        layers = [
+            packed(plain.layers[n] if n < len(plain.layers) else DynamicLayer(), board.get(n)) for n in range(count)
+        ]
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(cache_bytes(layer) for layer in self.layers)
+
+
+def packed(layer: Any, operands: Operands | None) -> Any:
+    """The packed layer that takes the place of one of transformers'."""
+    if operands is None or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return layer
+    return PackedLayer(operands, getattr(layer, "sliding_window", None))
+
+
+def cache_bytes(held: Any) -> int:
+    """Bytes that a cache, or one layer of a cache, holds now; counts packed and plain tensors alike."""
+    if hasattr(held, "layers"):
+        return sum(cache_bytes(layer) for layer in held.layers)
+    if isinstance(held, PackedLayer):
+        return held.nbytes
+    tensors = [getattr(held, name, None) for name in ("keys", "values")]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def keep_packed(model: nn.Module) -> nn.Module:
+    """Let `generate` and cached forward passes hold keys and values packed whenever the precision gives k or v a width.
+
+    A cache that was filled already, and one of another kind (static, offloaded), is left as it is: its numbers are then
+    rounded alike, its bytes are not packed. Returns the model.
+    """
+    if not model.__dict__.get("polybit_keeps_packed"):
+        model.__dict__["polybit_keeps_packed"] = True
+        model.register_forward_pre_hook(give_cache, with_kwargs=True)
+    return model
+
+
+def give_cache(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Before a forward pass: an empty cache becomes a packed one where keys or values have a width."""
+    board: dict[str, Operands] = model.__dict__.get("polybit_attention", {})
+    if all(operands.precision.k == FLOAT and operands.precision.v == FLOAT for operands in board.values()):
+        return None
+    cache = kwargs.get("past_key_values")
+    wanted = kwargs.get("use_cache", getattr(model.config, "use_cache", False)) and not model.training
+    absent = cache is None and wanted
+    empty = type(cache) is DynamicCache and not cache.get_seq_length() and not cache.offloading
+    return (args, {**kwargs, "past_key_values": PackedCache(model)}) if absent or empty else None
