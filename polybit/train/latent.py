@@ -12,7 +12,7 @@ A nested adapter needs own codes: one stored code cannot stand for different wei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -33,10 +33,10 @@ from polybit.nn.fields import Fields, tensors_of
 from polybit.nn.linear import QuantLinear
 from polybit.nn.switch import Panel, set_presets
 from polybit.nn.switch import use as use_precision
-from polybit.quant.nested import nested
 from polybit.quant.rounding import start_latents
 from polybit.quant.rtn import rtn
 from polybit.train.adapters import NestedAdapter
+from polybit.train.start import quick_start
 from polybit.train.straight import Code, Scales
 
 AdapterKind = Literal["none", "nested", "lora"]
@@ -160,7 +160,8 @@ def make_trainable(
             layer.bias.requires_grad_(freedom.others)
         place(model, name, layer)
         made[name] = layer
-    model.__dict__["polybit_panel"] = Panel(made, dict(presets))  # type: ignore[arg-type]
+    known = {name: trimmed(plan, made) for name, plan in presets.items()}
+    model.__dict__["polybit_panel"] = Panel(made, known)  # type: ignore[arg-type]
     return use(model, next(iter(presets)))
 
 
@@ -173,8 +174,7 @@ def fill(layer: LatentLinear, widths: list[int], given: QWeight | None, grid: Gr
             layer.codes[str(width)] = Code(rtn(weight_OI, None, narrow), freedom.scales, narrow)
         return
     if given is None:
-        plain = len(widths) == 1 or freedom.scales == "recomputed"
-        given = rtn(weight_OI, None, grid) if plain else nested(weight_OI, None, grid, widths=widths, rounds=1)
+        given = quick_start(weight_OI, grid, widths[:1] if freedom.scales == "recomputed" else widths)
     if given.bits < widths[0]:
         raise PolybitError(
             f"layer {layer.target.name!r:.120} starts from {given.bits} bits, a preset wants {widths[0]}: "
@@ -227,6 +227,11 @@ def is_quantized(name: str, presets: Mapping[str, Plan]) -> bool:
             "planes can serve: give it a width of 8 bits or less in every preset, or float in all"
         )
     return not floats
+
+
+def trimmed(plan: Plan, layers: Iterable[str]) -> Plan:
+    """The plan without the layers that stay in float whatever the preset."""
+    return replace(plan, layers={name: plan.layers[name] for name in plan.layers if name in set(layers)})
 
 
 def latent_layers(model: nn.Module) -> dict[str, LatentLinear]:

@@ -7,11 +7,26 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from polybit.core.affine import Grid, QWeight, encode, expand_groups, split_groups, tops, zero_points
 from polybit.quant.scales import settle, span_scale
 
 Scales = Literal["learned", "frozen", "recomputed"]
+
+
+class Clock:
+    """Counts the steps of all optimizers of this process: a fused step leaves the version of a tensor as it was."""
+
+    steps = 0
+
+    @classmethod
+    def tick(cls, *_: object) -> None:
+        """One more step."""
+        cls.steps += 1
+
+
+register_optimizer_step_post_hook(Clock.tick)
 
 
 class StraightThrough(torch.autograd.Function):
@@ -121,7 +136,7 @@ class Code(nn.Module):
 
     def forward(self, weight_OI: Tensor, width: int, key: object) -> Tensor:
         """The weight at `width` bits. `key` changes whenever the latent weight does (tensor versions)."""
-        now = (key, None if self.growth_OG is None else self.growth_OG._version)
+        now = (key, None if self.growth_OG is None else self.growth_OG._version, Clock.steps)
         if self.kept_for != now:
             self.stored = self.encode(weight_OI)
             self.within_OI = None if self.scales == "recomputed" else self.inside(weight_OI, self.stored)
