@@ -14,7 +14,9 @@ from polybit import __version__
 COMMANDS = {
     "plan": ("polybit.commands.plan:plan", "Say what quantizing would give and cost, before running it."),
     "quantize": ("polybit.commands.quantize:quantize", "Turn a model into one checkpoint that runs at many widths."),
+    "mix": ("polybit.commands.mix:mix", "Find the mixture of texts to calibrate on."),
     "eval": ("polybit.commands.evaluate:evaluate", "Measure what each width costs against the float model."),
+    "judge": ("polybit.commands.judge:judge", "Have answers judged by an endpoint, or offline by fidelity."),
     "generate": ("polybit.commands.generate:generate", "Answer a prompt at a chosen width."),
     "report": ("polybit.commands.report:report", "Write one self-contained HTML page from measured numbers."),
 }

@@ -1,0 +1,293 @@
+"""`polybit mix`: which mixture of texts to calibrate on, from one forward pass per text; and is that true?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from polybit.commands.models import resolve
+from polybit.core.precision import check_width
+from polybit.core.runtime import PolybitError
+
+Files = Annotated[list[str], Parameter(consume_multiple=True)]
+CRITERIA = ("family", "literal", "aligned-diverse")
+VERIFY_STEP = {2: 0.25, 3: 0.5}  # distance of the mixtures that are quantized; 1 beyond, the sources by themselves
+HELD_OUT = 24  # windows of each text to measure on
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """Flags of `polybit mix`."""
+
+    general: Files
+    """General text: .txt or .jsonl files, named sets or dataset ids."""
+    tasks: Files
+    """Text of the tasks that matter: .txt or .jsonl files, named sets or dataset ids."""
+    criterion: Literal["family", "literal", "aligned-diverse"] = "family"
+    """What makes a mixture good (literal always chooses pure task text and is there to compare)."""
+    normalise: Literal["size", "layer"] = "size"
+    """How layers are made comparable; layer = every layer counts alike, for models with massive activations."""
+    step: float | None = None
+    """Distance of neighbouring shares (default: 0.05 for two texts, 0.1 for three or four)."""
+    samples: int = 64
+    """Windows of each text to look at, and of calibration text with --verify."""
+    window: int | None = None
+    """Tokens per window (default: 256 or 512 by the model's context)."""
+    verify: bool = False
+    """Quantize at a few mixtures, measure every text, and say what the forward-only choice is worth."""
+    bits: int = 3
+    """Width of --verify."""
+    method: Literal["gptq", "awq", "rtn", "rounding"] = "gptq"
+    """Quantizer of --verify."""
+    group_size: int = 32
+    """Weights that share a scale, for --verify."""
+    seeds: int = 3
+    """Calibration draws of --verify."""
+    seed: int = 0
+    """First seed."""
+    restart: bool = False
+    """Forget what an interrupted --verify has finished."""
+    json: Path | None = None
+    """Write the search, and the measured table, there."""
+    trust_remote_code: bool = False
+    """Allow code that the model's repository brings."""
+
+
+def mix(model: str, /, *, config: Annotated[MixConfig, Parameter(name="*")]) -> None:
+    """Find the mixture of texts MODEL (a local path, a hub id, or tinychat) is best calibrated on.
+
+    The result is what `polybit quantize --mix FILE=SHARE,FILE=SHARE` takes.
+    """
+    check(config)
+    from polybit.core.records import Run
+
+    run = Run("mix", {"model": model, **asdict(config), "json": str(config.json or "")})
+    with run.timed():
+        run.numbers = search(model, config)
+    if config.json is not None:
+        run.write(config.json)
+    print_result(model, config, run.numbers)
+
+
+def check(config: MixConfig) -> None:
+    """Refuse flags that make no sense before anything is loaded."""
+    check_width("w", config.bits)
+    names = [*config.general, *config.tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PolybitError(f"text {twice[0]!r} is given twice: name each text once, as general or as a task")
+    for flag, value in (("samples", config.samples), ("seeds", config.seeds)):
+        if value < 1:
+            raise PolybitError(f"--{flag} {value} is not possible: give 1 or more")
+
+
+def search(name: str, config: MixConfig) -> dict[str, Any]:
+    """Load, read the texts, search, and verify when asked."""
+    from polybit.hub.load import load_float
+    from polybit.measure.mixture import best_mixture
+    from polybit.nn.convert import targets
+
+    model, tokenizer = load_float(resolve(name), trust_remote_code=config.trust_remote_code)
+    chosen = targets(model)
+    texts = read_texts(model, tokenizer, [*config.general, *config.tasks], config)
+    cut = {text: list(windows.split(4)) for text, (windows, _) in texts.items()}
+    family = {text: list(held_out.split(4)) for text, (_, held_out) in texts.items()}
+    found = {}
+    asked: Sequence[Any] = CRITERIA if config.verify else (config.criterion,)
+    for criterion in asked:
+        found[criterion] = best_mixture(
+            model,
+            cut,
+            chosen,
+            general=config.general,
+            criterion=criterion,
+            normalise=config.normalise,
+            family=family,
+            step=config.step,
+        )
+    numbers: dict[str, Any] = {"mixture": found[config.criterion].to_json()}
+    if config.verify:
+        numbers["others"] = {c: m.to_json()["best"] for c, m in found.items() if c != config.criterion}
+        picks = {criterion: m.best.weights for criterion, m in found.items()}
+        numbers["verified"] = verify(name, model, chosen, texts, picks, config)
+    return numbers
+
+
+def read_texts(model, tokenizer, sources: Sequence[str], config: Any) -> dict[str, tuple[Any, Any]]:
+    """Source -> windows to calibrate on and windows to measure on, [N, T] each, all of one length."""
+    from polybit.commands.calibration import gather, window_length
+
+    length = window_length(model, config.window)
+    texts = {}
+    for source in sources:
+        part = gather(
+            model, tokenizer, source, samples=config.samples, length=length, seed=config.seed, held_out=HELD_OUT
+        )
+        texts[source] = part.windows_NT, part.held_out_MT
+    return texts
+
+
+def verify(
+    name: str,
+    model,
+    chosen: Sequence[Any],
+    texts: Mapping[str, tuple[Any, Any]],
+    picks: Mapping[str, tuple[float, ...]],
+    config: MixConfig,
+) -> dict[str, Any]:
+    """Quantize at a coarse grid and at every criterion's pick; the measured table and the regrets."""
+    from polybit.commands.journal import Journal
+    from polybit.commands.quantize import model_digest
+    from polybit.measure.mixture import simplex
+    from polybit.measure.mixture_truth import judge, measure_mixtures
+
+    windows = {source: cut for source, (cut, _) in texts.items()}
+    held_out = {source: kept for source, (_, kept) in texts.items()}
+    samples = min(config.samples, *(len(cut) for cut in windows.values()))
+    if samples < config.samples:
+        print(
+            f"polybit: warning: --verify calibrates on {samples} windows, the shortest text has no more",
+            file=sys.stderr,
+        )
+    grid = [tuple(row) for row in simplex(len(windows), VERIFY_STEP.get(len(windows), 1.0)).tolist()]
+    points = [*grid, *(point for point in dict.fromkeys(picks.values()) if point not in grid)]
+    fingerprint = {
+        k: v for k, v in asdict(config).items() if k not in ("json", "restart", "seeds", "criterion", "step")
+    }
+    fingerprint |= {"model": model_digest(model), "samples": samples}
+    base = config.json or Path(f"mix-{Path(name).name}.json")
+    journal = Journal(base.with_name(f"{base.name}.partial"), fingerprint, restart=config.restart)
+    found = measure_mixtures(
+        model,
+        chosen,
+        windows,
+        held_out,
+        points,
+        quantizer(model, chosen, config),
+        samples=samples,
+        seeds=range(config.seed, config.seed + config.seeds),
+        keep=journal.put,
+        kept=journal.done,
+    )
+    result = judge(list(windows), found, picks)
+    journal.remove()
+    return result
+
+
+def quantizer(model, chosen: Sequence[Any], config: MixConfig):
+    """(windows, seed) -> dequantized weights by layer, as `polybit quantize` would make them."""
+    from polybit.commands.calibration import batches
+    from polybit.commands.compress import compress
+    from polybit.commands.quantize import BATCH
+    from polybit.commands.recipes import choose
+
+    recipe = choose(
+        config.method, (config.bits,), config.group_size, asymmetric=None, effort="normal", seed=config.seed
+    )
+
+    class Nowhere:
+        def read(self, block: str) -> None:
+            return None
+
+        def write(self, block: str, weights: Mapping[str, Any]) -> None:
+            return None
+
+    def quantize(windows_NT, seed: int) -> dict[str, Any]:
+        parts = compress(model, chosen, batches(windows_NT, BATCH), replace(recipe, seed=seed), Nowhere())
+        return {key: q.dequantize() for part in parts for key, q in part.items()}
+
+    return quantize
+
+
+def read_mix(spec: str) -> dict[str, float]:
+    """Read `stories.txt=0.25,gsm8k.jsonl=0.75`, or the .json that `polybit mix --json` wrote, into shares by text."""
+    if spec.endswith(".json"):
+        from polybit.hub.files import read_json
+
+        numbers = read_json(Path(spec)).get("numbers") if Path(spec).is_file() else None
+        best = numbers.get("mixture", {}).get("best", {}).get("weights") if isinstance(numbers, Mapping) else None
+        if not isinstance(best, Mapping):
+            raise PolybitError(
+                f"--mix {spec}: this is no file that polybit mix --json wrote; write FILE=SHARE,FILE=SHARE"
+            )
+        return {str(source): float(share) for source, share in best.items() if share > 0}
+    shares: dict[str, float] = {}
+    for part in filter(None, (piece.strip() for piece in spec.split(","))):
+        source, sign, share = part.rpartition("=")
+        try:
+            value = float(share)
+        except ValueError:
+            value = -1.0
+        if not (sign and source) or source in shares or not 0 <= value < float("inf"):
+            raise PolybitError(
+                f"--mix {spec!r:.120} cannot be read at {part!r:.60}: give every text once with its share, as in "
+                "--mix stories.txt=0.25,gsm8k.jsonl=0.75"
+            )
+        shares[source] = value
+    if sum(shares.values()) <= 0:
+        raise PolybitError(f"--mix {spec!r:.120} gives no text a share: write as in stories.txt=0.25,gsm8k.jsonl=0.75")
+    return {source: share for source, share in shares.items() if share > 0}
+
+
+def gather_mixture(model, tokenizer, spec: str, *, samples: int, length: int, seed: int):
+    """Calibration windows drawn by the shares of `spec`, and held-out windows in the same shares."""
+    from polybit.commands.calibration import Calibration, gather
+    from polybit.measure.mixture import mix as draw
+    from polybit.measure.mixture import whole_shares
+
+    shares = read_mix(spec)
+    counts = dict(zip(shares, whole_shares(list(shares.values()), samples), strict=True))
+    parts = {
+        source: gather(model, tokenizer, source, samples=count, length=length, seed=seed)
+        for source, count in counts.items()
+        if count
+    }
+    short = [source for source, part in parts.items() if len(part.windows_NT) < counts[source]]
+    if short:
+        raise PolybitError(
+            f"--mix asks for {counts[short[0]]} windows of {short[0]!r}, which gives "
+            f"{len(parts[short[0]].windows_NT)}: give a longer text, a shorter --window or fewer --samples"
+        )
+    used = {source: shares[source] for source in parts}
+    least = min(len(part.held_out_MT) / shares[source] for source, part in parts.items())
+    held_out = max(1, int(least * sum(used.values())))
+    mixed_NT = draw(
+        {s: p.windows_NT for s, p in parts.items()}, {s: float(counts[s]) for s in parts}, samples, seed=seed
+    )
+    held_MT = draw({s: p.held_out_MT for s, p in parts.items()}, used, min(held_out, 32), seed=seed)
+    return Calibration(mixed_NT, held_MT, ",".join(f"{source}={share:g}" for source, share in shares.items()))
+
+
+def print_result(name: str, config: MixConfig, numbers: Mapping[str, Any]) -> None:
+    """The chosen mixture, the measured table, and what to type next."""
+    mixture = numbers["mixture"]
+    best = mixture["best"]["weights"]
+    share = ", ".join(f"{100 * weight:.0f} % {source}" for source, weight in best.items())
+    print(f"{mixture['criterion']}: {share} (alignment {mixture['best']['alignment']:.4f})")
+    if "verified" in numbers:
+        print_verified(numbers["verified"])
+    spec = ",".join(f"{source}={weight:g}" for source, weight in best.items() if weight > 0)
+    print(f"Next: polybit quantize {name} --out OUT --bits {config.bits} --mix {spec}")
+
+
+def print_verified(verified: Mapping[str, Any]) -> None:
+    """Measured KL per mixture and text, and the regret of every criterion."""
+    from polybit.report.tables import aligned, estimate
+
+    texts = list(verified["best"])
+    rows = [
+        [
+            " + ".join(f"{weight:.2f}" for weight in row["weights"].values()),
+            *(estimate(row["kl"][text]) for text in texts),
+            estimate(row["worst_kl"]),
+        ]
+        for row in verified["points"]
+    ]
+    print(aligned(["shares", *(f"KL {Path(text).name}" for text in texts), "worst KL"], rows))
+    for criterion, regret in verified["regret"].items():
+        print(f"regret of {criterion}: {estimate(regret)} nats per token (noise over seeds {verified['noise']:.4f})")

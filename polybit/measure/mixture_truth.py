@@ -1,0 +1,126 @@
+"""What a calibration mixture is really worth: quantize at each, measure every domain, judge the forward-only proxy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from polybit.core.runtime import PolybitError, track
+from polybit.measure.blocks import Whole
+from polybit.measure.mixture import mix
+from polybit.measure.seeds import over_seeds
+from polybit.nn.convert import Target
+
+Quantize = Callable[[Tensor, int], Mapping[str, Tensor]]  # (windows [N, T], seed) -> weights [O, I] by layer
+Kept = dict[str, Any]  # finished measurements by key, so that a long run goes on where it stopped
+
+
+@dataclass(frozen=True, slots=True)
+class Harm:
+    """Of a quantized model against the float model on one domain's held-out text, nats per token: KL(float ||
+    quantized) and the rise of the negative log-likelihood."""
+
+    kl: float
+    nll: float
+
+
+@torch.no_grad()
+def harm(whole: Whole, weights: Mapping[str, Tensor], windows_NT: Tensor, *, batch: int = 8) -> Harm:
+    """Harm on some windows; the float model is run beside, so that nothing but one batch is kept."""
+    kl = nll = 0.0
+    for ids_BT in windows_NT.split(batch):
+        wanted_BTV = log_softmax(whole.forward({}, ids_BT)[:, :-1].float(), -1)
+        given_BTV = log_softmax(whole.forward(weights, ids_BT)[:, :-1].float(), -1)
+        kl += float((wanted_BTV.exp() * (wanted_BTV - given_BTV)).sum())
+        index_BT1 = ids_BT[:, 1:, None].to(given_BTV.device)
+        nll += float((wanted_BTV - given_BTV).gather(-1, index_BT1).sum())
+    count = windows_NT.shape[0] * (windows_NT.shape[1] - 1)
+    return Harm(kl / count, nll / count)
+
+
+def measure_mixtures(
+    model: nn.Module,
+    targets: Sequence[Target],
+    windows: Mapping[str, Tensor],
+    held_out: Mapping[str, Tensor],
+    points: Sequence[tuple[float, ...]],
+    quantize: Quantize,
+    *,
+    samples: int,
+    seeds: Sequence[int],
+    keep: Callable[[str, Any], None] | None = None,
+    kept: Mapping[str, Any] | None = None,
+) -> dict[tuple[float, ...], dict[str, list[Harm]]]:
+    """Quantize at every point with every seed and measure every domain: point -> domain -> one Harm per seed.
+
+    windows, held_out: source -> [N, T] to calibrate on and to measure on, without a token in common. A seed decides
+    which windows are drawn. kept, keep: finished measurements of an interrupted run, and where to note a new one.
+    """
+    whole = Whole(model, tuple(targets))
+    found: dict[tuple[float, ...], dict[str, list[Harm]]] = {p: {name: [] for name in held_out} for p in points}
+    todo = [(point, seed) for seed in seeds for point in points]
+    for point, seed in track(todo, "mixtures"):
+        key = f"seed {seed} mixture {','.join(f'{w:.4f}' for w in point)}"
+        record = (kept or {}).get(key)
+        if record is None:
+            drawn_NT = mix(windows, dict(zip(windows, point, strict=True)), samples, seed=seed)
+            weights = quantize(drawn_NT, seed)
+            harms = {name: harm(whole, weights, part) for name, part in held_out.items()}
+            record = {name: [h.kl, h.nll] for name, h in harms.items()}
+            if keep is not None:
+                keep(key, record)
+        for name in held_out:
+            found[point][name].append(Harm(*record[name]))
+    return found
+
+
+def worst(domains: Mapping[str, list[Harm]]) -> list[float]:
+    """KL of the domain that suffers most, one value per seed."""
+    return [max(harms[seed].kl for harms in domains.values()) for seed in range(len(next(iter(domains.values()))))]
+
+
+def judge(
+    sources: Sequence[str],
+    found: Mapping[tuple[float, ...], dict[str, list[Harm]]],
+    picks: Mapping[str, tuple[float, ...]],
+) -> dict[str, Any]:
+    """The measured table, the true best point (least worst-domain KL, mean over seeds), and the regret of each pick.
+
+    regret: worst-domain KL at the pick less that at the best point, paired by seed, nats per token. `noise` is the
+    standard deviation over seeds at the best point: a regret below it means nothing. `spread` is the difference
+    between the worst and the best point.
+    """
+    unknown = [name for name, point in picks.items() if point not in found]
+    if unknown:
+        raise PolybitError(f"the pick of {unknown[0]!r} was not measured: measure its mixture too")
+    rows = []
+    for point, domains in found.items():
+        row: dict[str, Any] = {"weights": dict(zip(sources, point, strict=True))}
+        row["kl"] = {name: over_seeds([h.kl for h in harms]).to_json() for name, harms in domains.items()}
+        row["nll"] = {name: over_seeds([h.nll for h in harms]).to_json() for name, harms in domains.items()}
+        row["worst_kl"] = over_seeds(worst(domains)).to_json()
+        row["per_seed"] = {name: [h.kl for h in harms] for name, harms in domains.items()}
+        rows.append(row)
+    means = {point: over_seeds(worst(domains)) for point, domains in found.items()}
+    best = min(means, key=lambda point: means[point].value)
+    best_KL = worst(found[best])
+    middle = means[best].value
+    noise = (sum((x - middle) ** 2 for x in best_KL) / max(len(best_KL) - 1, 1)) ** 0.5
+    return {
+        "points": rows,
+        "best": dict(zip(sources, best, strict=True)),
+        "noise": noise,
+        "spread": max(m.value for m in means.values()) - middle,
+        "regret": {
+            name: {
+                "weights": dict(zip(sources, point, strict=True)),
+                **over_seeds(worst(found[point]), paired_with=best_KL).to_json(),
+            }
+            for name, point in picks.items()
+        },
+    }
