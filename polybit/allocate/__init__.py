@@ -1,0 +1,1 @@
+"""Spend a budget of bits where the model needs them."""
