@@ -69,3 +69,8 @@ def wear(model: nn.Module, preset: str | None) -> None:
     """Let every layer use the adapter of a preset; None or a preset without adapters: none."""
     for socket in model.__dict__.get("polybit_sockets", {}).values():
         socket.preset = preset
+
+
+def worn_by(model: nn.Module) -> str | None:
+    """The preset whose adapters are in use."""
+    return next((socket.preset for socket in model.__dict__.get("polybit_sockets", {}).values()), None)

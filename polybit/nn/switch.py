@@ -22,6 +22,7 @@ from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
 from polybit.kernels import ops
+from polybit.nn.adapters import wear, worn_by
 from polybit.nn.attention import asks_for_operands, attention_layers, operand_precisions, operands_of, ports
 from polybit.nn.draw import Rows, split_batches
 from polybit.nn.linear import QuantWeight
@@ -65,7 +66,8 @@ def use(model: nn.Module, wanted: Wanted) -> nn.Module:
     """Switch every quantized layer of `model` and return it: a preset's name, `w4`, `w4a8k8v4`, 4, "float", or a Plan.
 
     "float" (w = 16) reads all stored bits. Raises PolybitError, leaving the model as it was, for an unknown preset or
-    layer, for more weight bits than are stored, and for attention operands that cannot be reached.
+    layer, for more weight bits than are stored, and for attention operands that cannot be reached. Adapters of a preset
+    (nn/adapters.py) are used with it and with nothing else.
     """
     board = panel(model)
     plan = read(board, wanted)
@@ -74,6 +76,7 @@ def use(model: nn.Module, wanted: Wanted) -> nn.Module:
         operands.precision = precision
     for layer, precision in layers:
         put(layer, precision)
+    wear(model, wanted if isinstance(wanted, str) and wanted in board.presets else None)
     return model
 
 
@@ -104,10 +107,11 @@ def at(model: nn.Module, wanted: Wanted) -> Iterator[nn.Module]:
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Give every layer and every attention back the precision it has now when the body ends."""
     layers = [(layer, layer.precision) for layer in panel(model).layers.values()]
-    operands = operands_of(model)
+    operands, worn = operands_of(model), worn_by(model)
     try:
         yield
     finally:
+        wear(model, worn)
         for layer, precision in layers:
             put(layer, precision)
         for name, port in (ports(model) if "polybit_attention" in model.__dict__ else {}).items():

@@ -12,7 +12,7 @@ from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
 from polybit.hub.peft import load_peft, save_peft
 from polybit.nn import switch
-from polybit.nn.adapters import plug, wear
+from polybit.nn.adapters import plug, worn_by
 from polybit.train.adapters import NestedAdapter, rank_at
 from polybit.train.latent import Freedom, at, freeze, latent_layers, make_trainable, use
 from polybit.train.straight import Code
@@ -52,7 +52,6 @@ def test_frozen_model_says_what_training_saw(family, adapter, scales):
         wanted = logits(model, name)
         frozen = freeze(copy.deepcopy(model), name if adapter == "nested" else None)
         switch.use(frozen, name)
-        wear(frozen, name)
         with switch.keep_decoded(frozen), torch.no_grad():
             assert torch.equal(frozen(prompt()).logits, wanted), name
         with torch.no_grad():
@@ -222,11 +221,11 @@ def test_switching_a_preset_switches_its_adapter(tmp_path):
     save_peft(loras, tmp_path / "B", base_model="tiny")
     frozen = freeze(make_trainable(tiny_model("llama"), PRESETS, group_size=32, freedom=Freedom(rank=2)))
     plug(frozen, {name: {"B": lora} for name, lora in load_peft(tmp_path / "B").items()})
-    switch.use(frozen, "B")
-    wear(frozen, "B")
-    with switch.keep_decoded(frozen), torch.no_grad():
+    switch.use(frozen, "A")
+    with switch.at(frozen, "B"), switch.keep_decoded(frozen), torch.no_grad():
         assert torch.equal(frozen(prompt()).logits, wanted)
-    wear(frozen, None)
+    assert worn_by(frozen) == "A"
+    switch.use(frozen, "w4a4")  # the same precision without the preset's name: no adapter
     with switch.keep_decoded(frozen), torch.no_grad():
         assert torch.equal(frozen(prompt()).logits, plain["B"])
 
