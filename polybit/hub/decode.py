@@ -61,7 +61,7 @@ class Decoder:
         cosine, sine = inner.rotary_emb(probe, torch.arange(room)[None])
         self.cosine_TD, self.sine_TD = cosine[0].float().contiguous(), sine[0].float().contiguous()
         self.embed = embedder(inner.embed_tokens)
-        self.head = caller(model.lm_head)
+        self.head = caller(model.lm_head)  # type: ignore[arg-type]
         self.eps = float(config.rms_norm_eps)
         self.blocks = [self.block(layer) for layer in inner.layers]
         self.norm_out = inner.norm.weight.data_ptr()
@@ -82,10 +82,9 @@ class Decoder:
             0 if q_norm is None else q_norm.weight.data_ptr(), 0 if k_norm is None else k_norm.weight.data_ptr(),
             self.eps, keys.data_ptr(), values.data_ptr(),
         )  # fmt: skip
-        products = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        products += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        mixing = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        q, k, v, o, gate, up, down = map(caller, (*mixing, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         norms = (layer.input_layernorm.weight.data_ptr(), layer.post_attention_layernorm.weight.data_ptr())
-        q, k, v, o, gate, up, down = map(caller, products)
         return Block(q, k, v, o, gate, up, down, compiled, *norms, keys, values)
 
     @torch.inference_mode()

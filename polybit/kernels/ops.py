@@ -151,22 +151,24 @@ def linear_on_gpu(
     width: int,
     mode: int,
 ) -> Tensor:
-    """polybit::linear on a GPU: a few tokens by the Triton kernel where triton is there, else the slow twin."""
+    """polybit::linear on a GPU: by the Triton kernels for few and for many tokens, without triton slowly."""
     stored = assemble(planes, scale, zero, ratio, column_scale, numbers, (rows, x.shape[-1]), group_size, width)
-    kernel = gpu_kernel() if mode and group_size in cpu.GROUPS and planes.is_contiguous() else None
-    if kernel is not None and 0 < x.numel() <= kernel.MOST_TOKENS * x.shape[-1]:
+    kernels = gpu_kernels() if mode and group_size in cpu.GROUPS and planes.is_contiguous() else None
+    if kernels is not None and x.numel():
+        few, many = kernels
+        kernel = few if x.numel() <= few.MOST_TOKENS * x.shape[-1] else many
         return kernel.linear(x, stored, width, bias, NAMES[mode])
     return reference.linear(x, stored, width, bias, activations=NAMES[mode])
 
 
 @cache
-def gpu_kernel() -> ModuleType | None:
-    """The Triton kernel, or None where triton is not installed."""
+def gpu_kernels() -> tuple[ModuleType, ModuleType] | None:
+    """The Triton kernels for a few tokens and for many, or None where triton is not installed."""
     try:
-        from polybit.kernels import triton_gemv
+        from polybit.kernels import triton_gemm, triton_gemv
     except ImportError:
         return None
-    return triton_gemv
+    return triton_gemv, triton_gemm
 
 
 def assemble(
