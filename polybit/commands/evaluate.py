@@ -40,6 +40,12 @@ class EvalConfig:
     """Tasks of the embedded generator, with commas: reading, arithmetic, dialogue."""
     items: int = 200
     """Questions per task."""
+    squad: str | None = None
+    """Questions of a SQuAD 1.1, SQuAD 2.0 or KorQuAD file to answer too, or 'embedded' for the reading task."""
+    squad_items: int | None = None
+    """How many of them, drawn at random (default: all)."""
+    squad_head: str = "generate"
+    """How they are answered: generate (free text), or span (a model with a span head; nothing else is measured)."""
     seed: int = 0
     """Seed of intervals and of drawn text."""
     json: Path | None = None
@@ -51,6 +57,7 @@ class EvalConfig:
 def evaluate(target: str, /, *, config: Annotated[EvalConfig, Parameter(name="*")] = EvalConfig()) -> None:
     """Compare TARGET (a polybit directory or any model) with its float reference, paired and with intervals."""
     check(config)
+    from polybit.commands.squad import squad_table
     from polybit.core.records import Run
     from polybit.report.summary import terminal_table
 
@@ -59,7 +66,10 @@ def evaluate(target: str, /, *, config: Annotated[EvalConfig, Parameter(name="*"
         numbers, names = measure(target, config)
     run.config |= names
     run.numbers = numbers
-    print(terminal_table(numbers))
+    if "presets" in numbers:
+        print(terminal_table(numbers))
+    if "squad" in numbers:
+        print("\n" + squad_table(numbers["squad"]))
     if config.json is not None:
         run.write(config.json)
         print(f"\nAll numbers: {config.json}")
@@ -77,6 +87,9 @@ def check(config: EvalConfig) -> None:
             raise PolybitError(f"--{flag} {value} is not possible: give {least} or more")
     task_names(config)
     precision_names(config)
+    from polybit.commands.squad import check_squad
+
+    check_squad(config)
 
 
 def task_names(config: EvalConfig) -> list[str]:
@@ -97,8 +110,12 @@ def precision_names(config: EvalConfig) -> list[str] | None:
 
 def measure(target: str, config: EvalConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """Load both models, gather material, compare: (numbers, names for the report)."""
+    if config.squad_head == "span":
+        from polybit.commands.squad import measure_spans
+
+        return {"squad": measure_spans(target, config)}, {"target_name": Path(target).name}
     from polybit.commands.material import gather_material
-    from polybit.commands.sizes import base_model, preset_sizes, stored_widths
+    from polybit.commands.sizes import base_model, default_presets, preset_sizes, stored_widths
     from polybit.evals.compare import compare
     from polybit.hub.lm import LocalLM
 
@@ -116,18 +133,24 @@ def measure(target: str, config: EvalConfig) -> tuple[dict[str, Any], dict[str, 
     float_model, float_tokenizer = open_model(reference_name, trust_remote_code=config.trust_remote_code)
     if stored_widths(float_model) is not None:
         raise PolybitError(f"the reference {reference_name} is itself quantized: give the float model it was made from")
-    presets: list[str | None] = list(precision_names(config) or [f"w{b}" for b in widths or ()]) or [None]
+    presets: list[str | None] = list(precision_names(config) or (default_presets(model) if widths else ())) or [None]
     embedded = is_embedded(reference_name)
     material = gather_material(float_model, float_tokenizer, config, embedded=embedded, tasks=task_names(config))
     sizes: Mapping[str, Mapping[str, Any]] = preset_sizes(model, [p for p in presets if p]) if widths else {}
+    reference, quantized = LocalLM(float_model, float_tokenizer), LocalLM(model, tokenizer)
     numbers = compare(
-        LocalLM(float_model, float_tokenizer),
-        LocalLM(model, tokenizer),
+        reference,
+        quantized,
         presets,
         material.material,
         sizes=sizes,
         seed=config.seed,
     )
+    if config.squad is not None:
+        from polybit.commands.squad import squad_numbers
+
+        views = {"float": (reference, None)} | {preset or "as loaded": (quantized, preset) for preset in presets}
+        numbers["squad"] = squad_numbers(views, config, reference="float")
     names = {
         "target_name": Path(target).name,
         "reference_name": Path(reference_name).name,
