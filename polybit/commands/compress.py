@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from polybit.core.affine import Grid, QWeight
+from polybit.core.plan import Plan
 from polybit.core.runtime import track
 from polybit.measure.blocks import Block, find_blocks, outside, run_blocks
 from polybit.measure.refine import BLOCK, finish_model, refine_block
@@ -19,6 +20,7 @@ from polybit.quant.rtn import rtn
 from polybit.quant.table import QUANTIZERS
 
 DATA_FREE = ("rtn", "hqq")  # methods that ask nothing of calibration
+PLAN = "plan"  # preset of a checkpoint that was made by a plan
 OUTSIDE, FINISH = "outside the blocks", "finish"
 
 
@@ -39,7 +41,9 @@ class Recipe:
     """How weights become codes.
 
     widths: what the checkpoint will run at, widest first · block_steps, finish_steps: gradient steps of learned
-    rounding per block and over the whole model (0 = none).
+    rounding per block and over the whole model (0 = none) · plan: widths per layer and inside layers. Of one fixed
+    file (a single width, the plan's largest) they are the widths that are stored; a nested file is not changed by a
+    plan, which then says how it is read.
     """
 
     method: str
@@ -49,6 +53,14 @@ class Recipe:
     finish_steps: int = 0
     seed: int = 0
     knobs: Mapping[str, Any] = field(default_factory=dict)
+    plan: Plan | None = None
+
+    def grid_of(self, layer: str, columns: int) -> Grid:
+        """The grid of one layer's codes; a plan whose column widths do not fit the layer is refused."""
+        if self.plan is None or is_nested(self):
+            return self.grid
+        widths_G = self.plan.group_widths(layer, columns, self.grid.group_size)
+        return self.grid.with_widths(widths_G or (self.plan.at(layer).w,))
 
     def to_json(self) -> dict[str, Any]:
         """For the fingerprint of a resumable run and for run.json."""
@@ -62,6 +74,7 @@ class Recipe:
             "finish_steps": self.finish_steps,
             "seed": self.seed,
             **dict(self.knobs),
+            **({} if self.plan is None else {"plan": self.plan.to_json()}),
         }
 
 
@@ -110,7 +123,7 @@ def parts(
     if rest:
         done = store.read(OUTSIDE)
         if done is None:
-            done = {target.name: rtn(target.weight_OI(model), None, recipe.grid) for target in rest}
+            done = {t.name: rtn(t.weight_OI(model), None, recipe.grid_of(t.name, t.columns)) for t in rest}
             store.write(OUTSIDE, done)
         yield done
 
@@ -129,21 +142,25 @@ def quantize_block(block: Block, recipe: Recipe) -> dict[str, QWeight]:
             given = {} if is_nested(recipe) else {name: q.dequantize() for name, q in found.items()}
             stats = block.stats(stage, given=given)
         for target in stage:
-            found[target.name] = quantize_layer(target.weight_OI(block.model), stats.get(target.name), recipe)
+            grid = recipe.grid_of(target.name, target.columns)
+            found[target.name] = quantize_layer(target.weight_OI(block.model), stats.get(target.name), recipe, grid)
     if recipe.block_steps:
         found = refine_block(block, found, tuning=replace(BLOCK, steps=recipe.block_steps, seed=recipe.seed))
     return found
 
 
-def quantize_layer(weight_OI: Tensor, stats, recipe: Recipe) -> QWeight:
-    """One weight by the recipe's method; learned rounding starts from GPTQ."""
+def quantize_layer(weight_OI: Tensor, stats, recipe: Recipe, grid: Grid | None = None) -> QWeight:
+    """One weight by the recipe's method on `grid` (default: the recipe's); learned rounding starts from GPTQ."""
+    grid = grid or recipe.grid
     if is_nested(recipe):
-        return QUANTIZERS["nested"](weight_OI, stats, recipe.grid, widths=recipe.widths, **recipe.knobs)
+        return QUANTIZERS["nested"](weight_OI, stats, grid, widths=recipe.widths, **recipe.knobs)
     method = "gptq" if recipe.method == "rounding" else recipe.method
-    return QUANTIZERS[method](weight_OI, stats, recipe.grid, **recipe.knobs)
+    return QUANTIZERS[method](weight_OI, stats, grid, **recipe.knobs)
 
 
-def relative_errors(weight_OI: Tensor, q: QWeight, widths: Sequence[int]) -> dict[str, float]:
+def relative_errors(weight_OI: Tensor, q: QWeight, recipe: Recipe) -> dict[str, float]:
     """Squared error of a weight at every width over its squared size, for the report."""
     whole = float(weight_OI.pow(2).sum()) or 1.0
-    return {f"w{b}": layer_loss(weight_OI, q, None, b) / whole for b in widths}
+    if recipe.plan is not None and not is_nested(recipe):
+        return {PLAN: layer_loss(weight_OI, q, None) / whole}
+    return {f"w{b}": layer_loss(weight_OI, q, None, b) / whole for b in recipe.widths}

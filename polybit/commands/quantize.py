@@ -5,14 +5,16 @@ from __future__ import annotations
 import resource
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from polybit.commands.models import EMBEDDED, resolve
-from polybit.core.precision import check_width, parse_widths
+from polybit.commands.plans import check_plan, read_plan
+from polybit.core.plan import Plan
+from polybit.core.precision import FLOAT, check_width, parse_widths
 from polybit.core.runtime import PolybitError
 
 Method = Literal["nested", "rounding", "gptq", "awq", "hqq", "rtn"]
@@ -30,8 +32,11 @@ class QuantizeConfig:
     """Widths one nested checkpoint serves, with commas (default: 8,6,5,4,3,2 unless --bits is given)."""
     bits: int | None = None
     """One width only: the best fixed checkpoint of that width."""
+    plan: Path | None = None
+    """JSON file with a width per layer, and per block of columns, as polybit allocate writes it: one fixed file of
+    these widths, or with --widths a nested file that is also read by the plan."""
     method: Method | None = None
-    """How weights become codes (default: nested for --widths, rounding for --bits)."""
+    """How weights become codes (default: nested for --widths, rounding for --bits and --plan)."""
     group_size: int = 64
     """Weights that share a scale: 16, 32, 64, 128, 256, or 0 = a whole row."""
     asymmetric: bool | None = None
@@ -39,6 +44,9 @@ class QuantizeConfig:
     calibration: str = "auto"
     """Text to calibrate on: a .txt or .jsonl file, a named set, a dataset id, or self = text the model writes itself
     (auto: the embedded generator for tinychat, otherwise self)."""
+    mix: str | None = None
+    """Mixture of texts to calibrate on, FILE=SHARE,FILE=SHARE, or the .json of polybit mix (instead of
+    --calibration)."""
     samples: int = 128
     """Windows of calibration text."""
     window: int | None = None
@@ -89,25 +97,41 @@ def recipe_of(config: QuantizeConfig):
         raise PolybitError(
             "--widths and --bits exclude each other: give --widths for one nested file, --bits for one width"
         )
-    if config.bits is not None and config.method == "nested":
+    if config.plan is not None and config.bits is not None:
+        raise PolybitError("--plan and --bits exclude each other: the plan says the width of every layer")
+    if config.mix is not None and config.calibration != "auto":
+        raise PolybitError("--mix and --calibration exclude each other: name all texts in --mix")
+    fixed = config.bits is not None or (config.plan is not None and config.widths is None)
+    if fixed and config.method == "nested":
         raise PolybitError("--method nested makes one file for several widths: give --widths, or another --method")
-    if config.bits is None and config.method not in (None, "nested"):
+    if not fixed and config.method not in (None, "nested"):
         raise PolybitError(
             f"--method {config.method} makes a checkpoint of one width: give --bits, or --method nested with --widths"
         )
-    widths = (check_width("w", config.bits),) if config.bits else parse_widths(config.widths or DEFAULT_WIDTHS)
+    plan = None if config.plan is None else read_plan(config.plan)
+    if plan is not None and fixed:
+        widths: tuple[int, ...] = (largest_width(plan),)
+    elif config.bits is not None:
+        widths = (check_width("w", config.bits),)
+    else:
+        widths = parse_widths(config.widths or DEFAULT_WIDTHS)
     if max(widths) > 8:
         raise PolybitError("--bits 16 leaves the model as it is: choose 2 to 8")
-    nested = len(widths) > 1 or config.bits is None
-    if nested and len(widths) < 2:
+    if not fixed and len(widths) < 2:
         raise PolybitError(
             f"--widths {config.widths} is a single width: use --bits {widths[0]} for the best file of that width"
         )
     from polybit.commands.recipes import choose
 
-    method = config.method or ("nested" if nested else "rounding")
+    method = config.method or ("rounding" if fixed else "nested")
     return choose(
-        method, widths, config.group_size, asymmetric=config.asymmetric, effort=config.effort, seed=config.seed
+        method,
+        widths,
+        config.group_size,
+        asymmetric=config.asymmetric,
+        effort=config.effort,
+        seed=config.seed,
+        plan=plan,
     )
 
 
@@ -125,18 +149,33 @@ def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
     chosen = targets(model, include_embeddings=config.include_embeddings)
     if not chosen:
         raise PolybitError(f"{name} has no weight that can be quantized: only embeddings, norms or unknown layers")
+    if recipe.plan is not None:
+        chosen = check_plan(recipe.plan, chosen, config.group_size)
+        recipe = narrowed(recipe, chosen)
     recipe = within_memory(recipe, sum(target.size for target in chosen))
     leftovers = [asdict(row) for row in left_in_float(model, chosen)]
     embedded = Path(resolve(name)) == Path(resolve(EMBEDDED))
     length = text.window_length(model, config.window)
-    gathered = text.gather(
-        model, tokenizer, config.calibration, samples=config.samples, length=length, seed=config.seed, embedded=embedded
-    )
+    if config.mix is not None:
+        from polybit.commands.mix import gather_mixture
+
+        gathered = gather_mixture(model, tokenizer, config.mix, samples=config.samples, length=length, seed=config.seed)
+    else:
+        gathered = text.gather(
+            model,
+            tokenizer,
+            config.calibration,
+            samples=config.samples,
+            length=length,
+            seed=config.seed,
+            embedded=embedded,
+        )
     fingerprint = {"model": model_digest(model), "calibration": gathered.digest(), **recipe.to_json()}
     fingerprint["include_embeddings"] = config.include_embeddings
     store = Workspace(config.out, fingerprint, restart=config.restart)
     try:
         errors = replace_weights(model, chosen, text.batches(gathered.windows_NT, BATCH), recipe, store)
+        name_plan(model, recipe)
         notes = {"base_model": EMBEDDED if embedded else name, "recipe": recipe.to_json(), "text": gathered.source}
         saved = save(
             model, config.out, tokenizer=tokenizer, widths=recipe.widths, notes=notes, overwrite=config.overwrite
@@ -163,9 +202,50 @@ def replace_weights(model, chosen: Sequence[Any], windows: Sequence[Any], recipe
     errors = {}
     for done in compress(model, chosen, windows, recipe, store):
         for key, q in done.items():
-            errors[key] = relative_errors(by_name[key].weight_OI(model), q, recipe.widths)
+            errors[key] = relative_errors(by_name[key].weight_OI(model), q, recipe)
         convert(model, {key: pack(q) for key, q in done.items()})
     return errors
+
+
+def narrowed(recipe, chosen: Sequence[Any]):
+    """The recipe of a fixed plan with no more bits than its widest layer has; others as they are."""
+    from polybit.commands.compress import is_nested
+
+    if is_nested(recipe):
+        return recipe
+    bits = max(recipe.grid_of(target.name, target.columns).bits for target in chosen)
+    return replace(recipe, widths=(bits,), grid=replace(recipe.grid, bits=bits))
+
+
+def name_plan(model, recipe) -> None:
+    """Store the plan as a preset: a nested file is read by it, a fixed one holds just what it says."""
+    from polybit.commands.compress import PLAN, is_nested
+    from polybit.commands.plans import fixed_preset
+    from polybit.nn.switch import panel, set_presets
+
+    if recipe.plan is None:
+        return
+    stored = {name: layer.bits for name, layer in panel(model).layers.items()}
+    set_presets(model, {PLAN: recipe.plan if is_nested(recipe) else fixed_preset(recipe.plan, stored)})
+
+
+def preset_names(recipe) -> list[str]:
+    """What the new checkpoint can be read at."""
+    from polybit.commands.compress import PLAN, is_nested
+
+    widths = [f"w{b}" for b in recipe.widths]
+    if recipe.plan is None:
+        return widths
+    return [*widths, PLAN] if is_nested(recipe) else [PLAN]
+
+
+def largest_width(plan: Plan) -> int:
+    """The widest layer or block of columns of a plan."""
+    plain = [precision.w for precision in (plan.default, *plan.layers.values()) if precision.w != FLOAT]
+    inside = [max(c.block_widths(plan.at(name).w)) for name, c in plan.columns.items()]
+    if not plain:
+        raise PolybitError("the plan leaves every layer in float: give layers or the default a width such as w4")
+    return max(plain + inside)
 
 
 def model_digest(model) -> str:
@@ -186,14 +266,20 @@ def describe(
 ) -> dict[str, Any]:
     """Sizes at every width, per layer and together, and what stays in float."""
     from polybit.commands.sizes import bytes_read, preset_sizes, quantized_layers, stored_bits_per_weight
+    from polybit.nn.switch import at
 
-    presets = [f"w{b}" for b in recipe.widths]
-    layers = {}
-    for key, layer in quantized_layers(model).items():
-        read = {f"w{b}": bytes_read(layer.planes, b) for b in recipe.widths}
-        layers[key] = {"shape": [layer.rows, layer.columns], "bytes": read, "relative_error": errors.get(key)}
+    presets = preset_names(recipe)
+    layers: dict[str, Any] = {
+        key: {"shape": [layer.rows, layer.columns], "bytes": {}, "relative_error": errors.get(key)}
+        for key, layer in quantized_layers(model).items()
+    }
+    for preset in presets:
+        with at(model, preset):
+            for key, layer in quantized_layers(model).items():
+                layers[key]["bytes"][preset] = bytes_read(layer.planes, layer.width)
     return {
         "widths": list(recipe.widths),
+        "presets": presets,
         "stored_bits_per_weight": stored_bits_per_weight(model),
         "sizes": preset_sizes(model, presets),
         "float_share": sum(row["share"] for row in leftovers),
@@ -210,7 +296,7 @@ def measure(name: str, quantized, tokenizer, gathered, recipe, config: QuantizeC
     from polybit.hub.load import load_float
 
     reference, _ = load_float(resolve(name), trust_remote_code=config.trust_remote_code)
-    presets = [f"w{b}" for b in recipe.widths]
+    presets = preset_names(recipe)
     return compare(
         LocalLM(reference, tokenizer),
         LocalLM(quantized, tokenizer),
@@ -255,11 +341,10 @@ def print_result(name: str, config: QuantizeConfig, numbers: Mapping[str, Any]) 
     if "measured" in numbers:
         print(terminal_table(numbers["measured"]))
     print(
-        f"\n{config.out}: {len(numbers['layers'])} layers at widths {', '.join(map(str, numbers['widths']))}, "
+        f"\n{config.out}: {len(numbers['layers'])} layers at {', '.join(numbers['presets'])}, "
         f"{numbers['stored_bits_per_weight']:.2f} stored bits per weight; {percent(numbers['float_share'])} of the "
         "model's weights stay in float. Saved, reloaded and compared: equal."
     )
-    width = numbers["widths"][-1]
-    print(f'Next: polybit generate {config.out} --prompt "Hello" --precision w{width}')
+    print(f'Next: polybit generate {config.out} --prompt "Hello" --precision {numbers["presets"][-1]}')
     print(f"      polybit eval {config.out} --reference {name} --json eval.json")
     print(f"      polybit report {config.out} --eval eval.json --out report.html")

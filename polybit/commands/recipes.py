@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from polybit.commands.compress import Recipe
 from polybit.core.affine import Grid, ZeroKind
+from polybit.core.plan import Plan
 
 BLOCK_STEPS = 200  # learned rounding block by block, where the whole model at once does not fit
 FINISH_STEPS = {"rounding": 130, "nested": 300}  # learned rounding of the whole model
@@ -16,7 +17,14 @@ FINISH_SHARE = 0.25  # of the machine's memory that the finish may take before i
 
 
 def choose(
-    method: str, widths: Sequence[int], group_size: int, *, asymmetric: bool | None, effort: str, seed: int
+    method: str,
+    widths: Sequence[int],
+    group_size: int,
+    *,
+    asymmetric: bool | None,
+    effort: str,
+    seed: int,
+    plan: Plan | None = None,
 ) -> Recipe:
     """The recipe of a method; `effort` fast leaves learned rounding out.
 
@@ -37,6 +45,7 @@ def choose(
         tuple(widths),
         finish_steps=steps,
         seed=seed,
+        plan=plan,
     )
 
 

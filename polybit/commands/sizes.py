@@ -27,6 +27,14 @@ def stored_widths(model) -> tuple[int, ...] | None:
     return tuple(sorted(field(declared(model), "widths"), reverse=True))
 
 
+def default_presets(model) -> list[str]:
+    """What a checkpoint is measured at unless told otherwise: its widths where every layer has them, and its plans."""
+    from polybit.nn.switch import presets
+
+    least = min(layer.bits for layer in quantized_layers(model).values())
+    return [*(f"w{b}" for b in stored_widths(model) or () if b <= least), *presets(model)]
+
+
 def base_model(model) -> str | None:
     """The model a checkpoint says it was made from."""
     notes = field(declared(model), "notes") if declared(model) is not None else None

@@ -12,10 +12,16 @@ from polybit.report.tables import markdown, percent, size
 def model_card(base_model: str, run: Mapping[str, Any]) -> str:
     """README.md of a checkpoint, with the front matter the hub reads."""
     numbers = run["numbers"]
-    widths = numbers["widths"]
+    presets = numbers.get("presets") or [f"w{b}" for b in numbers["widths"]]
     front = ["---", "library_name: transformers", f"base_model: {base_model}", "base_model_relation: quantized"]
     front += ["tags:", "- polybit", "- quantized", "pipeline_tag: text-generation", "---"]
-    parts = ["\n".join(front), f"# {base_model}, quantized with polybit", what_it_is(numbers), "## Use", usage(widths)]
+    parts = [
+        "\n".join(front),
+        f"# {base_model}, quantized with polybit",
+        what_it_is(numbers),
+        "## Use",
+        usage(presets[-1]),
+    ]
     if "measured" in numbers:
         text = numbers["measured"]["text"]
         parts += [
@@ -39,18 +45,19 @@ def model_card(base_model: str, run: Mapping[str, Any]) -> str:
 def what_it_is(numbers: Mapping[str, Any]) -> str:
     """One paragraph."""
     widths = numbers["widths"]
-    many = (
-        f"one stored set of weights that runs at {', '.join(map(str, widths))} bits"
-        if len(widths) > 1
-        else f"{widths[0]} bits"
-    )
+    if len(widths) > 1:
+        many = f"one stored set of weights that runs at {', '.join(map(str, widths))} bits"
+    elif numbers.get("presets") == ["plan"]:
+        many = "a fixed file with a width for each layer"
+    else:
+        many = f"{widths[0]} bits"
     return (
         f"{len(numbers['layers'])} layers as {many}; {numbers['stored_bits_per_weight']:.2f} stored bits per weight, "
         "scales and zero points counted."
     )
 
 
-def usage(widths: list[int]) -> str:
+def usage(preset: str) -> str:
     """Two ways to run it."""
     return f"""```python
 import polybit  # pip install polybit
@@ -58,9 +65,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
-polybit.use(model, "w{widths[-1]}")
+polybit.use(model, "{preset}")
 ```
 
 ```
-polybit generate PATH --prompt "Hello" --precision w{widths[-1]}
+polybit generate PATH --prompt "Hello" --precision {preset}
 ```"""

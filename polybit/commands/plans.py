@@ -1,0 +1,50 @@
+"""Plans on their way in and out of files: read and check one, and what of it a checkpoint stores as a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from polybit.core.plan import Plan
+from polybit.core.precision import FLOAT
+from polybit.core.runtime import PolybitError
+
+
+def read_plan(path: Path) -> Plan:
+    """The Plan of a JSON file: {"default", "layers", "columns"}, or any object that holds one under "plan".
+
+    `polybit allocate` may thus write further remarks beside the plan. A malformed one is refused with its key.
+    """
+    from polybit.hub.files import read_json
+
+    if not path.is_file():
+        raise PolybitError(f"--plan {path}: there is no such file; give the JSON file of a plan")
+    value = read_json(path)
+    inner = value.get("plan", value) if isinstance(value, Mapping) else value
+    try:
+        return Plan.from_json(inner)
+    except PolybitError as error:
+        raise PolybitError(f"--plan {path}: {error}") from None
+
+
+def check_plan(plan: Plan, targets: Sequence[Any], group_size: int) -> list[Any]:
+    """The targets the plan gives a width, after checking every name and every column block; the rest stays in float."""
+    plan.check_names(target.name for target in targets)
+    chosen = [target for target in targets if plan.at(target.name).w != FLOAT]
+    if not chosen:
+        raise PolybitError("the plan leaves every layer in float: give layers or the default a width such as w4")
+    for target in chosen:
+        widths_G = plan.group_widths(target.name, target.columns, group_size)
+        if widths_G is not None and max(widths_G) < 2:
+            raise PolybitError(
+                f"the plan gives layer {target.name!r:.120} 1 bit in every block of columns: "
+                "give at least one block 2 bits or more"
+            )
+    return chosen
+
+
+def fixed_preset(plan: Plan, stored: Mapping[str, int]) -> Plan:
+    """What reads a checkpoint made by `plan` in full: every layer at its stored bits; column widths are in the file."""
+    return Plan(plan.default, {name: replace(plan.at(name), w=bits) for name, bits in stored.items()})
