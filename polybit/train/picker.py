@@ -21,11 +21,13 @@ class Picker:
     """Judges every probe of a run against its start, preset by preset.
 
     slack: how far above its start a width's flips or KL may lie, as a share of the start, before that moment is refused
-    (the guard per width) · patience: so many probes below the start in a row, by every width, stop the run.
+    (the guard per width) · patience: so many probes below the start in a row, by every width, stop the run ·
+    judged: the numbers of a probe that count, lower is better.
     """
 
     slack: float = 0.0
     patience: int = 3
+    judged: Sequence[str] = JUDGED
     history: list[dict[str, Any]] = field(default_factory=list)
     stopped: str | None = None
 
@@ -50,7 +52,7 @@ class Picker:
         start = self.history[0]["presets"]
         found = {}
         for name, numbers in probed.items():
-            for key in JUDGED:
+            for key in self.judged:
                 now, then = numbers[key], start[name][key]
                 if not isfinite(now) or now > then * (1 + self.slack):
                     found[name] = f"{name}: {key} {now:.4g}, at the start {then:.4g}"
@@ -59,7 +61,8 @@ class Picker:
     def score(self, probed: Probed) -> float:
         """Mean over widths of flips and KL relative to the start: 1 = no gain, 0 = the float model; lower is better."""
         start = self.history[0]["presets"]
-        shares = [numbers[key] / max(start[name][key], 1e-12) for name, numbers in probed.items() for key in JUDGED]
+        pairs = [(now[key], start[name][key]) for name, now in probed.items() for key in self.judged]
+        shares = [now / max(then, 1e-12) for now, then in pairs]
         return sum(shares) / len(shares)
 
     @property

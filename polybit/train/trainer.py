@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from polybit.core.runtime import PolybitError, atomic_path, track
 from polybit.hub.tensors import read_tensors, write_tensors
 from polybit.train.balance import Balance, combine
+from polybit.train.forward import logits_of
 from polybit.train.picker import Picker, Probed
 
 Forward = Callable[[Mapping[str, Tensor], str], Tensor]
@@ -78,8 +78,8 @@ class PrecisionTrainer(Trainer):
     model: what make_trainable returned · objective(forward, batch, presets) -> (loss, logs), where forward(part,
     preset) switches the model and gives logits_BTV; a `part` with the mask "keep_BT" gives only the logits at those
     positions, [N, V], and the others are never computed · schedule(step, presets) -> the presets of that step ·
-    switch(model, preset) · gather(rows, step) turns what the dataset holds into the batch, at the moment it is needed, so
-    that a dataset of row numbers can stand for answers that change while training.
+    switch(model, preset) · gather(rows, step) turns what the dataset holds into the batch, at the moment it is needed,
+    so that a dataset of row numbers can stand for answers that change while training.
 
     An objective with the attribute `separable = True` is a sum over presets: they are then run one at a time, so that
     memory is that of one, and `balance` says how their gradients are put together. probe(model) -> {preset: {"flips",
@@ -106,7 +106,9 @@ class PrecisionTrainer(Trainer):
     ) -> None:
         trainer.setdefault("data_collator", list)
         super().__init__(model, **trainer)
-        self.objective, self.presets, self.switch, self.schedule = objective, tuple(presets), switch, schedule
+        self.core = model
+        self.objective: Objective = objective
+        self.presets, self.switch, self.schedule = tuple(presets), switch, schedule
         self.gather, self.balance = gather, balance or Balance()
         self.probe, self.probe_every = probe, probe_every
         self.picker = picker or Picker()
@@ -125,7 +127,7 @@ class PrecisionTrainer(Trainer):
         model.train(bool(self.args.gradient_checkpointing))
         if self.gather is not None:
             inputs = self.gather(inputs, self.state.global_step)
-        batch = self._prepare_inputs(inputs) if isinstance(inputs, Mapping) else inputs
+        batch = self._prepare_inputs(dict(inputs)) if isinstance(inputs, Mapping) else inputs
         chosen = tuple(self.schedule(self.state.global_step, self.presets))
         alone = bool(getattr(self.objective, "separable", False)) and len(chosen) > 1
         groups = [(name,) for name in chosen] if alone else [chosen]
@@ -155,13 +157,8 @@ class PrecisionTrainer(Trainer):
         """forward(part, preset) -> logits, with the model at that preset."""
 
         def forward(part: Mapping[str, Tensor], preset: str) -> Tensor:
-            self.switch(self.model, preset)
-            given = {"input_ids": part["ids_BT"], "use_cache": False}
-            names = {"mask_BT": "attention_mask", "positions_BT": "position_ids", "mask_B1TT": "attention_mask"}
-            given |= {theirs: part[ours] for ours, theirs in names.items() if ours in part}
-            with keep_positions(self.model, part.get("keep_BT")):
-                logits = model(**given).logits
-            return logits if "keep_BT" not in part else logits[0]
+            self.switch(self.core, preset)
+            return logits_of(model, part, head_of=self.core)
 
         return forward
 
@@ -176,18 +173,27 @@ class PrecisionTrainer(Trainer):
         self.heard = {}
         super().log({**logs, **means}, *rest, **named)
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: batches are row numbers here."""
+        return 0
+
     # states -----------------------------------------------------------------------------------------------------
+
+    @property
+    def out(self) -> Path:
+        """Where checkpoints, probes and the best weights are kept."""
+        return Path(str(self.args.output_dir))
 
     def trainable(self) -> dict[str, Tensor]:
         """Name -> parameter of everything that is trained."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.core.named_parameters() if p.requires_grad}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save what is trained and nothing else; sharded models are saved the Trainer's way."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            write_tensors(Path(output_dir or self.args.output_dir) / STATE, self.trainable())
+            write_tensors(Path(output_dir or self.out) / STATE, self.trainable())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The inverse of _save."""
@@ -207,28 +213,31 @@ class PrecisionTrainer(Trainer):
             for name, parameter in ours.items():
                 parameter.copy_(tensors[name])
 
-    def fit(self) -> Picker:
-        """Train from the last whole checkpoint of the output directory, if any, and put the best weights in place."""
-        out = Path(self.args.output_dir)
-        last = last_checkpoint(out)
-        self.picker.read(out, until=-1 if last is None else int(last.name.rpartition("-")[2]))
+    def begin(self) -> Path | None:
+        """Take over what an interrupted run left and probe the start of a new one; the checkpoint to go on from."""
+        last = last_checkpoint(self.out)
+        self.picker.read(self.out, until=-1 if last is None else int(last.name.rpartition("-")[2]))
         if self.probe is not None and not self.picker.history:
             self.take_probe(0)
+        return last
+
+    def fit(self) -> Picker:
+        """Train, going on from the output directory's last whole checkpoint, and put the best weights in place."""
+        last = self.begin()
         self.train(resume_from_checkpoint=None if last is None else str(last))
-        if self.probe is not None and (out / BEST).is_file():
-            self.put(out / BEST)
+        if self.probe is not None and (self.out / BEST).is_file():
+            self.put(self.out / BEST)
         return self.picker
 
     def take_probe(self, step: int) -> None:
         """Probe the model now, and keep its weights when they are the best so far."""
         assert self.probe is not None
-        out = Path(self.args.output_dir)
-        self.model.eval()
+        self.core.eval()
         with torch.no_grad():
-            probed = self.probe(self.model)
+            probed = self.probe(self.core)
         if self.picker.judge(step, probed):
-            write_tensors(out / BEST, self.trainable())
-        self.picker.write(out)
+            write_tensors(self.out / BEST, self.trainable())
+        self.picker.write(self.out)
 
 
 class _Watch(TrainerCallback):
@@ -249,7 +258,7 @@ class _Watch(TrainerCallback):
         trainer = self.trainer
         next(self.bar, None)
         if trainer.renew is not None and trainer.renew_every and state.global_step % trainer.renew_every == 0:
-            trainer.model.eval()
+            trainer.core.eval()
             trainer.renew(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -272,30 +281,3 @@ def last_checkpoint(out: Path) -> Path | None:
             return Path(found)
         shutil.rmtree(found)
     return None
-
-
-def keep_positions(model: nn.Module, keep_BT: Tensor | None) -> AbstractContextManager[object]:
-    """While it lasts, the output head sees only the hidden states at `keep_BT`, as one row [1, N, D].
-
-    The logits of prompts and padding, most of the memory of a step with a large vocabulary, are then never made.
-    Whatever the model does to logits afterwards (a cap, a factor) it does to these.
-    """
-    if keep_BT is None:
-        return nullcontext()
-    ask: Any = model.get_output_embeddings
-    kept_BT = keep_BT.bool()
-    handle = ask().register_forward_pre_hook(lambda _, inputs: (inputs[0][kept_BT][None], *inputs[1:]))
-    return _Removed(handle)
-
-
-class _Removed:
-    """A hook that is there inside a `with`."""
-
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-
-    def __enter__(self) -> _Removed:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
