@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from polybit.core.runtime import PolybitError, track
 from polybit.data.batches import buckets, pad
 from polybit.hub.lm import longest_input
-from polybit.hub.load import check_directory, check_weights, first_line, load_config, load_tokenizer, quantization_of
+from polybit.hub.load import (
+    check_directory,
+    check_weights,
+    first_line,
+    load_config,
+    load_float,
+    load_tokenizer,
+    quantization_of,
+)
 from polybit.nn import switch
 
 
@@ -23,11 +31,16 @@ def load_span(name_or_path: str | Path, *, new_head: bool = False) -> tuple[nn.M
     new_head: begin with a random head on a language model, to be trained; otherwise missing weights are refused.
     """
     from transformers import AutoModelForQuestionAnswering
+    from transformers.utils import logging
 
     name = str(name_or_path)
+    if new_head:
+        return with_new_head(name)
     load_config(name)
     if Path(name).is_dir() and quantization_of(name) is None:
         check_directory(Path(name))
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is said in one sentence below
     try:
         model, report = AutoModelForQuestionAnswering.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
@@ -39,13 +52,30 @@ def load_span(name_or_path: str | Path, *, new_head: bool = False) -> tuple[nn.M
             f"{name} cannot be used with a span head ({first_line(error)}): give a model that has one in transformers, "
             "such as GPT-2, Llama or BERT"
         ) from error
+    finally:
+        logging.set_verbosity(level)
     missing = sorted(str(key) for key in report["missing_keys"])
-    if missing and not (new_head and all("qa_outputs" in key for key in missing)):
-        raise PolybitError(
-            f"{name} has no trained span head (it lacks {missing[0]!r:.80}): give a model trained on SQuAD"
-        )
+    if missing:
+        raise PolybitError(f"{name} has no span head (it lacks {missing[-1]!r:.80}): give a model trained on SQuAD")
     check_weights(model, name)
     return model.eval(), load_tokenizer(name)
+
+
+def with_new_head(name: str) -> tuple[nn.Module, Any]:
+    """A causal language model's body under a random span head."""
+    from transformers import AutoModelForQuestionAnswering
+
+    causal, tokenizer = load_float(name)
+    try:
+        model: Any = AutoModelForQuestionAnswering.from_config(causal.config, dtype=torch.float32)
+    except ValueError as error:
+        raise PolybitError(
+            f"{name} cannot be given a span head ({first_line(error)}): give a model that can have one, "
+            "such as GPT-2 or Llama"
+        ) from error
+    body: Any = causal.base_model
+    model.base_model.load_state_dict(body.state_dict())  # the bodies' names differ, their weights do not
+    return model.eval(), tokenizer
 
 
 class SpanReader:
