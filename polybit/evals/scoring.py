@@ -62,6 +62,12 @@ def gsm8k_exact(prediction: str, answer: str) -> float:
     return float(found is not None and found == gsm8k_number(answer))
 
 
+def last_number(text: str) -> float | None:
+    """The last number of a text, thousands separators removed (lm-eval's flexible extraction); None without one."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
 def text_exact(prediction: str, answer: str) -> float:
     """1 when both texts are equal but for blanks at their ends, else 0."""
     return float(prediction.strip() == answer.strip())

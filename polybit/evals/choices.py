@@ -1,0 +1,174 @@
+"""Score a model on multiple choice by log-likelihood and on GSM8K by generation, paired over presets.
+
+acc: the likeliest answer is right. acc_norm: likeliest per character, as in lm-eval. Unlike lm-eval, which takes the
+first of equally likely answers, a tie with a wrong answer counts as wrong, so a model that knows nothing scores 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polybit.core.runtime import PolybitError, track
+from polybit.evals.choices_data import Choice, Item, Sum, ask, examples, pairs, texts
+from polybit.evals.scoring import bootstrap, gsm8k_exact, last_number
+from polybit.hub.lm import LM, LocalLM, LogLik
+
+Scores = dict[str, NDArray[np.bool_]]
+PART = 64  # items per step of the progress bar
+GSM8K_TOKENS, GSM8K_STOP = 256, ("Question:",)
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceSet:
+    """Items of one set, how they are asked, and the examples that stand before them (`shots` of `shown`)."""
+
+    name: str
+    items: Sequence[Item]
+    form: str | None = None
+    shots: int = 0
+    shown: Sequence[Item] = ()
+
+    def before(self, item: Item) -> str:
+        """The worked examples for an item."""
+        return examples(self.shown, self.shots, item.group, self.form) if self.shots else ""
+
+    @property
+    def is_sums(self) -> bool:
+        """Whether answers are generated."""
+        return isinstance(self.items[0], Sum)
+
+
+def score(lm: LM, asked: ChoiceSet, *, label: str = "choices") -> Scores:
+    """Right or wrong for every item, by metric: acc and acc_norm, or exact and flexible for GSM8K."""
+    if asked.is_sums:
+        return score_sums(lm, asked)
+    items = [item for item in asked.items if isinstance(item, Choice)]
+    parts = []
+    groups = [items[start : start + PART] for start in range(0, len(items), PART)]
+    for group in track(groups, f"{asked.name}, {label}"):
+        requests = [pairs(item, asked.before(item), asked.form) for item in group]
+        replies = iter(lm.loglik([pair for request in requests for pair in request]))
+        for item in group:
+            parts.append(decide(item, [next(replies) for _ in item.answers], asked.form))
+    return {name: np.array([part[name] for part in parts], dtype=bool) for name in ("acc", "acc_norm")}
+
+
+def decide(item: Choice, replies: Sequence[LogLik], form: str | None = None) -> dict[str, bool]:
+    """Whether the right answer is strictly likelier than every answer with another text."""
+    said = texts(item, form)
+    lengths = np.array([len(text) for text in said])
+    nats = np.array([reply.total_nats for reply in replies])
+    rivals = [n for n, text in enumerate(said) if text != said[item.gold] or (item.prefixes and n != item.gold)]
+    return {
+        name: bool(all(values[item.gold] > values[n] for n in rivals))
+        for name, values in (("acc", nats), ("acc_norm", nats / lengths))
+    }
+
+
+def score_sums(lm: LM, asked: ChoiceSet) -> Scores:
+    """GSM8K: exact wants `#### n`, flexible takes the last number of the answer."""
+    items = [item for item in asked.items if isinstance(item, Sum)]
+    prompts = [asked.before(item) + ask(item) for item in items]
+    said = lm.generate(prompts, max_tokens=GSM8K_TOKENS, stop=GSM8K_STOP)
+    wanted = [item.answer for item in items]
+    flexible = [
+        last_number(text) is not None and last_number(text) == last_number(a)
+        for text, a in zip(said, wanted, strict=True)
+    ]
+    exact = [gsm8k_exact(text, answer) == 1 for text, answer in zip(said, wanted, strict=True)]
+    return {"exact": np.array(exact, dtype=bool), "flexible": np.array(flexible, dtype=bool)}
+
+
+class Scripted:
+    """A model without weights that answers the items of a set in their order."""
+
+    def __init__(self, sure: Sequence[bool], said: Sequence[str] = ()) -> None:
+        self.sure, self.said = iter(sure), list(said)
+
+    def loglik(self, asked: Sequence[tuple[str, str]]) -> list[LogLik]:
+        """0 where it is sure, and as good as impossible elsewhere."""
+        return [LogLik(0.0 if next(self.sure) else -1e6, 1, False) for _ in asked]
+
+    def generate(self, prompts: Sequence[Any], *, max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        """What it was told to say."""
+        return list(self.said)
+
+
+def ignorant(asked: ChoiceSet) -> Scripted:
+    """A model that says nothing and finds every answer equally likely."""
+    return Scripted([True] * sum(len(getattr(item, "answers", ())) for item in asked.items), [""] * len(asked.items))
+
+
+def knowing(asked: ChoiceSet, order: Sequence[int] | None = None) -> Scripted:
+    """A model that knows the right answers; with `order` it gives item n the right answer of item order[n]."""
+    items = list(asked.items)
+    others = items if order is None else [items[n] for n in order]
+    sure, said = [], []
+    for item, other in zip(items, others, strict=True):
+        said.append(other.answer if isinstance(other, Sum) else "")
+        if isinstance(item, Choice) and isinstance(other, Choice):
+            sure += [n == other.gold % len(item.answers) for n in range(len(item.answers))]
+    return Scripted(sure, said)
+
+
+def gate(asked: ChoiceSet) -> None:
+    """Refuse a set that a model without knowledge can pass, or that one that knows every answer cannot."""
+    for name, make, wanted in (("knows nothing", ignorant, 0.0), ("knows every answer", knowing, 1.0)):
+        for metric, right in score(make(asked), asked, label="check").items():
+            if right.mean() != wanted:
+                where = next(item.id for item, ok in zip(asked.items, right, strict=True) if ok != wanted)
+                raise PolybitError(
+                    f"A model that {name} scores {right.mean():.1%} {metric} on {asked.name!r}, first at {where!r}: "
+                    "its choices or its answer are damaged; remove such items."
+                )
+
+
+def chance(asked: ChoiceSet) -> float:
+    """Score of drawing an answer at random."""
+    return float(np.mean([0 if isinstance(item, Sum) else 1 / len(item.answers) for item in asked.items]))
+
+
+def compare_choices(
+    reference: LocalLM, quantized: LocalLM, presets: Sequence[str | None], sets: Sequence[ChoiceSet], *, seed: int = 0
+) -> dict[str, Any]:
+    """{SET: {"n", "chance", "shots", "form", "reference": {METRIC: E}, "presets": {NAME: {METRIC: {...}}}}}.
+
+    A metric of a preset holds its rate, the paired `difference` to the reference, and answer-level flips: `flips`,
+    `correct_to_wrong`, `wrong_to_correct` as shares of all items ("Accuracy is Not All You Need", arXiv 2407.09141).
+    """
+    found: dict[str, Any] = {}
+    for asked in sets:
+        gate(asked)
+        base = score(reference, asked, label="float")
+        entry: dict[str, Any] = {
+            "n": len(asked.items),
+            "chance": chance(asked),
+            "shots": asked.shots,
+            "form": asked.form or "by set",
+            "reference": {name: bootstrap(right, seed=seed).to_json() for name, right in base.items()},
+            "presets": {},
+        }
+        for preset in presets:
+            with quantized.at(preset):
+                scores = score(quantized, asked, label=str(preset))
+            entry["presets"][preset or "as loaded"] = {
+                name: paired(base[name], right, seed=seed) for name, right in scores.items()
+            }
+        found[asked.name] = entry
+    return found
+
+
+def paired(was: NDArray[np.bool_], now: NDArray[np.bool_], *, seed: int) -> dict[str, Any]:
+    """A rate, its paired difference, and the answers that changed sides."""
+    values = {"flips": was != now, "correct_to_wrong": was & ~now, "wrong_to_correct": ~was & now}
+    difference = bootstrap(now.astype(float), paired_with=was.astype(float), seed=seed)
+    return {
+        **bootstrap(now, seed=seed).to_json(),
+        "difference": difference.to_json(),
+        **{name: bootstrap(changed, seed=seed).to_json() for name, changed in values.items()},
+    }
