@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": ("polybit.commands.evaluate:evaluate", "Measure what each width costs against the float model."),
     "judge": ("polybit.commands.judge:judge", "Have answers judged by an endpoint, or offline by fidelity."),
     "generate": ("polybit.commands.generate:generate", "Answer a prompt at a chosen width."),
+    "bench": ("polybit.commands.bench:bench", "Measure how fast this machine runs every width, beside its rivals."),
     "report": ("polybit.commands.report:report", "Write one self-contained HTML page from measured numbers."),
 }
 INTERRUPTED = 130  # the shell's status for Ctrl-C
