@@ -80,6 +80,11 @@ def read_corpus(source: str | Path, tokenizer: Any = None) -> Corpus:
     return Corpus(documents, "" if templated else "\n", [warning] if warning else [])
 
 
+def read_raw(source: str | Path) -> list[str | Messages]:
+    """The documents of a source as they are written: texts, and conversations as messages."""
+    return _read_source(str(source), Path(source))
+
+
 def collapse(text: str) -> str:
     """Blank lines and <|endoftext|> become one newline; blanks at the ends of lines are dropped, indentation stays."""
     lines = (line.rstrip() for line in text.replace("<|endoftext|>", "\n").split("\n"))
