@@ -243,7 +243,6 @@ class LocalLM:
         split = len(encode(self.tokenizer, context))
         return whole[:split], whole[split:]
 
-    @torch.inference_mode()
     def loglik(self, pairs: Sequence[tuple[str, str]]) -> list[LogLik]:
         """Log-likelihood of each continuation after its context, with lm-eval's token boundary.
 
@@ -251,17 +250,23 @@ class LocalLM:
         by itself is refused.
         """
         encoded = [self.encode_pair(context, continuation) for context, continuation in pairs]
-        rows, counts = [], []
-        for (context, continuation), pair in zip(encoded, pairs, strict=True):
+        for (_, continuation), pair in zip(encoded, pairs, strict=True):
             if not continuation:
                 raise PolybitError(f"The continuation {pair[1]!r} has no tokens; give some text to score.")
+        return self.loglik_tokens(encoded)
+
+    @torch.inference_mode()
+    def loglik_tokens(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[LogLik]:
+        """Log-likelihood of each continuation after its context, both as token ids; see `loglik`."""
+        rows, counts = [], []
+        for context, continuation in pairs:
             if self.max_length is not None and len(continuation) > self.max_length:
                 raise PolybitError(
                     f"A continuation of {len(continuation)} tokens is longer than the model's maximum of "
                     f"{self.max_length}; split it."
                 )
             keep = None if self.max_length is None else self.max_length + 1
-            row = context + continuation
+            row = [*context, *continuation]
             rows.append(row if keep is None else row[-keep:])
             counts.append(len(continuation))
         results: list[LogLik | None] = [None] * len(rows)
