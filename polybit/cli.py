@@ -13,8 +13,11 @@ from polybit import __version__
 
 COMMANDS = {
     "plan": ("polybit.commands.plan:plan", "Say what quantizing would give and cost, before running it."),
+    "allocate": ("polybit.commands.allocate:allocate", "Spend a budget of bits on the layers where it matters."),
     "quantize": ("polybit.commands.quantize:quantize", "Turn a model into one checkpoint that runs at many widths."),
     "mix": ("polybit.commands.mix:mix", "Find the mixture of texts to calibrate on."),
+    "pairs": ("polybit.commands.pairs:pairs", "Answer prompts in float and quantized, and keep where they part."),
+    "align": ("polybit.commands.align:align", "Teach a quantized model to answer as its float self."),
     "eval": ("polybit.commands.evaluate:evaluate", "Measure what each width costs against the float model."),
     "judge": ("polybit.commands.judge:judge", "Have answers judged by an endpoint, or offline by fidelity."),
     "generate": ("polybit.commands.generate:generate", "Answer a prompt at a chosen width."),
