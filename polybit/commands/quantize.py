@@ -54,7 +54,10 @@ class QuantizeConfig:
     effort: Literal["fast", "normal", "best"] = "normal"
     """fast = no learned rounding; best = also try to train nested files over the whole model, kept only if it helps."""
     include_embeddings: bool = False
-    """Quantize the token embedding and the output head too (default: they stay in float)."""
+    """Quantize the token embedding and the output head as all other layers, at every width."""
+    ends: int | None = None
+    """Bits of the token embedding and the output head whatever the width, 16 = float (default: 8 where the head has
+    4 million weights or more, and would cost more time in float than it is worth; float for smaller ones)."""
     seed: int = 0
     """Seed of everything that is drawn."""
     measure: bool = True
@@ -138,6 +141,7 @@ def recipe_of(config: QuantizeConfig):
 def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
     """Load, calibrate, quantize block by block, save, verify, measure; returns the numbers of the run."""
     from polybit.commands import calibration as text
+    from polybit.commands.ends import end_bits, end_targets, hold_ends, quantize_ends
     from polybit.commands.recipes import within_memory
     from polybit.hub.checkpoint import save, verify
     from polybit.hub.load import load_float
@@ -153,7 +157,9 @@ def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
         chosen = check_plan(recipe.plan, chosen, config.group_size)
         recipe = narrowed(recipe, chosen)
     recipe = within_memory(recipe, sum(target.size for target in chosen))
-    leftovers = [asdict(row) for row in left_in_float(model, chosen)]
+    bits_of_ends = FLOAT if config.include_embeddings else end_bits(model, config.ends)
+    ends = end_targets(model) if bits_of_ends != FLOAT else []
+    leftovers = [asdict(row) for row in left_in_float(model, [*chosen, *ends])]
     embedded = Path(resolve(name)) == Path(resolve(EMBEDDED))
     length = text.window_length(model, config.window)
     if config.mix is not None:
@@ -171,11 +177,12 @@ def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
             embedded=embedded,
         )
     fingerprint = {"model": model_digest(model), "calibration": gathered.digest(), **recipe.to_json()}
-    fingerprint["include_embeddings"] = config.include_embeddings
+    fingerprint |= {"include_embeddings": config.include_embeddings, "ends": bits_of_ends}
     store = Workspace(config.out, fingerprint, restart=config.restart)
     try:
         errors = replace_weights(model, chosen, text.batches(gathered.windows_NT, BATCH), recipe, store)
         name_plan(model, recipe)
+        hold_ends(model, quantize_ends(model, bits_of_ends, config.group_size), bits_of_ends, recipe.widths)
         notes = {"base_model": EMBEDDED if embedded else name, "recipe": recipe.to_json(), "text": gathered.source}
         saved = save(
             model, config.out, tokenizer=tokenizer, widths=recipe.widths, notes=notes, overwrite=config.overwrite

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -218,12 +218,23 @@ def read(board: Panel, wanted: Wanted) -> Plan:
     if isinstance(wanted, str) and wanted in board.presets:
         return board.presets[wanted]
     try:
-        return Plan.uniform(wanted)
+        plan = Plan.uniform(wanted)
     except PolybitError as error:
         if not board.presets or not isinstance(wanted, str):
             raise
         names = ", ".join(sorted(board.presets))
         raise PolybitError(f"{error}; this model also has the presets {names}") from None
+    base = board.presets.get(f"w{plan.default.w}")
+    return plan if base is None else reread(base, plan.default)
+
+
+def reread(base: Plan, asked: Precision) -> Plan:
+    """The widths of a preset with the activation and attention bits that were asked for: `w4a8` where `w4` is a preset.
+
+    A preset of a plain width says that some layers keep theirs, as the output head does.
+    """
+    layers = {name: replace(asked, w=precision.w) for name, precision in base.layers.items()}
+    return Plan(replace(asked, w=base.default.w), layers, base.columns)
 
 
 def precisions(board: Panel, plan: Plan, *, attention: Iterable[str] = ()) -> list[tuple[QuantWeight, Precision]]:

@@ -1,0 +1,56 @@
+"""The token embedding and the output head: stored at a width of their own and read at it whatever the blocks' width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polybit.core.plan import Plan
+from polybit.core.precision import FLOAT, Precision
+from polybit.core.runtime import PolybitError
+
+BITS = 8  # at which rounding the ends costs less than anything else that is measured (docs/results.md)
+LARGE = 1 << 22  # weights of a head from which a float one costs more time per token than it is worth
+
+
+def end_bits(model: Any, asked: int | None) -> int:
+    """Bits of the ends: what was asked for, else 8 for a large head and float for a small one."""
+    if asked is not None:
+        if asked != FLOAT and not 2 <= asked <= 8:
+            raise PolybitError(f"--ends {asked} is not possible: give 2 to 8 bits, or 16 to leave them in float")
+        return asked
+    return BITS if max((target.size for target in end_targets(model)), default=0) >= LARGE else FLOAT
+
+
+def end_targets(model: Any) -> list[Any]:
+    """The embedding and the head, once when they are tied."""
+    from polybit.nn.convert import targets
+
+    return [t for t in targets(model, include_embeddings=True) if t.kind in ("embedding", "head")]
+
+
+def quantize_ends(model: Any, bits: int, group_size: int) -> list[str]:
+    """Round the ends of `model` in place, to the nearest and with a zero point; their names."""
+    from polybit.core.affine import Grid
+    from polybit.core.planes import pack
+    from polybit.nn.convert import convert
+    from polybit.quant.rtn import rtn
+
+    if bits == FLOAT:
+        return []
+    chosen = end_targets(model)
+    for target in chosen:
+        convert(model, {target.name: pack(rtn(target.weight_OI(model), None, Grid(bits, group_size, "group")))})
+    return [target.name for target in chosen]
+
+
+def hold_ends(model: Any, names: list[str], bits: int, widths: tuple[int, ...]) -> None:
+    """Presets `w8`, `w4`, ... that read the blocks at that width and the ends at their own; others get them too."""
+    from polybit.nn.switch import presets, set_presets
+
+    if not names:
+        return
+    held = {name: Precision(w=bits) for name in names}
+    plans = {f"w{width}": Plan(Precision(w=width), held) for width in widths}
+    for name, plan in presets(model).items():
+        plans[name] = Plan(plan.default, {**plan.layers, **held}, plan.columns)
+    set_presets(model, plans)

@@ -1,0 +1,53 @@
+"""The ends keep their own width: rounded, held by the presets, through a file and back."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from polybit.commands.ends import LARGE, end_bits, end_targets, hold_ends, quantize_ends
+from polybit.core.runtime import PolybitError
+from polybit.hub.checkpoint import save
+from polybit.nn import switch
+from tests.families import quantized, tiny_model
+
+
+def held(family):
+    model = quantized(family)
+    names = quantize_ends(model, 8, 32)
+    hold_ends(model, names, 8, (8, 3))
+    return model, names
+
+
+@pytest.mark.parametrize(("family", "count"), [("llama", 2), ("llama-tied", 1), ("gpt2", 1)])
+@pytest.mark.parametrize("wanted", ["w3", 3, "w3a8"])
+def test_every_way_to_ask_for_a_width_keeps_the_ends(family, count, wanted, tmp_path):
+    model, names = held(family)
+    assert len(names) == count
+    save(model, tmp_path / "out", widths=(8, 3))
+    for one in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
+        switch.use(one, wanted)
+        layers = switch.panel(one).layers
+        assert {layers[name].width for name in names} == {8}
+        assert {layer.width for name, layer in layers.items() if name not in names} == {3}
+        assert {layer.precision.a for layer in layers.values()} == {8 if wanted == "w3a8" else 16}
+        switch.use(one, "w2")  # a width that is no preset is read as it stands
+        assert {layer.width for layer in layers.values()} == {2}
+
+
+def test_rounded_ends_hardly_change_the_model():
+    model = tiny_model("llama")
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        before = model(ids).logits
+        quantize_ends(model, 8, 32)
+        after = model(ids).logits
+    assert 0 < (after - before).abs().max() < 0.02 * before.abs().max()
+
+
+def test_small_heads_stay_in_float_unless_asked():
+    model = tiny_model("llama")
+    assert end_bits(model, None) == 16 and end_bits(model, 6) == 6
+    assert max(t.size for t in end_targets(model)) < LARGE
+    with pytest.raises(PolybitError, match="--ends 9"):
+        end_bits(model, 9)
+    assert quantize_ends(model, 16, 32) == [] and not end_targets(model)[0].size == 0
