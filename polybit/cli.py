@@ -18,10 +18,12 @@ COMMANDS = {
     "mix": ("polybit.commands.mix:mix", "Find the mixture of texts to calibrate on."),
     "pairs": ("polybit.commands.pairs:pairs", "Answer prompts in float and quantized, and keep where they part."),
     "align": ("polybit.commands.align:align", "Teach a quantized model to answer as its float self."),
+    "train": ("polybit.commands.train:train", "Train one model to be good at several precisions."),
     "eval": ("polybit.commands.evaluate:evaluate", "Measure what each width costs against the float model."),
     "judge": ("polybit.commands.judge:judge", "Have answers judged by an endpoint, or offline by fidelity."),
     "generate": ("polybit.commands.generate:generate", "Answer a prompt at a chosen width."),
     "bench": ("polybit.commands.bench:bench", "Measure how fast this machine runs every width, beside its rivals."),
+    "attack": ("polybit.commands.attack:attack", "Attack a checkpoint at each width and answer at every other."),
     "report": ("polybit.commands.report:report", "Write one self-contained HTML page from measured numbers."),
 }
 INTERRUPTED = 130  # the shell's status for Ctrl-C

@@ -1,0 +1,73 @@
+"""The page of `polybit attack`: who is fooled by whom as a heat map, and what drawing a precision is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.4rem .7rem;text-align:center;border:1px solid #ddd}
+th.row{text-align:left}small{color:#555}.verdict{border-left:4px solid #46c;padding:.4rem 1rem;background:#f4f6fb}
+td small{display:block}
+"""
+
+
+def percent(estimate: Mapping[str, Any]) -> str:
+    """A share with its interval."""
+    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
+    return f"{value:.0f} %<small>{low:.0f} to {high:.0f}</small>"
+
+
+def colour(value: float) -> str:
+    """From dark red (nothing right) over white to dark green (all right), readable by the colour blind in lightness."""
+    if value < 0.5:
+        share = value / 0.5
+        red, green, blue = 178 + 77 * share, 24 + 231 * share, 43 + 212 * share
+    else:
+        share = (value - 0.5) / 0.5
+        red, green, blue = 255 - 222 * share, 255 - 153 * share, 255 - 83 * share
+    text = "#fff" if value < 0.15 or value > 0.85 else "#111"
+    return f"background:rgb({red:.0f},{green:.0f},{blue:.0f});color:{text}"
+
+
+def heat_map(numbers: Mapping[str, Any]) -> str:
+    """The matrix as a table: rows attack, columns answer."""
+    defenders = [*numbers["defenders"], "drawn per prompt"]
+    lines = ["<tr><th>attacked at \\ answered at</th>" + "".join(f"<th>{escape(d)}</th>" for d in defenders) + "</tr>"]
+    for attacker, row in numbers["matrix"].items():
+        cells = "".join(f'<td style="{colour(row[d]["value"])}">{percent(row[d])}</td>' for d in defenders)
+        lines.append(f'<tr><th class="row">{escape(attacker)}</th>{cells}</tr>')
+    return f"<table>{''.join(lines)}</table>"
+
+
+def page(run: Mapping[str, Any]) -> str:
+    """One self-contained HTML page from the JSON of `polybit attack`."""
+    numbers, config = run["numbers"], run["config"]
+    name = escape(str(config.get("target_name", config.get("target", "model"))))
+    settings = ", ".join(
+        f"{key} {config[key]}" for key in ("method", "place", "tokens", "steps", "tries", "seeds") if key in config
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Attacks on {name}</title><style>{STYLE}</style>'
+        f"<h1>Attacks on {name}</h1><p>{numbers['items']} questions of {escape(numbers['source'])}, "
+        f"share answered exactly right, 95 % bootstrap interval over questions. {escape(settings)}.</p>"
+        f"{heat_map(numbers)}"
+        f'<p class="verdict">{escape(numbers["verdict"])}</p>'
+        "<p>A row is an attacker who reads the gradient of one precision; the last one averages gradients over all "
+        "of them. The last column is a precision drawn per prompt, in expectation. It is called more robust only when "
+        "it beats the best fixed precision, each under the attacker that harms it most, the averaging one included.</p>"
+        "</html>"
+    )
+
+
+def terminal_table(numbers: Mapping[str, Any]) -> str:
+    """The matrix as text."""
+    defenders = [*numbers["defenders"], "drawn per prompt"]
+    width = max(len(name) for name in (*numbers["matrix"], "attacked at")) + 2
+    lines = ["attacked at".ljust(width) + "".join(name.rjust(max(8, len(name) + 2)) for name in defenders)]
+    for attacker, row in numbers["matrix"].items():
+        cells = (f"{100 * row[name]['value']:.0f} %".rjust(max(8, len(name) + 2)) for name in defenders)
+        lines.append(attacker.ljust(width) + "".join(cells))
+    return "\n".join(lines)

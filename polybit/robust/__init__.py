@@ -1,0 +1,1 @@
+"""Adversarial inputs: how a model at one precision is attacked, and how it does at another."""

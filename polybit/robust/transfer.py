@@ -1,0 +1,81 @@
+"""Who is fooled by whom: prompts attacked at one precision, answered at every other, and by one drawn per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from polybit.core.runtime import PolybitError
+from polybit.hub.lm import LocalLM
+from polybit.nn.draw import draw
+from polybit.robust.cases import Case
+
+ADAPTIVE = "all widths"  # the attacker who averages gradients over the precisions the defender draws from (EOT)
+NOISE = "random tokens"  # what the attackers start from
+Array = NDArray[np.float64]
+
+
+def answer(lm: LocalLM, cases: Sequence[Case], *, max_tokens: int = 24) -> list[str]:
+    """What the model says to each case at the precision it has now."""
+    said = lm.generate_tokens([case.ids for case in cases], max_tokens=max_tokens, label="answers")
+    return [lm.decode(tokens, after=case.ids).strip() for case, tokens in zip(cases, said, strict=True)]
+
+
+def answer_at_every(
+    lm: LocalLM, prompts: Mapping[str, Sequence[Case]], presets: Sequence[str], *, max_tokens: int = 24
+) -> dict[tuple[str, str], list[str]]:
+    """(attacker, precision that answers) -> answers."""
+    found = {}
+    for preset in presets:
+        with lm.at(preset):
+            for attacker, cases in prompts.items():
+                found[attacker, preset] = answer(lm, cases, max_tokens=max_tokens)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Game:
+    """Scores of every attacker (row) against every fixed precision (column), per item: right_ADN, 0..1.
+
+    A defender who draws a precision per prompt scores the mean over its columns, exactly and without a draw, because
+    each prompt is answered by one of the networks measured here.
+    """
+
+    attackers: tuple[str, ...]
+    defenders: tuple[str, ...]
+    right_ADN: Array
+
+    def cell(self, attacker: str, defender: str) -> Array:
+        """Scores per item."""
+        return self.right_ADN[self.attackers.index(attacker), self.defenders.index(defender)]
+
+    def against(self, names: Sequence[str]) -> Array:
+        """The rows of some attackers."""
+        missing = [name for name in names if name not in self.attackers]
+        if missing or not names:
+            raise PolybitError(f"no attack was measured for {missing[0] if missing else 'nobody'!r}")
+        return self.right_ADN[[self.attackers.index(name) for name in names]]
+
+    def fixed(self, defender: str, names: Sequence[str]) -> Array:
+        """Scores per item of one fixed precision under the attacker that harms it most on average."""
+        rows_AN = self.against(names)[:, self.defenders.index(defender)]
+        return rows_AN[rows_AN.mean(1).argmin()]
+
+    def best_fixed(self, names: Sequence[str]) -> str:
+        """The fixed precision that stands best against its worst attacker."""
+        return max(self.defenders, key=lambda defender: float(self.fixed(defender, names).mean()))
+
+    def drawn(self, names: Sequence[str]) -> Array:
+        """Expected scores per item of a precision drawn uniformly per prompt, under its worst attacker."""
+        rows_AN = self.against(names).mean(1)
+        return rows_AN[rows_AN.mean(1).argmin()]
+
+    def one_draw(self, attacker: str, seed: int) -> Array:
+        """Scores per item of one seeded draw per prompt, as `random_precision(per="prompt")` makes it."""
+        rows_DN = self.right_ADN[self.attackers.index(attacker)]
+        picks = draw(len(self.defenders), rows_DN.shape[1], torch.Generator().manual_seed(seed))
+        return rows_DN[picks, np.arange(rows_DN.shape[1])]
