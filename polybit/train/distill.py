@@ -159,3 +159,6 @@ def lead_shortfall(logits_NV: Tensor, top_logp_NK: Tensor, top_index_NK: Tensor)
     lead_N = logits_NV.gather(-1, best_N[:, None])[:, 0] - strongest_other(logits_NV, best_N)
     wanted_N = (top_logp_NK[:, 0] - top_logp_NK[:, 1]).clamp(max=1.0)
     return (wanted_N - lead_N).clamp(min=0.0).pow(2)
+
+
+FLIP_AWARE = Distillation(focus="doubt", strength=2.0)  # the best of those tried (docs/results.md)

@@ -64,11 +64,12 @@ def score(
             target_T = torch.tensor(answers[index], dtype=torch.int64)
             logp_T = logp_TV.gather(1, target_T[:, None])[:, 0].clone()
             best = logp_TV.topk(top, dim=-1) if top else None
+            index_type = torch.int16 if logp_TV.shape[-1] < 1 << 15 else torch.int32  # half a cache is indices
             found[index] = Scored(
                 list(answers[index]),
                 logp_T,
                 None if best is None else best.values.clone(),
-                None if best is None else best.indices.to(torch.int32),
+                None if best is None else best.indices.to(index_type),
             )
     return [scored for scored in found if scored is not None]
 
@@ -294,8 +295,7 @@ def read_cache(path: Path, pairs: Sequence[Pair], *, reference: str, pad_token: 
         for name in ("chosen_logp", "top_logp", "top_index")
     }
     chosen = [
-        Scored(pair.chosen, logp, best, index)  # type: ignore[arg-type]
-        for pair, logp, best, index in zip(pairs, *columns.values(), strict=True)
+        Scored(pair.chosen, logp, best, index) for pair, logp, best, index in zip(pairs, *columns.values(), strict=True)
     ]
     rejected: dict[str, list[Scored | None]] = {}
     if "rejected_logp" in tensors:
