@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-NAMES = {"mask_BT": "attention_mask", "positions_BT": "position_ids", "mask_B1TT": "attention_mask"}
+NAMES = {"mask_BT": "attention_mask", "positions_BT": "position_ids"}
 
 
 def logits_of(model: nn.Module, part: Mapping[str, Tensor], *, head_of: nn.Module | None = None) -> Tensor:
@@ -19,6 +20,10 @@ def logits_of(model: nn.Module, part: Mapping[str, Tensor], *, head_of: nn.Modul
     """
     given: dict[str, Any] = {"input_ids": part["ids_BT"], "use_cache": False}
     given |= {theirs: part[ours] for ours, theirs in NAMES.items() if ours in part}
+    if "mask_B1TT" in part:  # added to the scores, which every attention understands; some take no mask of truths
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        seen = part["mask_B1TT"]
+        given["attention_mask"] = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
     if "keep_BT" not in part:
         return model(**given).logits
     with keep_positions(head_of or model, part["keep_BT"]):
