@@ -179,6 +179,17 @@ def verify(
     return result
 
 
+class Nowhere:
+    """A store that keeps nothing."""
+
+    def read(self, block: str) -> None:
+        """Nothing is finished."""
+        return None
+
+    def write(self, block: str, weights: Mapping[str, Any]) -> None:
+        """Not kept."""
+
+
 def quantizer(model, chosen: Sequence[Any], config: MixConfig):
     """(windows, seed) -> dequantized weights by layer, as `polybit quantize` would make them."""
     from polybit.commands.calibration import batches
@@ -189,13 +200,6 @@ def quantizer(model, chosen: Sequence[Any], config: MixConfig):
     recipe = choose(
         config.method, (config.bits,), config.group_size, asymmetric=None, effort="normal", seed=config.seed
     )
-
-    class Nowhere:
-        def read(self, block: str) -> None:
-            return None
-
-        def write(self, block: str, weights: Mapping[str, Any]) -> None:
-            return None
 
     def quantize(windows_NT, seed: int) -> dict[str, Any]:
         parts = compress(model, chosen, batches(windows_NT, BATCH), replace(recipe, seed=seed), Nowhere())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,24 @@ def read_plan(path: Path) -> Plan:
         return Plan.from_json(inner)
     except PolybitError as error:
         raise PolybitError(f"--plan {path}: {error}") from None
+
+
+def write_plan(path: Path, plan: Plan, remarks: Mapping[str, Any] | None = None) -> None:
+    """Write a plan for people: one line per layer. With `remarks` the plan stands under "plan" beside them."""
+    from polybit.core.runtime import atomic_path
+
+    value = plan.to_json()
+    parts = [f' "default": {json.dumps(value["default"])}']
+    for key in ("layers", "columns"):
+        if value.get(key):
+            rows = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in value[key].items()]
+            parts.append(f' "{key}": {{\n' + ",\n".join(rows) + "\n }")
+    text = "{\n" + ",\n".join(parts) + "\n}"
+    if remarks:
+        rest = json.dumps(dict(remarks), indent=1, ensure_ascii=False, allow_nan=False)
+        text = '{\n"plan": ' + text + ",\n" + rest[2:]
+    with atomic_path(path) as staged:
+        staged.write_text(text + "\n", encoding="utf-8")
 
 
 def check_plan(plan: Plan, targets: Sequence[Any], group_size: int) -> list[Any]:

@@ -1,0 +1,124 @@
+"""Plans of widths inside layers: searched, written for people, edited, refused with one sentence, made into files."""
+
+import json
+
+import pytest
+import torch
+
+from polybit.cli import main
+from polybit.commands.columns import ColumnsConfig, search_layer
+from polybit.commands.compress import Recipe, quantize_layer
+from polybit.commands.plans import check_plan, fixed_preset, read_plan, write_plan
+from polybit.core.affine import Grid
+from polybit.core.plan import ColumnWidths, Plan
+from polybit.core.precision import Precision
+from polybit.core.runtime import PolybitError
+from polybit.nn.convert import Target
+from tests.quant.inputs import stats
+
+PLAN = Plan(
+    Precision(w=4), {"a.b": Precision(w=3, a=8)}, {"a.b": ColumnWidths(32, (1, -1)), "c": ColumnWidths(32, (0, 1))}
+)
+LAYERS = [Target("a.b", "linear", 8, 64), Target("c", "linear", 8, 64), Target("d", "linear", 8, 64)]
+
+
+def loud_half(seed: int = 0):
+    """A layer whose first half of columns carries inputs thirty times as strong."""
+    draw = torch.Generator().manual_seed(seed)
+    weight_OI = torch.randn(24, 64, generator=draw)
+    strength_I = torch.where(torch.arange(64) < 32, 30.0, 1.0)
+    return weight_OI, stats(torch.randn(512, 64, generator=draw) * strength_I)
+
+
+@pytest.mark.parametrize("search", ["ranked", "spend"])
+def test_bits_go_where_the_inputs_are_loud(search, tmp_path):
+    weight_OI, seen = loud_half()
+    config = ColumnsConfig(out=tmp_path / "p.json", bits=3, block=16, group_size=16, search=search)
+    found = search_layer(weight_OI, seen, 3.0, config)
+    assert sum(found.offsets) == 0 and min(found.offsets[:2]) >= 1 and max(found.offsets[2:]) <= -1
+    assert found.harm < 0.6 * found.tried[0][1]
+
+
+def test_quiet_layers_are_left_alone(tmp_path):
+    draw = torch.Generator().manual_seed(1)
+    weight_OI, seen = torch.randn(24, 64, generator=draw), stats(torch.randn(512, 64, generator=draw))
+    config = ColumnsConfig(out=tmp_path / "p.json", bits=3, block=16, group_size=16)
+    assert search_layer(weight_OI, seen, 3.0, config).offsets == (0, 0, 0, 0)
+    halves = search_layer(weight_OI, seen, 3.5, config).offsets
+    assert sum(halves) == 2 and set(halves) <= {-1, 0, 1}
+
+
+def test_a_plan_is_written_for_people(tmp_path):
+    path = tmp_path / "plan.json"
+    write_plan(path, PLAN)
+    assert read_plan(path) == PLAN
+    assert '  "a.b": {"block": 32, "offsets": [1, -1]}' in path.read_text()
+    write_plan(path, PLAN, {"model": "x", "bits": 3.5})
+    assert read_plan(path) == PLAN and json.loads(path.read_text())["bits"] == 3.5
+
+
+def test_codes_follow_the_plan():
+    recipe = Recipe("gptq", Grid(5, 32, "group"), (5,), plan=PLAN)
+    weight_OI, seen = loud_half()
+    q = quantize_layer(weight_OI, seen, recipe, recipe.grid_of("a.b", 64))
+    assert q.bits_G.tolist() == [4, 2] and q.bits == 4
+    assert recipe.grid_of("d", 64) == Grid(4, 32, "group")
+    nested = Recipe("nested", Grid(8, 32), (8, 4), plan=PLAN)
+    assert nested.grid_of("a.b", 64) == Grid(8, 32)  # read by the plan, stored as ever
+
+
+def test_names_and_blocks_are_checked():
+    assert check_plan(PLAN, LAYERS, 32) == LAYERS
+    with pytest.raises(PolybitError, match="does not have, first 'c'"):
+        check_plan(PLAN, [LAYERS[0]], 32)
+    with pytest.raises(PolybitError, match="group size that divides"):
+        check_plan(PLAN, LAYERS, 64)
+    with pytest.raises(PolybitError, match="every layer in float"):
+        check_plan(Plan(), LAYERS, 32)
+    low = Plan(Precision(w=2), {}, {"c": ColumnWidths(32, (-1, -1))})
+    with pytest.raises(PolybitError, match="1 bit in every block"):
+        check_plan(low, LAYERS, 32)
+
+
+def test_fixed_files_are_read_in_full():
+    preset = fixed_preset(PLAN, {"a.b": 4, "c": 5})
+    assert preset.at("a.b") == Precision(w=4, a=8) and preset.at("c") == Precision(w=5) and not preset.columns
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "either --bits"),
+        (["--bits", "3", "--plan", "p.json"], "either --bits"),
+        (["--bits", "1.5"], "--bits 1.5"),
+        (["--bits", "3", "--block", "48"], "no multiple"),
+        (["--bits", "3", "--group-size", "0"], "no multiple"),
+        (["--plan", "none.json", "--block", "64"], "no such file"),
+        (["--plan", "list.json", "--block", "64"], "list.json"),
+        (["--plan", "other.json", "--block", "64"], "does not have"),
+    ],
+)
+def test_mistakes_are_one_sentence(tiny_llama, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.json").write_text('{"layers": [1]}')
+    (tmp_path / "other.json").write_text('{"layers": {"model.layers.9.mlp.up_proj": "w3"}}')
+    with pytest.raises(SystemExit) as caught:
+        main(["columns", str(tiny_llama), "--out", "o.json", "--samples", "2", "--window", "16", *flags])
+    assert caught.value.code not in (0, None)
+    error = " ".join(capsys.readouterr().err.split())
+    assert words in error and not (tmp_path / "o.json").exists()
+
+
+def test_search_sort_and_quantize(tiny_llama, tmp_path, monkeypatch, capsys):
+    """A user's path: a plan for a mean of 3.5 bits, and the file it makes."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--samples", "8", "--window", "32", "--group-size", "16"]
+    main(["columns", str(tiny_llama), "--bits", "3.5", "--block", "16", "--sort", "sorted", "--out", "p.json", *flags])
+    assert "KL on held-out windows" in capsys.readouterr().out
+    plan = read_plan(tmp_path / "p.json")
+    sizes = {"model.layers.0.mlp.down_proj": 48 * 72, "model.layers.0.mlp.up_proj": 48 * 72}
+    assert plan.mean_bits(sizes, {"model.layers.0.mlp.down_proj": 72, "model.layers.0.mlp.up_proj": 48}) <= 3.5
+    main(["quantize", "sorted", "--plan", "p.json", "--out", "q", "--effort", "fast", "--json", "q.json", *flags])
+    numbers = json.loads((tmp_path / "q.json").read_text())["numbers"]
+    assert numbers["presets"] == ["plan"]
+    assert numbers["stored_bits_per_weight"] < 3.5 + 16 / 16 + 4 / 16 + 0.2
