@@ -1,0 +1,58 @@
+"""The choice of the moment that is kept, and the alarm."""
+
+import math
+
+from polybit.train.picker import Picker
+
+
+def probed(flips, kl, name="w3"):
+    return {name: {"flips": flips, "kl": kl}}
+
+
+def test_the_best_by_flips_and_kl_is_kept():
+    picker = Picker()
+    assert picker.judge(0, probed(0.3, 0.5))
+    assert picker.judge(10, probed(0.2, 0.3))
+    assert not picker.judge(20, probed(0.25, 0.2999))
+    assert picker.best["step"] == 10 and "step 10 is kept" in picker.reason()
+
+
+def test_fewer_flips_bought_with_kl_are_below_the_start():
+    """Hard labels sharpen: flips fall, KL grows. Such a moment is never kept."""
+    picker = Picker()
+    picker.judge(0, probed(0.3, 0.5))
+    assert not picker.judge(10, probed(0.1, 0.8))
+    assert picker.best["step"] == 0 and "the start is kept" in picker.reason()
+
+
+def test_a_run_that_stays_below_its_start_is_stopped_and_says_why():
+    picker = Picker(patience=2)
+    picker.judge(0, probed(0.3, 0.5))
+    picker.judge(10, probed(0.2, 0.4))
+    picker.judge(20, probed(0.4, 0.4))
+    assert picker.stopped is None
+    picker.judge(30, probed(0.5, math.nan))
+    assert "below the start for 2 probes" in picker.stopped and "lower learning rate" in picker.stopped
+    assert picker.reason().endswith("step 10 is kept")
+
+
+def test_every_width_is_guarded():
+    picker = Picker()
+    picker.judge(0, probed(0.3, 0.5) | probed(0.1, 0.02, "w4"))
+    assert not picker.judge(10, probed(0.1, 0.1) | probed(0.11, 0.01, "w4"))
+    assert picker.history[-1]["worse"].keys() == {"w4"}
+    assert picker.judge(20, probed(0.2, 0.3) | probed(0.09, 0.01, "w4"))
+    assert picker.stopped is None
+
+
+def test_history_survives_and_what_came_later_is_forgotten(tmp_path):
+    picker = Picker()
+    for step in (0, 5, 10):
+        picker.judge(step, probed(0.3 - step / 100, 0.5))
+    picker.write(tmp_path)
+    again = Picker()
+    again.read(tmp_path, until=5)
+    assert again.history == picker.history[:2]
+    fresh = Picker()
+    fresh.read(tmp_path / "nothing", until=5)
+    assert fresh.history == []
