@@ -16,6 +16,7 @@ COMMANDS = {
     "allocate": ("polybit.commands.allocate:allocate", "Spend a budget of bits on the layers where it matters."),
     "quantize": ("polybit.commands.quantize:quantize", "Turn a model into one checkpoint that runs at many widths."),
     "columns": ("polybit.commands.columns:columns", "Search widths inside layers and write them as a plan."),
+    "sweep": ("polybit.commands.sweep:sweep", "Quantize and measure under every combination of some flags."),
     "mix": ("polybit.commands.mix:mix", "Find the mixture of texts to calibrate on."),
     "pairs": ("polybit.commands.pairs:pairs", "Answer prompts in float and quantized, and keep where they part."),
     "align": ("polybit.commands.align:align", "Teach a quantized model to answer as its float self."),

@@ -1,4 +1,4 @@
-"""The best width of every layer under a budget of effective bits, exactly: a multiple-choice knapsack solved by HiGHS."""
+"""The best width of every layer under a budget of effective bits: a multiple-choice knapsack, solved exactly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TIE = 1e-9  # of the largest harm, for a whole budget of bits: of two equally ha
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One width a layer may have: what it takes (bits of the whole layer, scales and zero points in it), what it costs."""
+    """One width a layer may have: bits the whole layer takes (scales and zero points in it), and the harm it does."""
 
     bits: float
     harm: float
@@ -28,7 +28,7 @@ def solve(
     choices: layer -> width -> Choice; layers of one group get the same width, and every layer is in exactly one group ·
     budget_bits: bits of all layers together. 224 layers with 7 widths take well under a second.
     Multiple-choice knapsack as a 0-1 programme, min Σ h x, Σ_w x_gw = 1, Σ b x <= B. Deterministic.
-    Raises PolybitError when scipy is missing, a group has no width in common, or even the least widths exceed the budget.
+    Raises PolybitError when scipy is missing, a group has no width in common, or the least widths exceed the budget.
     """
     rows = [merge(choices, group) for group in groups]
     check_budget(rows, budget_bits)
@@ -55,9 +55,7 @@ def check_budget(rows: Sequence[Mapping[int, Choice]], budget_bits: float) -> No
     for row in rows:
         for width, choice in row.items():
             if not math.isfinite(choice.harm):
-                raise PolybitError(
-                    f"the harm of {width} bits was measured as {choice.harm}: measure again with other text or in float32"
-                )
+                raise PolybitError(f"the harm of {width} bits was measured as {choice.harm}: use other text or float32")
     least = sum(min(choice.bits for choice in row.values()) for row in rows)
     if least > budget_bits * (1 + 1e-12):
         raise PolybitError(

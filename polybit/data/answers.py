@@ -44,7 +44,7 @@ def read_task(source: str, *, count: int | None = None, seed: int = 0) -> TaskTe
     a dataset id.
 
     A row is a question with its answer (GSM8K), a conversation that ends with the assistant, or SQuAD's context,
-    question and answers (flat, or the official nested file). `count` items are drawn with the seed where there are more.
+    question and answers (flat, or the official nested file). `count` items are drawn where there are more.
     Raises PolybitError for a source without items, and names the first row without an answer.
     """
     if source in EMBEDDED:

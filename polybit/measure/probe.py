@@ -87,9 +87,8 @@ def counted_log_probabilities(logits_BTV: Tensor, counted_BT: Tensor) -> Tensor:
     return log_softmax(logits_BTV[:, :-1][counted_BT[:, 1:].to(logits_BTV.device)].float(), -1)
 
 
-def read_losses(logits_BTV: Tensor, float_NV: Tensor, ids_BT: Tensor, counted_BT: Tensor) -> Losses:
-    """The losses of logits [B, T, V] against the float model's log-probabilities [N, V] at the counted tokens."""
-    now_NV = counted_log_probabilities(logits_BTV, counted_BT)
+def read_losses(now_NV: Tensor, float_NV: Tensor, ids_BT: Tensor, counted_BT: Tensor) -> Losses:
+    """The losses of log-probabilities [N, V] at the counted tokens against the float model's."""
     marks_Bt = counted_BT[:, 1:].to(now_NV.device)
     row_N = torch.arange(len(marks_Bt), device=now_NV.device)[:, None].expand_as(marks_Bt)[marks_Bt]
     target_N = ids_BT[:, 1:].to(now_NV.device)[marks_Bt]

@@ -68,7 +68,7 @@ def measure_layers(
     One-at-a-time sensitivities as TASA (arXiv 2607.00908) §3 takes them. The model is never changed.
     """
     batches = [ids_BT for probe in probes for ids_BT in probe.ids]
-    path, modules = find_blocks(model, targets)
+    _, modules = find_blocks(model, targets)
     wraps = answers_with_tuple(model, modules[0], batches[0])
     seen: Iterable[Block | None] = (
         run_blocks(model, calibration, targets, references=False) if calibration else (None for _ in modules)
@@ -106,7 +106,7 @@ def measure_block(
         for ids_BT, counted_BT in zip(probe.ids, probe.counted, strict=True):
             reference_NV, outputs = suffix.reference(at, ids_BT, counted_BT)
             tokens.append(counted_BT[:, 1:].sum(1).double().numpy())
-            start = read_losses_of(reference_NV, ids_BT, counted_BT)
+            start = read_losses(reference_NV, reference_NV, ids_BT, counted_BT).nll_B.numpy()
             float_nll.append(start)
             for stage, target in ((s, t) for s in range(len(stages)) for t in stages[s]):
                 known = {n: outputs[n] for s in stages[: stage + 1] for n in names(s) if n in outputs}
@@ -114,7 +114,8 @@ def measure_block(
                 done = sum(t.size for t in block.targets if t.name in known)
                 for width, weight_OI in tried[target.name].items():
                     logits_BTV = suffix.run(at, ids_BT, {target.name: weight_OI}, known)
-                    losses = read_losses(logits_BTV, reference_NV, ids_BT, counted_BT)
+                    now_NV = counted_log_probabilities(logits_BTV, counted_BT)
+                    losses = read_losses(now_NV, reference_NV, ids_BT, counted_BT)
                     rise = losses.nll_B.numpy() - start
                     rows.setdefault((target.name, width), []).append((losses.kl_B.numpy(), rise))
                     reading.work += after + 1 - done / size
@@ -134,14 +135,6 @@ def measure_block(
 def names(targets: Iterable[Target]) -> list[str]:
     """Names of targets."""
     return [target.name for target in targets]
-
-
-def read_losses_of(reference_NV: Tensor, ids_BT: Tensor, counted_BT: Tensor) -> Array:
-    """Negative log-likelihood of each row under the float model, summed over its counted tokens."""
-    marks_Bt = counted_BT[:, 1:]
-    row_N = torch.arange(len(marks_Bt))[:, None].expand_as(marks_Bt)[marks_Bt]
-    nll_N = -reference_NV.cpu().gather(1, ids_BT[:, 1:][marks_Bt][:, None])[:, 0].double()
-    return torch.zeros(len(marks_Bt), dtype=torch.float64).index_add(0, row_N, nll_N).numpy()
 
 
 class Suffix:

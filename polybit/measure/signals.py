@@ -1,4 +1,4 @@
-"""Sensitivities as numbers to rank layers by: tables in nats per token, intervals, Kendall's tau, split-half agreement."""
+"""Sensitivities as numbers to rank layers by: tables in nats per token, intervals, Kendall's tau, split halves."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ RESAMPLES, SPLITS, TAIL = 1000, 100, 2.5  # bootstrap draws, random halvings, pe
 class Signal:
     """What quantizing each layer alone does to one probe.
 
-    names: L layers · widths: W widths, narrowest first · kl_LWN, nll_LWN: nats summed over the counted tokens of each of
-    N items (nll: rise of the loss on the text itself, may be negative) · tokens_N: counted tokens · sizes_L: weights.
+    names: L layers · widths: W widths, narrowest first · kl_LWN, nll_LWN: nats over the counted tokens of each
+    of N items (nll: rise of the loss on the text itself, may be negative) · tokens_N: counted tokens · sizes_L:
+    weights.
     """
 
     probe: str

@@ -151,3 +151,67 @@ def layer_bytes(rows: Sequence[tuple[str, Mapping[str, int]]]) -> str:
     if presets:
         axes.legend(frameon=False, ncols=len(presets), fontsize=7, loc="lower right")
     return svg(drawn)
+
+
+def bit_map(rows: Sequence[Sequence[int | None]], names: Sequence[str], columns: Sequence[str]) -> str:
+    """The width of every layer as a coloured table: one row per decoder block, one column per kind of layer."""
+    drawn, axes = figure(6.2, max(1.6, 0.32 * len(rows) + 1.1))
+    for y, row in enumerate(rows):
+        for x, width in enumerate(row):
+            if width is not None:
+                axes.add_patch(plain_square(x, y, colour(f"w{width}")))
+                axes.text(x, y, str(width), ha="center", va="center", color="white", fontsize=8)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.grid(visible=False)
+    return svg(drawn)
+
+
+def plain_square(x: float, y: float, fill: str):
+    """A filled square of one table cell."""
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=fill, edgecolor="none")
+
+
+def layer_signals(
+    names: Sequence[str], signals: Mapping[str, Sequence[tuple[float, float, float]]], xlabel: str
+) -> str:
+    """Sensitivities per layer with intervals, one marker per signal: (value, low, high) per layer; log scale."""
+    drawn, axes = figure(6.2, max(2.2, 0.2 * len(names) + 1.0))
+    for number, (signal, points) in enumerate(signals.items()):
+        places = [at + 0.3 * (number - (len(signals) - 1) / 2) / max(len(signals), 1) for at in range(len(points))]
+        values = [max(p[0], 1e-9) for p in points]
+        spread = [
+            [max(v - max(p[1], 1e-9), 0) for v, p in zip(values, points, strict=True)],
+            [max(p[2] - v, 0) for v, p in zip(values, points, strict=True)],
+        ]
+        axes.errorbar(values, places, xerr=spread, fmt="os^vD"[number % 5], markersize=3, linewidth=0.8, label=signal)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(names)), names, fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel(xlabel)
+    if signals:
+        axes.legend(frameon=False, fontsize=7)
+    return svg(drawn)
+
+
+def lines_over(
+    lines: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, *, log: bool = False, **marks: Any
+) -> str:
+    """Lines through (x, y) points by name; `marks` maps a label to one point that is drawn as a star."""
+    drawn, axes = figure()
+    for number, (name, points) in enumerate(lines.items()):
+        shown = sorted(points)
+        axes.plot([p[0] for p in shown], [p[1] for p in shown], marker="os^vD"[number % 5], markersize=4, label=name)
+    for label, point in marks.items():
+        axes.plot([point[0]], [point[1]], marker="*", markersize=13, color=NARROWEST, label=label.replace("_", " "))
+    if log:
+        axes.set_yscale("log")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if lines:
+        axes.legend(frameon=False)
+    return svg(drawn)
