@@ -23,15 +23,11 @@ class PackedLayer(DynamicLayer):
 
     def __init__(self, operands: Operands, sliding_window: int | None = None) -> None:
         super().__init__()
-        if sliding_window is not None and operands.keys == "channel" and operands.precision.k != FLOAT:
-            raise PolybitError(
-                f"{operands.name!r} has a sliding window of {sliding_window} tokens, which blocks of keys per channel "
-                "cannot follow: keep keys per token"
-            )
         self.key_store, self.value_store = operands.stores()
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.seen = 0
+        self.padding: Tensor | None = None  # tokens of padding before each row, where it was told
 
     @property
     def nbytes(self) -> int:
@@ -41,11 +37,14 @@ class PackedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new tokens in; gives all keys and values [B, H, T, D] that attention may read."""
         self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
+        if not self.seen and self.padding is not None:
+            key_states = without_padding(key_states, self.padding)
         found = take(self.key_store, key_states), take(self.value_store, value_states)
         self.seen += key_states.shape[2]
         if self.sliding_window is not None and self.key_store.length >= self.sliding_window:
-            for store in (self.key_store, self.value_store):
-                store.keep_tokens(store.length - self.sliding_window + 1, store.length)
+            # keys per channel go by whole blocks: tokens before the window that stay are masked by their position
+            gone = self.key_store.drop_first(self.key_store.length - self.sliding_window + 1)
+            self.value_store.drop_first(gone)
         return found
 
     def get_seq_length(self) -> int:
@@ -73,7 +72,7 @@ class PackedLayer(DynamicLayer):
             )
         self.seen = max(0, self.seen + tokens_to_remove)
         for store in (self.key_store, self.value_store):
-            store.keep_tokens(0, self.seen)
+            store.keep_first(self.seen)
 
     def activate_past_recording(self) -> None:
         """Needed only beyond a sliding window, where crop refuses."""
@@ -86,7 +85,7 @@ class PackedLayer(DynamicLayer):
         """Drop all tokens."""
         self.seen = 0
         for store in (self.key_store, self.value_store):
-            store.keep_tokens(0, 0)
+            store.keep_first(0)
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch dimension."""
@@ -112,6 +111,16 @@ class PackedLayer(DynamicLayer):
         """Packed codes stay where they are."""
 
 
+def without_padding(x_BHTD: Tensor, padding_B: Tensor) -> Tensor:
+    """Keys with those of padding on the left, which nothing reads, replaced by the first real ones: a channel's scale
+    then fits what is read."""
+    if not bool(padding_B.any()):
+        return x_BHTD
+    place_BT = torch.arange(x_BHTD.shape[2], device=x_BHTD.device).expand(len(x_BHTD), -1)
+    index = torch.maximum(place_BT, padding_B.to(x_BHTD.device)[:, None].clamp_max(x_BHTD.shape[2] - 1))
+    return x_BHTD.gather(2, index[:, None, :, None].expand_as(x_BHTD))
+
+
 def take(store: Store, x_BHTD: Tensor) -> Tensor:
     """Append to a store; the past as stored, then the new tokens as the store shows them at first."""
     before = store.read(x_BHTD.dtype)
@@ -125,7 +134,8 @@ class PackedCache(Cache):
 
     packs = True  # nn/attention.py leaves the rounding to it
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, mask_BT: Tensor | None = None) -> None:
+        """mask_BT: the attention mask of the prompts, where some are padded on the left."""
         board = {operands.index: operands for operands in ports(model).values()}
         plain = DynamicCache(config=model.config)  # type: ignore[arg-type]
         count = max([len(plain.layers), *(index + 1 for index in board)])
@@ -133,6 +143,9 @@ class PackedCache(Cache):
             packed(plain.layers[n] if n < len(plain.layers) else DynamicLayer(), board.get(n)) for n in range(count)
         ]
         super().__init__(layers=layers)
+        if mask_BT is not None and mask_BT.ndim == 2:
+            for layer in layers:
+                layer.padding = mask_BT.long().argmax(-1)
 
     @property
     def nbytes(self) -> int:
@@ -178,4 +191,20 @@ def give_cache(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     wanted = kwargs.get("use_cache", getattr(model.config, "use_cache", False)) and not model.training
     absent = cache is None and wanted
     empty = type(cache) is DynamicCache and not cache.get_seq_length() and not cache.offloading
-    return (args, {**kwargs, "past_key_values": PackedCache(model)}) if absent or empty else None
+    if not (absent or empty):
+        return None
+    return args, {**kwargs, "past_key_values": PackedCache(model, kwargs.get("attention_mask"))}
+
+
+def reads_in_blocks(model: nn.Module) -> int:
+    """Tokens at a time in which text must be read for keys per channel to know no later token; 0 = all at once."""
+    board: dict[str, Operands] = model.__dict__.get("polybit_attention", {})
+    blocks = {o.block for o in board.values() if o.keys == "channel" and o.precision.k != FLOAT}
+    return min(blocks, default=0)
+
+
+def logits_in_blocks(model: nn.Module, ids_BT: Tensor, block: int) -> Tensor:
+    """logits_BTV of whole windows read block by block through a packed cache, as decoding token by token would."""
+    cache = PackedCache(model)
+    parts = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in ids_BT.split(block, dim=1)]
+    return torch.cat(parts, dim=1)

@@ -15,7 +15,7 @@ from polybit.core.runtime import PolybitError, track
 from polybit.data.batches import buckets, pad
 from polybit.data.chat import Prompt, encode_prompt
 from polybit.data.text import encode
-from polybit.hub.cache import keep_packed
+from polybit.hub.cache import keep_packed, logits_in_blocks, reads_in_blocks
 from polybit.nn import switch
 
 
@@ -46,7 +46,8 @@ class LocalLM:
 
     `batch_tokens` bounds rows x length of one forward pass, `batch_logits` the numbers in one tensor of logits.
     `keep_decoded`: inside `at`, hold the decoded weights of the preset in memory (4 bytes each) instead of decoding
-    them at every step; the same numbers, faster.
+    them at every step; the same numbers, faster. By default only for a model that multiplies in float
+    (`switch.multiply_by`); the compiled kernels need no decoded weights.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class LocalLM:
         *,
         batch_tokens: int = 8192,
         batch_logits: int = 1 << 24,
-        keep_decoded: bool = True,
+        keep_decoded: bool | None = None,
     ):
         self.model = keep_packed(model.eval())
         self.tokenizer = tokenizer
@@ -76,7 +77,10 @@ class LocalLM:
         if preset is None:
             yield self
             return
-        with switch.at(self.model, preset), switch.keep_decoded(self.model) if self.keep_decoded else nullcontext():
+        keep = self.keep_decoded
+        if keep is None:
+            keep = any(layer.activations == "float" for layer in switch.panel(self.model).layers.values())
+        with switch.at(self.model, preset), switch.keep_decoded(self.model) if keep else nullcontext():
             yield self
 
     def end_tokens(self) -> set[int]:
@@ -100,6 +104,9 @@ class LocalLM:
                 f"A window of {ids_BT.shape[1]} tokens is longer than the model's maximum of {self.max_length}; "
                 "choose a shorter window."
             )
+        block = reads_in_blocks(self.model)
+        if block:
+            return logits_in_blocks(self.model, ids_BT.to(self.device), block).detach().float()
         return self._call(input_ids=ids_BT.to(self.device), use_cache=False).logits.detach().float()
 
     def rows_per_batch(self, length: int) -> int:

@@ -2,8 +2,8 @@
 
 One `Operands` per attention layer stands between the layer and its cache: keys and values pass through it after rotary
 positions, on every architecture that hands them to a cache (the decoders of transformers 5 do); queries are rounded as
-they leave their projection or its norm. Without a cache, or with a float one, keys and values are rounded per token; a
-cache that packs (hub/cache.py) rounds by itself and is left alone.
+they leave their projection or its norm. Without a cache they are rounded as the stores of nn/keyvalue.py would; a cache
+that packs (hub/cache.py) rounds by itself and is left alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from polybit.core.affine import fake_quantize_tokens
 from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
-from polybit.nn.keyvalue import BLOCK, GROUP, ChannelStore, FloatStore, Store, TokenStore, round_tokens
+from polybit.nn.keyvalue import BLOCK, GROUP, ChannelStore, FloatStore, Store, TokenStore, round_blocks, round_tokens
 
 CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
 QUERY_NAMES = ("q_norm", "q_layernorm", "q_proj", "c_attn", "query_key_value")  # the first one an attention has
@@ -31,7 +31,7 @@ QUERY_NAMES = ("q_norm", "q_layernorm", "q_proj", "c_attn", "query_key_value")  
 class Operands:
     """The widths of one attention layer now, and how its keys are grouped.
 
-    index: its place in a cache · keys: "token" or "channel" (KIVI) · group: channels that share a scale · block: tokens
+    index: its place in a cache · keys: "channel" (KIVI) or "token" · group: channels that share a scale · block: tokens
     that share one where keys are per channel · module: the attention layer · query: where queries come from, or None.
     """
 
@@ -39,7 +39,7 @@ class Operands:
     index: int
     module: nn.Module
     precision: Precision = field(default_factory=Precision)
-    keys: str = "token"
+    keys: str = "channel"
     group: int = GROUP
     block: int = BLOCK
     query: nn.Module | None = None
@@ -60,8 +60,17 @@ class Passage:
 
     def update(self, keys: Tensor, values: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, T, D] that attention reads."""
-        group, precision = self.operands.group, self.operands.precision
-        keys, values = round_tokens(keys, precision.k, group), round_tokens(values, precision.v, group)
+        port, precision = self.operands, self.operands.precision
+        if port.keys == "token":
+            keys = round_tokens(keys, precision.k, port.group)
+        elif self.cache is None or precision.k == FLOAT or not self.cache.get_seq_length(port.index):
+            keys = round_blocks(keys, precision.k, port.block, port.group)
+        else:
+            raise PolybitError(
+                f"keys of {precision.k} bits per channel need the packed cache: call hub.cache.keep_packed(model), or "
+                "arrange keys per token"
+            )
+        values = round_tokens(values, precision.v, port.group)
         return (keys, values) if self.cache is None else self.cache.update(keys, values, *rest, **named)
 
     def __getattr__(self, name: str) -> Any:
@@ -214,9 +223,9 @@ def operands_of(model: nn.Module) -> Mapping[str, Precision]:
     return {name: operands.precision for name, operands in found.items()}
 
 
-def arrange(model: nn.Module, *, keys: str = "token", group: int = GROUP, block: int = BLOCK) -> nn.Module:
-    """Choose how packed caches made from now on keep keys: one scale per token and `group` channels, or per channel and
-    `block` tokens (KIVI); values are always per token. Returns the model.
+def arrange(model: nn.Module, *, keys: str = "channel", group: int = GROUP, block: int = BLOCK) -> nn.Module:
+    """Choose how caches made from now on keep keys: one scale per channel and `block` tokens (KIVI), or per token and
+    `group` channels; values are always per token. Returns the model.
     """
     if keys not in ("token", "channel"):
         raise PolybitError(f"keys {keys!r} are not possible: choose 'token' or 'channel'")

@@ -2,8 +2,8 @@
 
 Letters: B batch, H key/value heads, T tokens, D head size, C = H * D channels, G groups. A row of codes keeps, per
 group, a scale and its lowest value as 16-bit floats: x = low + scale * code. KIVI (Liu et al., arXiv 2402.02750) keeps
-keys per channel over blocks of tokens and values per token; per token is the default for both, because then what a
-token is stored as depends on no later token and a cached run equals one without a cache.
+keys per channel over blocks of tokens and values per token, which is the default: keys have channels far larger than
+the rest, and at 4 bits a scale per token loses all the others (docs/results.md).
 """
 
 from __future__ import annotations
@@ -94,6 +94,26 @@ def round_tokens(x_BHTD: Tensor, bits: int, group: int = GROUP) -> Tensor:
     return x_BHTD + (value - x_BHTD).detach() if x_BHTD.requires_grad else value
 
 
+def round_blocks(x_BHTD: Tensor, bits: int, block: int = BLOCK, group: int = GROUP) -> Tensor:
+    """Keys as a store per channel would give them back when all are there; gradients pass straight.
+
+    A scale then knows the later tokens of its own block: for training, and for attackers. To measure without that,
+    read text through a packed cache block by block, as hub.lm.LocalLM does.
+    """
+    if bits == FLOAT:
+        return x_BHTD
+    full = x_BHTD.shape[2] // block * block
+    store = ChannelStore(bits, block, group)
+    parts = []
+    if full:
+        store.append(x_BHTD[:, :, :full].detach())
+        parts.append(store.read(x_BHTD.dtype))
+    if full < x_BHTD.shape[2]:
+        parts.append(store.fresh(x_BHTD[:, :, full:].detach()))
+    value = torch.cat([part for part in parts if part is not None], dim=2)
+    return x_BHTD + (value - x_BHTD).detach() if x_BHTD.requires_grad else value
+
+
 class Store(Protocol):
     """Past keys or values of one layer."""
 
@@ -119,8 +139,12 @@ class Store(Protocol):
         """All tokens [B, H, T, D], None while there is none."""
         ...
 
-    def keep_tokens(self, start: int, stop: int) -> None:
-        """Only tokens start..stop stay."""
+    def keep_first(self, tokens: int) -> None:
+        """Forget all tokens after the first so many."""
+        ...
+
+    def drop_first(self, tokens: int) -> int:
+        """Forget the first tokens, at most so many; how many were forgotten."""
         ...
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -156,10 +180,16 @@ class FloatStore:
         """All tokens [B, H, T, D]."""
         return None if self.held_BHTD is None else self.held_BHTD.to(dtype)
 
-    def keep_tokens(self, start: int, stop: int) -> None:
-        """Only tokens start..stop stay."""
+    def keep_first(self, tokens: int) -> None:
+        """Forget all tokens after the first so many."""
         if self.held_BHTD is not None:
-            self.held_BHTD = self.held_BHTD[:, :, start:stop].clone()
+            self.held_BHTD = self.held_BHTD[:, :, :tokens].clone()
+
+    def drop_first(self, tokens: int) -> int:
+        """Forget the first tokens."""
+        if self.held_BHTD is not None and tokens:
+            self.held_BHTD = self.held_BHTD[:, :, tokens:].clone()
+        return tokens
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch dimension."""
@@ -247,10 +277,16 @@ class TokenStore:
         rows_BTC = decode(self.held, self.bits, self.group, self.columns)
         return rows_BTC.unflatten(2, (self.heads, -1)).transpose(1, 2).to(dtype)
 
-    def keep_tokens(self, start: int, stop: int) -> None:
-        """Only tokens start..stop stay."""
+    def keep_first(self, tokens: int) -> None:
+        """Forget all tokens after the first so many."""
         if self.held is not None:
-            self.held = self.held.each(lambda tensor: tensor[:, start:stop].clone())
+            self.held = self.held.each(lambda tensor: tensor[:, :tokens].clone())
+
+    def drop_first(self, tokens: int) -> int:
+        """Forget the first tokens."""
+        if self.held is not None and tokens:
+            self.held = self.held.each(lambda tensor: tensor[:, tokens:].clone())
+        return tokens
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch dimension."""
@@ -323,12 +359,19 @@ class ChannelStore:
         parts += [] if waiting is None else [waiting]
         return torch.cat(parts, dim=2) if parts else None
 
-    def keep_tokens(self, start: int, stop: int) -> None:
-        """Only the first `stop` tokens stay; a block that is cut open goes back to the waiting tokens."""
-        assert start == 0, "the beginning of keys per channel cannot be dropped"
+    def drop_first(self, tokens: int) -> int:
+        """Forget the first tokens, in whole blocks."""
+        gone = min(tokens, self.full) // self.block
+        if self.blocks is not None and gone:
+            self.blocks = self.blocks.each(lambda tensor: tensor[:, gone * self.columns :].clone())
+        return gone * self.block
+
+    def keep_first(self, tokens: int) -> None:
+        """Forget all tokens after the first so many; a block that is cut open goes back to the waiting tokens."""
+        stop = tokens
         if stop >= self.full:
             if self.recent is not None:
-                self.recent.keep_tokens(0, stop - self.full)
+                self.recent.keep_first(stop - self.full)
             return
         assert self.blocks is not None
         whole = self.read(torch.float32)

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from polybit.core.plan import Plan
 from polybit.core.runtime import PolybitError
-from polybit.hub.cache import PackedCache, cache_bytes, keep_packed
+from polybit.hub.cache import PackedCache, cache_bytes, keep_packed, logits_in_blocks
 from polybit.hub.lm import LocalLM
 from polybit.nn.attention import arrange, use_operands
 from polybit.nn.switch import use
@@ -25,7 +25,7 @@ def decode_step_by_step(model, ids, cache):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cached_run_equals_one_without_a_cache(family):
-    model = use(keep_packed(quantized(family)), "w8q8k4v3")
+    model = use(arrange(keep_packed(quantized(family)), keys="token"), "w8q8k4v3")
     with torch.no_grad():
         whole = model(prompt(), use_cache=False).logits
     stepped, cache = decode_step_by_step(model, prompt(), None)
@@ -38,7 +38,7 @@ def test_a_cached_run_equals_one_without_a_cache(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo", "gpt_neox"])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}])
 def test_generate_equals_a_float_cache_of_rounded_numbers(family, how):
-    model = quantized(family)
+    model = arrange(quantized(family), keys="token")
     use(model, "w8k5v4")
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | how
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def test_padding_on_the_left_changes_nothing():
 
 
 def test_bytes_are_those_of_the_widths():
-    model = keep_packed(tiny_model("gpt2"))  # 72 channels: 64 + 8, so two groups
+    model = arrange(keep_packed(tiny_model("gpt2")), keys="token")  # 72 channels: 64 + 8, so two groups
     use_operands(model, Plan.uniform("k8v4"))
     with torch.no_grad():
         cache = model(prompt(), use_cache=True).past_key_values
@@ -104,7 +104,7 @@ def test_rows_can_be_repeated_chosen_and_reordered():
 
 @pytest.mark.parametrize("window", [3, 5, 20])
 def test_a_sliding_window_keeps_only_its_tokens(window):
-    model = tiny_model("mistral")
+    model = arrange(tiny_model("mistral"), keys="token")
     model.config.sliding_window = window
     use_operands(model, Plan.uniform("k5v4"))
     ids = prompt()
@@ -118,12 +118,57 @@ def test_a_sliding_window_keeps_only_its_tokens(window):
     assert packed.layers[0].key_store.length == min(9, window - 1)
 
 
-def test_keys_per_channel_need_the_whole_past():
-    model = arrange(keep_packed(tiny_model("mistral")), keys="channel", block=16)
-    model.config.sliding_window = 8
+def test_keys_per_channel_need_a_packed_cache():
+    model = tiny_model("llama")
     use_operands(model, Plan.uniform("k4v4"))
-    with pytest.raises(PolybitError, match="keep keys per token"):
-        model.generate(prompt(), max_new_tokens=2, pad_token_id=0)
+    with pytest.raises(PolybitError, match="keep_packed"):
+        model.generate(prompt(), max_new_tokens=3, pad_token_id=0, eos_token_id=None)
+
+
+def long_prompt(tokens=50):
+    return torch.randint(3, 96, (2, tokens), generator=torch.Generator().manual_seed(6))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neo", "mistral"])
+def test_text_read_in_blocks_equals_decoding_token_by_token(family):
+    """Nothing a token is read as depends on a later one: windows are scored as they would be decoded."""
+    model = arrange(keep_packed(tiny_model(family)), block=16)
+    if family == "mistral":
+        model.config.sliding_window = 20
+    use_operands(model, Plan.uniform("k4v4"))
+    stepped, _ = decode_step_by_step(model, long_prompt(), None)
+    with torch.no_grad():
+        whole = logits_in_blocks(model, long_prompt(), 16)
+        lossy = model(long_prompt(), use_cache=False).logits
+    # tokens wait at 8 bits before their block is coded, which a block read at once is spared
+    assert (stepped - whole).abs().mean() < 0.1 * (lossy - whole).abs().mean() + 0.02 * whole.std()
+    assert torch.allclose(stepped[:, :16], whole[:, :16], atol=1e-4)
+
+
+def test_a_sliding_window_drops_whole_blocks_of_keys():
+    model = arrange(keep_packed(tiny_model("mistral")), block=16)
+    model.config.sliding_window = 20
+    use_operands(model, Plan.uniform("k8v8"))
+    stepped, cache = decode_step_by_step(model, long_prompt(), None)
+    use_operands(model, Plan())
+    with torch.no_grad():
+        plain = model(long_prompt(), use_cache=False).logits
+    assert (stepped - plain).abs().mean() < 0.1 * plain.std()
+    assert cache.layers[0].key_store.length < 20 + 16
+
+
+def test_padding_does_not_widen_the_scale_of_keys():
+    model = arrange(keep_packed(tiny_model("llama")), block=16)
+    use_operands(model, Plan.uniform("k4v8"))
+    ids = long_prompt(32)
+    padded = torch.cat([torch.zeros(2, 16, dtype=torch.int64), ids], dim=1)
+    mask = (torch.arange(48) >= 16).long().expand(2, -1)
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        one = model(ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+        other = model(padded, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
+    ours, theirs = (c.layers[0].key_store.read(torch.float32) for c in (one, other))
+    assert torch.allclose(ours, theirs[:, :, 16:], atol=1e-4)
 
 
 def test_keys_per_channel_generate_and_crop():

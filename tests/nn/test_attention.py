@@ -24,6 +24,7 @@ def test_every_family_rounds_each_operand(family):
     model = tiny_model(family)
     plain = logits(model)
     seen = [plain]
+    arrange(model, keys="token")
     for wanted in ("q4", "k4", "v4", "q8k8v8"):
         use_operands(model, Plan.uniform(wanted))
         seen.append(logits(model))
@@ -40,7 +41,7 @@ def test_rounding_equals_attention_written_out():
     from polybit.core.affine import fake_quantize_tokens
     from polybit.nn.keyvalue import round_tokens
 
-    model = tiny_model("gpt_neo")
+    model = arrange(tiny_model("gpt_neo"), keys="token")
     use_operands(model, Plan.uniform("q6k5v4"))
     attention = model.transformer.h[0].attn.attention
     x = torch.randn(2, 7, 72, generator=torch.Generator().manual_seed(0))
@@ -56,7 +57,7 @@ def test_rounding_equals_attention_written_out():
 
 
 def test_a_token_never_sees_a_later_one():
-    model = tiny_model("llama")
+    model = arrange(tiny_model("llama"), keys="token")
     use_operands(model, Plan.uniform("q4k3v2"))
     ids = prompt()
     changed = ids.clone()
@@ -79,7 +80,7 @@ def test_a_plan_gives_every_attention_its_own():
 
 
 def test_use_at_and_presets_restore_operands():
-    model = quantized("gpt2")
+    model = arrange(quantized("gpt2"), keys="token")
     plain = logits(model)
     set_presets(model, {"A": Plan.uniform("w8k8v4")})
     with at(model, "A"):

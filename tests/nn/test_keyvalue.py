@@ -10,6 +10,7 @@ from polybit.nn.keyvalue import (
     code_rows,
     decode_rows,
     pack_rows,
+    round_blocks,
     round_tokens,
     unpack_rows,
 )
@@ -105,12 +106,34 @@ def test_rows_and_tokens_change_together(make):
     read = store.read(torch.float32)
     store.change_rows(lambda tensor: tensor[torch.tensor([2, 0, 0])])
     assert torch.equal(store.read(torch.float32), read[torch.tensor([2, 0, 0])])
-    store.keep_tokens(0, 37)
+    store.keep_first(37)
     assert store.length == 37
     kept = store.read(torch.float32)
     assert torch.allclose(kept, read[torch.tensor([2, 0, 0])][:, :, :37], atol=0.05)
     assert torch.equal(kept[:, :, :32], read[torch.tensor([2, 0, 0])][:, :, :32])
-    store.keep_tokens(0, 0)
+    store.keep_first(0)
     assert store.length == 0
     store.append(x[:, :, :5])
     assert store.length == 5
+
+
+@pytest.mark.parametrize("make", [FloatStore, lambda: TokenStore(4, 16), lambda: ChannelStore(4, 16, 16)])
+def test_the_beginning_can_be_forgotten(make):
+    store = make()
+    store.append(states(40))
+    read = store.read(torch.float32)
+    gone = store.drop_first(20)
+    assert gone == (16 if isinstance(store, ChannelStore) else 20)
+    assert torch.equal(store.read(torch.float32), read[:, :, gone:])
+
+
+def test_rounding_by_blocks_equals_the_store():
+    x = states(70)
+    store = ChannelStore(4, 32)
+    store.append(x)
+    assert torch.equal(round_blocks(x, 4), store.read(torch.float32))
+    short = x[:, :, :5]
+    assert torch.equal(round_blocks(short, 4), round_tokens(short, 8))
+    x.requires_grad_()
+    round_blocks(x, 4).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
