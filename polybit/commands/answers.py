@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def gather_rows(
 ) -> list[Row]:
     """Answers of every entrant at every precision; one model is in memory at a time."""
     from polybit.commands.quantize import model_digest
-    from polybit.commands.sizes import preset_sizes, stored_widths
+    from polybit.commands.sizes import default_presets, preset_sizes, stored_widths
     from polybit.evals.conversation import converse
     from polybit.evals.judge_questions import read_answers
     from polybit.hub.lm import LocalLM
@@ -204,7 +205,7 @@ def gather_rows(
         asked = entrant.precisions or tuple(filter(None, (precision or "").split(",")))
         if widths is None and entrant.precisions:
             raise PolybitError(f"{entrant.source} is a float model without stored widths: it has no {asked[0]}")
-        presets: list[str | None] = [None] if widths is None else list(asked or (f"w{b}" for b in widths))
+        presets: list[str | None] = [None] if widths is None else list(asked or default_presets(model))
         sizes = preset_sizes(model, [p for p in presets if p]) if widths else {}
         digest = model_digest(model)
         for name, preset in zip(row_names(entrant, presets, alone=len(entrants) == 1), presets, strict=True):
@@ -214,7 +215,7 @@ def gather_rows(
                     row = freezer.answer(
                         name,
                         origin,
-                        lambda scripts, lm=lm, name=name: converse(lm, scripts, max_tokens=max_tokens, label=name),
+                        partial(converse, lm, max_tokens=max_tokens, label=name),
                         sizes.get(preset or ""),
                     )
             rows.append(row)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from polybit.commands import suites
 from polybit.commands.models import EMBEDDED, open_model, resolve
 from polybit.core.runtime import PolybitError
 
@@ -46,6 +47,28 @@ class EvalConfig:
     """How many of them, drawn at random (default: all)."""
     squad_head: str = "generate"
     """How they are answered: generate (free text), or span (a model with a span head; nothing else is measured)."""
+    choices: str | None = None
+    """Multiple-choice sets or GSM8K, with commas: files, MMLU's test directory, or dataset ids."""
+    choice_items: int | None = None
+    """Only the first so many items of each file of --choices, and of each task of --lm-eval."""
+    form: str | None = None
+    """How choices are asked: cloze or letters (default: letters for MMLU, cloze for the others)."""
+    shots: int = 0
+    """Worked examples before each item of --choices."""
+    shots_from: str | None = None
+    """Where the worked examples stand, one source per set of --choices, with commas."""
+    lm_eval: str | None = None
+    """Tasks of lm-eval, with commas; needs the extra lm-eval."""
+    lm_eval_path: str | None = None
+    """Directory with task files of your own for --lm-eval."""
+    breakdown: bool = False
+    """Ask what the first flipped token does, and what the quantized model does after it."""
+    talk: int = 0
+    """Turns of long conversations in which to follow the drift of the answers; 0 = none."""
+    talks: str | None = None
+    """Conversations whose user messages are taken: a .jsonl of {"messages"} (default: the embedded generator)."""
+    talk_count: int = 16
+    """How many long conversations."""
     seed: int = 0
     """Seed of intervals and of drawn text."""
     json: Path | None = None
@@ -59,6 +82,7 @@ def evaluate(target: str, /, *, config: Annotated[EvalConfig, Parameter(name="*"
     check(config)
     from polybit.commands.squad import squad_table
     from polybit.core.records import Run
+    from polybit.report.suites import terminal_tables as suite_tables
     from polybit.report.summary import terminal_table
 
     run = Run("eval", {"target": target, **asdict(config), "json": str(config.json or "")})
@@ -68,6 +92,7 @@ def evaluate(target: str, /, *, config: Annotated[EvalConfig, Parameter(name="*"
     run.numbers = numbers
     if "presets" in numbers:
         print(terminal_table(numbers))
+    print(suite_tables(numbers), end="")
     if "squad" in numbers:
         print("\n" + squad_table(numbers["squad"]))
     if config.json is not None:
@@ -82,11 +107,15 @@ def check(config: EvalConfig) -> None:
         ("answers", config.answers, 0),
         ("max-tokens", config.max_tokens, 1),
         ("items", config.items, 1),
+        ("shots", config.shots, 0),
+        ("talk", config.talk, 0),
+        ("talk-count", config.talk_count, 1),
     ):
         if value < least:
             raise PolybitError(f"--{flag} {value} is not possible: give {least} or more")
     task_names(config)
     precision_names(config)
+    suites.check(config)
     from polybit.commands.squad import check_squad
 
     check_squad(config)
@@ -144,8 +173,10 @@ def measure(target: str, config: EvalConfig) -> tuple[dict[str, Any], dict[str, 
         presets,
         material.material,
         sizes=sizes,
+        breakdown=config.breakdown,
         seed=config.seed,
     )
+    numbers |= suites.measure(reference, quantized, presets, config)
     if config.squad is not None:
         from polybit.commands.squad import squad_numbers
 

@@ -22,7 +22,8 @@ The contract of what `compare` returns, which is the `numbers` of `polybit eval 
         "tasks": {TASK: {METRIC: E, "difference": {METRIC: E}, "flips": E, "correct_to_wrong": E,
                          "wrong_to_correct": E, "predictions_sha256"}},
         "answers": [{"prompt", "reference", "quantized", "first_difference_token": int | null,
-                     "tokens_reference": [str], "tokens_quantized": [str]}]}}}
+                     "tokens_reference": [str], "tokens_quantized": [str]}],
+        "breakdown": what evals.breakdown returns, only when asked for}}}
 
 Shares and scores are 0..1. `margins` counts texts per bin of their mean margin; `edges` has one entry more. Decile
 rows run from the smallest margin or entropy of the float model to the largest, over the tokens of the text. Values
@@ -44,6 +45,7 @@ from polybit.core.records import Estimate
 from polybit.core.runtime import PolybitError
 from polybit.data.chat import Prompt, encode_prompt
 from polybit.evals import tasks as tasks_of
+from polybit.evals.breakdown import flip_breakdown
 from polybit.evals.scoring import bootstrap, exponentiate
 from polybit.evals.token_flip import (
     QuantizedTokens,
@@ -89,12 +91,14 @@ def compare(
     *,
     sizes: Mapping[str, Mapping[str, Any]] | None = None,
     shown: int = 6,
+    breakdown: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure a quantized model at each preset against its reference; the result's schema is at the top of this file.
 
     Both models run in this process; they may be the same one. Text runs once for the reference however many presets
-    there are. `sizes` (preset -> bits per weight, bytes, ...) is passed through; `shown` sample answers are kept.
+    there are. `sizes` (preset -> bits per weight, bytes, ...) is passed through; `shown` sample answers are kept;
+    `breakdown` also asks what the flipped token does and what the quantized model does after it.
     Raises PolybitError when the vocabularies differ or a model gives NaN.
     """
     if not presets:
@@ -148,6 +152,17 @@ def compare(
             },
             "answers": sample_answers(reference, answers, preset, shown),
         }
+        if breakdown and answers.prompts:
+            result["presets"][name]["breakdown"] = flip_breakdown(
+                reference,
+                quantized,
+                preset,
+                answers.prompts,
+                answers.reference,
+                answers.quantized[preset],
+                max_tokens=material.max_tokens,
+                seed=seed,
+            )
     return result
 
 
