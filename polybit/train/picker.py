@@ -74,6 +74,7 @@ class Picker:
     def reason(self) -> str:
         """One sentence on what was kept and why."""
         best = self.best
+        judged = f"held-out {' and '.join(key.replace('kl', 'KL') for key in self.judged)}"
         if best is None:
             return "nothing was probed"
         if self.stopped:
@@ -81,7 +82,7 @@ class Picker:
         if best["step"] == self.history[0]["step"] and len(self.history) > 1:
             last = "; ".join(self.history[-1]["worse"].values()) or "no later probe was better"
             return f"the start is kept, because every later probe was below it for some width ({last})"
-        return f"step {best['step']} is kept, the best of {len(self.history)} probes by held-out flips and KL"
+        return f"step {best['step']} is kept, the best of {len(self.history)} probes by {judged}"
 
     def write(self, directory: Path) -> None:
         """Keep the history beside the run."""
