@@ -26,6 +26,7 @@ COMMANDS = {
     "judge": ("polybit.commands.judge:judge", "Have answers judged by an endpoint, or offline by fidelity."),
     "generate": ("polybit.commands.generate:generate", "Answer a prompt at a chosen width."),
     "bench": ("polybit.commands.bench:bench", "Measure how fast this machine runs every width, beside its rivals."),
+    "cost": ("polybit.commands.cost:cost", "Say what a token costs: bit operations, bytes read, measured time."),
     "attack": ("polybit.commands.attack:attack", "Attack a checkpoint at each width and answer at every other."),
     "report": ("polybit.commands.report:report", "Write one self-contained HTML page from measured numbers."),
 }
