@@ -33,12 +33,13 @@ def linear(
 
     x: float32, bfloat16 or float16. activations: "float" multiplies with the exactly decoded weight; "int8" rounds the
     input to 8 bits per token and group of columns (fast; error about 1 % of the output's size); "int16" to 16 bits
-    (nearly as fast when one token is decoded; error below 1e-4). A token holding NaN or infinity gives NaN.
+    (nearly as fast when one token is decoded; error below 1e-4). A token holding NaN or infinity gives NaN. An input
+    that wants a gradient is always multiplied by the exactly decoded weight.
     Raises PolybitError for a shape, type, device or width that does not fit.
     """
     check(x, planes, width, bias, activations)
-    if activations == "float" and x.requires_grad and torch.is_grad_enabled():
-        return reference.linear(x, planes, width, bias)
+    if x.requires_grad and torch.is_grad_enabled():
+        return reference.linear(x, planes, width, bias)  # a gradient goes through the exact product
     table = planes.ratios.get(width, cpu.WHOLE)
     zero, fixed = (planes.zero, 0.0) if isinstance(planes.zero, Tensor) else (None, planes.zero)
     numbers = (planes.gain, fixed, table.low, table.high)

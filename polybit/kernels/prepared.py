@@ -42,6 +42,7 @@ class Prepared:
             or x.shape[-1] != self.columns
             or (bias is not None and (bias.dtype not in cpu.TYPES or bias.shape != (self.rows,)))
             or not 1 <= width <= self.planes.bits
+            or (x.requires_grad and torch.is_grad_enabled())
             or torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()  # somebody records or counts operators
         ):

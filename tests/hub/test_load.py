@@ -10,6 +10,7 @@ from polybit.hub.checkpoint import save, verify
 from polybit.hub.load import load, load_float
 from polybit.nn.convert import convert
 from polybit.nn.linear import QuantLinear
+from polybit.nn.switch import multiply_by
 from tests.families import prompt, quantize, quantized, tiny_model
 
 
@@ -32,6 +33,7 @@ def test_the_whole_way(source, tmp_path):
     convert(model, quantize(model))
     verify(save(model, tmp_path / "out", tokenizer=tokenizer), model)
     again, words = load(tmp_path / "out")
+    multiply_by(again, "float")  # as the model in memory does
     with torch.no_grad():
         assert torch.allclose(again(prompt()).logits, model(prompt()).logits, atol=1e-5)
     assert words.get_vocab() == tokenizer.get_vocab() and words.chat_template == tokenizer.chat_template

@@ -13,8 +13,9 @@ from polybit.core.plan import Plan
 from polybit.core.runtime import PolybitError
 from polybit.hub.checkpoint import save, stored_tensors, validate, verify
 from polybit.hub.directory import write_manifest
+from polybit.kernels import ops
 from polybit.nn.linear import QuantWeight
-from polybit.nn.switch import current, presets, set_presets, use
+from polybit.nn.switch import current, multiply_by, presets, set_presets, use
 from tests.families import FAMILIES, prompt, quantized
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +35,7 @@ def test_round_trip_through_plain_transformers(family, include_embeddings, tmp_p
     ours, theirs = dict(stored_tensors(model)), dict(stored_tensors(again))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    multiply_by(again, "float")  # as a model in memory does; a loaded one takes the fastest way
     for width in (8, 5, 2):
         use(model, width)
         use(again, width)
@@ -41,6 +43,21 @@ def test_round_trip_through_plain_transformers(family, include_embeddings, tmp_p
             assert torch.allclose(model(prompt()).logits, again(prompt()).logits, atol=1e-5)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(prompt(), **options), again.generate(prompt(), **options))
+
+
+def test_a_loaded_model_multiplies_by_the_compiled_kernels_and_differentiates_exactly(tmp_path):
+    model = quantized("llama")
+    again = reopen(save(model, tmp_path / "out"))
+    assert {layer.activations for layer in again.modules() if isinstance(layer, QuantWeight)} == {ops.best_mode()}
+    with torch.no_grad():
+        fast, exact = again(prompt()).logits, model(prompt()).logits
+    assert (fast - exact).abs().max() <= 1e-3 * exact.abs().max()
+    gradients = []
+    for one in (model, again):
+        x = one.get_input_embeddings()(prompt()).detach().requires_grad_()
+        one(inputs_embeds=x).logits.square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
 def test_shards_load(tmp_path):

@@ -62,3 +62,15 @@ def test_holder_notices_tensors_that_moved():
     assert torch.equal(second.linear(x, 4), ops.linear(x, other, 4, activations="int16"))
     for copied in (copy.deepcopy(holder), pickle.loads(pickle.dumps(holder))):
         assert copied.prepared is None
+
+
+@pytest.mark.parametrize("mode", ["float", "int8", "int16"])
+def test_a_gradient_goes_through_the_exact_product(mode):
+    p = random_planes(48, 64)
+    x = random_input(3, 64).requires_grad_()
+    y = Prepared(p).linear(x, 5, None, mode)
+    y.square().sum().backward()
+    weight = ops.decode(p, 5)
+    expected = x.detach() @ weight.T
+    assert torch.allclose(y.detach(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(x.grad, 2 * expected @ weight, rtol=1e-3, atol=1e-3)
