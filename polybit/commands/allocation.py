@@ -317,8 +317,7 @@ def describe(
     """Per layer: shape, width, group, and its sensitivities with intervals."""
     owner = {name: number for number, group in enumerate(groups) for name in group}
     tables = {
-        probe: {loss: signal.estimates(loss) for loss in ("kl", "nll")}  # type: ignore[arg-type]
-        for probe, signal in found.signals.items()
+        probe: {loss: signal.estimates(loss) for loss in ("kl", "nll")} for probe, signal in found.signals.items()
     }
     return {
         t.name: {
@@ -345,5 +344,5 @@ def agreements(found: Measured, material: Material, config: AllocateConfig) -> d
             width = RANKED if RANKED in one.widths else one.widths[0]
             for loss in ("kl", "nll"):
                 label = f"of {general} and {task} by {loss} at {width} bits"
-                result[label] = agreement(one, other, width=width, loss=loss, seed=config.seed)  # type: ignore[arg-type]
+                result[label] = agreement(one, other, width=width, loss=loss, seed=config.seed)
     return result

@@ -1,0 +1,128 @@
+"""`polybit allocate` on a tiny model: plans, proofs, the cache, and one clear sentence for every bad input."""
+
+import json
+
+import pytest
+
+from polybit.cli import main
+
+WORDS = "the cat saw a red hat and ran to see who had left it there while the sun went down behind the old mill".split()
+
+
+def story(n, seed):
+    """Words in a deterministic jumble, long enough for windows."""
+    return " ".join(WORDS[(i * i + seed * i + i // 7) % len(WORDS)] for i in range(n))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A general text and a task file."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "general.txt").write_text("\n<|endoftext|>\n".join(story(260 + s, s) for s in range(12)))
+    rows = [
+        {"question": f"How many are {i} and {i + 2}?", "answer": f"{i} + {i + 2}\n#### {2 * i + 2}"} for i in range(30)
+    ]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def run(tiny_llama, texts, folder, *more, bits="3.6"):
+    """One allocation with little text."""
+    arguments = ["allocate", str(tiny_llama), "--bits", bits, "--general", str(texts / "general.txt")]
+    arguments += ["--tasks", str(texts / "sums.jsonl"), "--samples", "2", "--items", "8", "--calibration-samples", "4"]
+    arguments += ["--window", "48", "--method", "rtn", "--widths", "2,3,4,5", "--group-size", "32", "--refine", "8"]
+    arguments += [
+        "--cache",
+        str(folder / "cache"),
+        "--out",
+        str(folder / "plan.json"),
+        "--json",
+        str(folder / "run.json"),
+    ]
+    main([*arguments, *more])
+    return json.loads((folder / "plan.json").read_text()), json.loads((folder / "run.json").read_text())
+
+
+def test_a_plan_from_end_to_end(tiny_llama, texts, tmp_path, capsys):
+    document, record = run(tiny_llama, texts, tmp_path, "--report", str(tmp_path / "page.html"))
+    numbers = record["numbers"]
+    assert document["bits_per_weight"] <= 3.6 + 1e-9 and numbers["bits_per_weight"] > 3.3
+    widths = document["plan"]["layers"]
+    assert len(widths) == document["made_for"]["layers"] == 21
+    for block in range(3):
+        path = f"model.layers.{block}.self_attn."
+        assert len({widths[f"{path}{leaf}_proj"] for leaf in "qkv"}) == 1
+    assert numbers["cost"]["share_of_naive"] <= 0.7 and numbers["cost"]["measured_now"] == 3
+    assert {row["name"] for row in numbers["proof"]["rows"]} >= {"this plan", "uniform w3"}
+    assert len(numbers["agreement"]) == 2 and len(numbers["front"]) > 3
+    page = (tmp_path / "page.html").read_text()
+    assert "<svg" in page and "Where the bits go" in page and "http://" not in page.replace("http://www.w3.org", "")
+    shown = capsys.readouterr()
+    assert "Kendall's tau" in shown.out and "polybit quantize" in shown.out
+    assert ("NOT better" in shown.err) == (not document["better_than_uniform"])
+    # another budget: nothing is measured again
+    _, later = run(tiny_llama, texts, tmp_path, "--free-groups", "--pin", "*.down_proj=5", bits="4.1")
+    assert later["numbers"]["cost"]["measured_now"] == 0
+    assert all(row["width"] == 5 for name, row in later["numbers"]["layers"].items() if "down_proj" in name)
+
+
+def test_interrupted_measurements_go_on(tiny_llama, texts, tmp_path):
+    _, first = run(tiny_llama, texts, tmp_path)
+    file = sorted((tmp_path / "cache").glob("*/block-00001.npz"))[0]
+    file.unlink()
+    _, second = run(tiny_llama, texts, tmp_path)
+    assert second["numbers"]["cost"]["measured_now"] == 1
+    assert second["numbers"]["layers"] == first["numbers"]["layers"]
+
+
+def test_gradients_are_an_estimate_of_the_same(tiny_llama, texts, tmp_path):
+    _, cheap = run(tiny_llama, texts, tmp_path, "--sensitivity", "gradient")
+    _, exact = run(tiny_llama, texts, tmp_path)
+    assert cheap["numbers"]["layers"].keys() == exact["numbers"]["layers"].keys()
+
+
+@pytest.mark.slow
+def test_workers_measure_the_same(tiny_llama, texts, tmp_path):
+    _, alone = run(tiny_llama, texts, tmp_path)
+    _, shared = run(tiny_llama, texts, tmp_path, "--workers", "2", "--restart")
+    assert alone["numbers"]["layers"] == shared["numbers"]["layers"]
+
+
+@pytest.mark.parametrize(
+    ("more", "bits", "sentence"),
+    [
+        ((), "1.9", "below 2.667"),
+        ((), "7", "above 5.667"),
+        ((), "nan", "not possible"),
+        (("--beta", "2"), "3.5", "--beta"),
+        (("--pin", "nothing=4"), "3.5", "matches no layer"),
+        (("--pin", "*q_proj=3", "*k_proj=4"), "3.5", "--free-groups"),
+        (("--pin", "*q_proj=7"), "3.5", "none of the widths"),
+        (("--pin", "q"), "3.5", "PATTERN=WIDTH"),
+        (("--pin", "*=5"), "3.5", "budget"),
+    ],
+)
+def test_bad_budgets_and_pins(tiny_llama, texts, tmp_path, capsys, more, bits, sentence):
+    with pytest.raises(SystemExit) as error:
+        run(tiny_llama, texts, tmp_path, *more, bits=bits)
+    shown = capsys.readouterr().err
+    assert error.value.code == 2 and sentence in shown and "Traceback" not in shown
+    assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", "no rows"),
+        ('{"question": "What?"}\n', "no answer"),
+        ('{"question": "What?", "answer": ""}\n', "no answer in words"),
+        ('{"question": "What?", "answer": "That."}\n', "at least two"),
+        ('{"messages": [{"role": "user", "content": "Hi"}]}\n', "does not end with an answer"),
+        ("{broken\n", "not JSON"),
+    ],
+)
+def test_bad_task_files(tiny_llama, texts, tmp_path, capsys, content, sentence):
+    (tmp_path / "task.jsonl").write_text(content)
+    with pytest.raises(SystemExit) as error:
+        run(tiny_llama, texts, tmp_path, "--tasks", str(tmp_path / "task.jsonl"))
+    assert error.value.code == 2 and sentence in capsys.readouterr().err
