@@ -82,8 +82,10 @@ def measure(target: str, config: CostConfig) -> dict[str, Any]:
 
 def costs(model: Any, presets: Sequence[str], config: CostConfig) -> list[Cost]:
     """One Cost per preset."""
+    from polybit.hub.cache import keep_packed
     from polybit.nn.switch import at
 
+    keep_packed(model)
     caches = {}
     for preset in presets:
         with at(model, preset):

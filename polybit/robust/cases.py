@@ -108,11 +108,11 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt) -> tuple[list[int], list[tuple
 
 
 def begin_of(tokenizer: Any, prompt: Prompt, context: str) -> int:
-    """Where the context begins in the prompt's text."""
-    begin = prompt_text(tokenizer, prompt).find(context)
+    """Where the context begins in the prompt's text, whose template may strip blanks from its ends."""
+    begin = prompt_text(tokenizer, prompt).find(context.strip())
     if begin < 0:
         raise PolybitError("the chat template rewrites the text of the prompt, so its tokens cannot be told apart")
-    return begin
+    return begin - (len(context) - len(context.lstrip()))
 
 
 def answer_tokens(tokenizer: Any, prompt: Prompt, ids: Sequence[int], answer: str) -> list[int]:

@@ -1,0 +1,58 @@
+"""The game between attackers and precisions: rows, columns, best fixed, drawn - against literal counting."""
+
+import numpy as np
+import pytest
+
+from polybit.core.runtime import PolybitError
+from polybit.nn.switch import random_precision
+from polybit.robust.cases import build_cases
+from polybit.robust.transfer import Game, answer, answer_at_every
+from tests.robust.models import chat, questions
+
+
+def game():
+    rng = np.random.default_rng(0)
+    return Game(("w8", "w4", "all widths"), ("w8", "w4"), (rng.random((3, 2, 40)) < 0.5).astype(float))
+
+
+def test_fixed_and_drawn_are_counted_literally():
+    g = game()
+    for names in (["w8", "w4"], ["w8", "w4", "all widths"]):
+        rows = [g.attackers.index(name) for name in names]
+        fixed = {d: min(g.right_ADN[a, n].mean() for a in rows) for n, d in enumerate(g.defenders)}
+        assert g.best_fixed(names) == max(fixed, key=fixed.get)
+        for defender, value in fixed.items():
+            assert g.fixed(defender, names).mean() == value
+        drawn = min(np.mean([g.right_ADN[a, n].mean() for n in range(2)]) for a in rows)
+        assert g.drawn(names).mean() == pytest.approx(drawn)
+    with pytest.raises(PolybitError, match="no attack was measured"):
+        g.fixed("w8", ["nobody"])
+
+
+def test_drawing_can_win_only_where_attacks_transfer_poorly():
+    transfers = Game(("w8", "w4"), ("w8", "w4"), np.zeros((2, 2, 10)))
+    assert transfers.drawn(["w8", "w4"]).mean() == 0
+    apart = Game(("w8", "w4"), ("w8", "w4"), np.stack([np.stack([np.eye(2)[d][a] * np.ones(10) == 0 for d in range(2)])
+                                                       for a in range(2)]).astype(float))  # fmt: skip
+    assert apart.fixed(apart.best_fixed(["w8", "w4"]), ["w8", "w4"]).mean() == 0
+    assert apart.drawn(["w8", "w4"]).mean() == 0.5
+
+
+def test_a_draw_equals_random_precision_while_running():
+    """Picking among the answers of fixed widths is what `random_precision(per="prompt")` answers."""
+    lm = chat()
+    cases = build_cases(lm.tokenizer, *questions(6), place="swap")
+    presets = ("w8", "w3", "w2")
+    said = answer_at_every(lm, {"nobody": cases}, presets)
+    with random_precision(lm.model, presets, seed=2, per="prompt"):
+        running = answer(lm, cases)
+    # batches are formed by length, longest first, and draw in that order
+    order = sorted(range(6), key=lambda n: -(len(cases[n].ids)))
+    g = Game(("nobody",), presets, np.zeros((1, 3, 6)))
+    assert g.one_draw("nobody", 2).shape == (6,)
+    import torch
+
+    from polybit.nn.draw import draw
+
+    picks = draw(3, 6, torch.Generator().manual_seed(2))
+    assert [running[n] for n in order] == [said["nobody", presets[p]][n] for p, n in zip(picks, order, strict=True)]
