@@ -113,6 +113,7 @@ def search(name: str, config: MixConfig) -> dict[str, Any]:
     numbers: dict[str, Any] = {"mixture": found[config.criterion].to_json()}
     if config.verify:
         numbers["others"] = {c: m.to_json()["best"] for c, m in found.items() if c != config.criterion}
+        numbers["curves"] = {criterion: m.to_json()["curve"] for criterion, m in found.items()}
         picks = {criterion: m.best.weights for criterion, m in found.items()}
         numbers["verified"] = verify(name, model, chosen, texts, picks, config)
     return numbers
