@@ -62,37 +62,51 @@ def tiny_model(family: str, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def rtn(weight_OI: Tensor, bits: int = 8, group_size: int = 32, zero: str = "group") -> QWeight:
-    """Round to nearest, per group, the plainest way there is."""
+def rtn(
+    weight_OI: Tensor, bits: int = 8, group_size: int = 32, zero: str = "group", bits_G: tuple[int, ...] | None = None
+) -> QWeight:
+    """Round to nearest, per group, the plainest way there is; `bits_G` gives every group a width of its own."""
     grouped, mask = split_groups(weight_OI, group_size)
-    top = (1 << bits) - 1
+    own_G = None if bits_G is None else torch.tensor(bits_G, dtype=torch.uint8)
+    top = torch.tensor((1 << bits) - 1.0) if own_G is None else (1 << own_G.long()) - 1.0
     low = torch.where(mask, grouped, torch.inf).amin(-1).clamp_max(0)
     high = torch.where(mask, grouped, -torch.inf).amax(-1).clamp_min(0)
     if zero == "group":
         scale = storable_scale((high - low).clamp_min(1e-8) / top)
-        point = (-low / scale).round().clamp(0, top)
+        point = (-low / scale).round().clamp_min(0).minimum(top)
     else:
         scale = storable_scale(torch.maximum(-low, high).clamp_min(1e-8) * 2 / top)
-        point = torch.tensor(top / 2)
+        point = torch.tensor(((1 << bits) - 1) / 2)
     ratios = {bits - 1: torch.tensor(1.03125), bits - 2: storable_ratio(1 + 0.1 * torch.rand(scale.shape))}
     column_scale = (1 + torch.arange(weight_OI.shape[1]) % 3 / 8).half().float()
-    codes = encode(weight_OI / column_scale, scale, point, bits, group_size)
-    return QWeight(codes, scale, point, bits, group_size, ratios, column_scale)
+    codes = encode(weight_OI / column_scale, scale, point, bits, group_size, own_G)
+    return QWeight(codes, scale, point, bits, group_size, ratios, column_scale, own_G)
 
 
-def quantize(model: nn.Module, *, include_embeddings: bool = False, bits: int = 8) -> dict[str, Planes]:
-    """Planes of every target; the options vary from layer to layer, so that each combination is met."""
+def some_widths(columns: int, group_size: int, bits: int = 8) -> tuple[int, ...]:
+    """A different width for neighbouring groups, the largest `bits`."""
+    return tuple((bits, bits - 1, max(1, bits - 4), bits - 1)[g % 4] for g in range(-(-columns // group_size)))
+
+
+def quantize(
+    model: nn.Module, *, include_embeddings: bool = False, bits: int = 8, ragged: bool = False
+) -> dict[str, Planes]:
+    """Planes of every target; the options vary from layer to layer, so that each combination is met.
+
+    ragged: a width per group wherever groups are large enough.
+    """
     found = {}
     for n, target in enumerate(targets(model, include_embeddings=include_embeddings)):
         group_size, zero = (0, 16, 32, 64)[n % 4], ("group", "fixed")[n % 3 % 2]
-        found[target.name] = pack(rtn(target.weight_OI(model), bits, group_size, zero))
+        own = some_widths(target.columns, group_size, bits) if ragged and group_size >= 32 else None
+        found[target.name] = pack(rtn(target.weight_OI(model), bits, group_size, zero, own))
     return found
 
 
-def quantized(family: str, *, include_embeddings: bool = False, bits: int = 8) -> nn.Module:
+def quantized(family: str, *, include_embeddings: bool = False, bits: int = 8, ragged: bool = False) -> nn.Module:
     """A tiny model of a family, quantized in place."""
     model = tiny_model(family)
-    return convert(model, quantize(model, include_embeddings=include_embeddings, bits=bits))
+    return convert(model, quantize(model, include_embeddings=include_embeddings, bits=bits, ragged=ragged))
 
 
 def prompt() -> Tensor:

@@ -22,7 +22,7 @@ from polybit.core.runtime import PolybitError, write_json
 from polybit.hub.directory import absolute, check_manifest, restore, staged_directory
 from polybit.hub.files import Header, check_sizes, read_headers, read_json, shards_of
 from polybit.nn.convert import is_kind
-from polybit.nn.fields import Fields, is_integer
+from polybit.nn.fields import Fields, check_columns, is_integer
 from polybit.nn.switch import panel
 
 METHOD, VERSION = "polybit", 1
@@ -131,6 +131,7 @@ def read_presets(value: Any, layers: Mapping[str, Fields]) -> dict[str, Plan]:
     for name, entry in value.items():
         plan = Plan.from_json(entry)
         plan.check_names(layers)
+        check_columns(plan, layers)
         for layer, fields in layers.items():
             if fields.bits < plan.at(layer).w != FLOAT:
                 raise PolybitError(

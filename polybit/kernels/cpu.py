@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polybit.core.planes import COLUMNS, ROWS, Planes, RatioTable
+from polybit.core.planes import COLUMNS, ROWS, Planes, RatioTable, ragged_bytes, read_widths
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GROUPS = (0, 32, 64, 128, 256)  # group sizes the compiled kernels read; others take the reference path
@@ -40,30 +41,24 @@ def instruction_sets() -> list[str]:
     return built.names() if built else []
 
 
-def fits(
-    planes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    ratio: Tensor | None,
-    column_scale: Tensor | None,
-    rows: int,
-    columns: int,
-    group_size: int,
-) -> bool:
+def fits(p: Planes) -> bool:
     """Whether stored tensors have the very types and sizes the kernels read; anything else must not reach them."""
-    if group_size not in GROUPS:
-        return False
+    rows, columns = p.shape
     blocks, steps = -(-rows // ROWS), -(-columns // COLUMNS)
-    groups = -(-columns // group_size) if group_size else 1
+    groups = -(-columns // p.group_size) if p.group_size else 1
+    tables = [table.index for table in p.ratios.values() if table.index is not None]
+    if p.group_size not in GROUPS or not p.planes.is_cpu or p.planes.dtype != torch.uint8:
+        return False
+    if p.bits_G is None:
+        whole = p.planes.shape[1:] == (blocks, steps, BYTES) and p.planes.stride()[1:] == (steps * BYTES, BYTES, 1)
+    else:
+        whole = p.planes.shape == (ragged_bytes(p.bits_G, p.shape, p.group_size),) and p.planes.is_contiguous()
     return (
-        planes.dtype == torch.uint8
-        and planes.shape[1:] == (blocks, steps, BYTES)
-        and planes.stride()[1:] == (steps * BYTES, BYTES, 1)
-        and planes.is_cpu
-        and is_block(scale, torch.float16, (blocks, groups, ROWS))
-        and (zero is None or is_block(zero, torch.uint8, (blocks, groups, ROWS)))
-        and (ratio is None or is_block(ratio, torch.uint8, (blocks, groups, ROWS // 2)))
-        and (column_scale is None or is_block(column_scale, torch.float16, (columns,)))
+        whole
+        and is_block(p.scale, torch.float16, (blocks, groups, ROWS))
+        and (not isinstance(p.zero, Tensor) or is_block(p.zero, torch.uint8, (blocks, groups, ROWS)))
+        and all(is_block(index, torch.uint8, (blocks, groups, ROWS // 2)) for index in tables)
+        and (p.column_scale is None or is_block(p.column_scale, torch.float16, (columns,)))
     )
 
 
@@ -72,52 +67,53 @@ def is_block(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool
     return tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.is_cpu
 
 
-def linear(
-    x: Tensor,
-    planes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    ratio: Tensor | None,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    numbers: Any,
-    rows: int,
-    group_size: int,
-    width: int,
-    mode: int,
-    isa: int = 0,
-) -> Tensor:
-    """polybit::linear with integer activations, on tensors that `fits` accepted; isa = index in instruction_sets."""
-    built = library()
-    assert built is not None
-    x = x.contiguous()
-    columns = x.shape[-1]
-    tokens = x.numel() // columns
-    y = x.new_empty((*x.shape[:-1], rows))
-    gain, fixed, low, high = numbers
-    built.linear(
-        isa, x.data_ptr(), TYPES[x.dtype], tokens, mode // 8, y.data_ptr(),
-        0 if bias is None else bias.data_ptr(), 0 if bias is None else TYPES[bias.dtype],
-        planes.data_ptr(), planes.stride(0), planes.shape[0],
-        scale.data_ptr(), 0 if zero is None else zero.data_ptr(), 0 if ratio is None else ratio.data_ptr(),
-        0 if column_scale is None else column_scale.data_ptr(),
-        gain, fixed, low, high, rows, columns, group_size, width,
+def make_layer(p: Planes, isa: int = 0) -> Any:
+    """The compiled layer over the planes' memory, or None where the compiled kernels cannot read it.
+
+    isa: index in instruction_sets.
+    """
+    built = library() if type(p.planes.data) is Tensor else None
+    if not built or not fits(p):
+        return None
+    zero = p.zero if isinstance(p.zero, Tensor) else None
+    layer = built.Layer(
+        isa, p.planes.data_ptr(), p.planes.stride(0), p.bits, p.scale.data_ptr(),
+        0 if zero is None else zero.data_ptr(), 0 if p.column_scale is None else p.column_scale.data_ptr(),
+        p.gain, 0.0 if isinstance(p.zero, Tensor) else p.zero, *p.shape, p.group_size, list(p.bits_G or ()),
     )  # fmt: skip
+    for width, table in p.ratios.items():
+        if width >= p.bits:
+            continue  # what is stored is read as it is
+        layer.set_ratio(width, 0 if table.index is None else table.index.data_ptr(), table.low, table.high)
+    return layer
+
+
+def reading(layer: Any, p: Planes, width: int | Sequence[int]) -> int:
+    """The number by which a compiled layer knows a width, or a width per group."""
+    return width if isinstance(width, int) else layer.add(list(read_widths(p, width)))
+
+
+def linear(
+    x: Tensor, p: Planes, width: int | Sequence[int], bias: Tensor | None, digits: int, isa: int = 0
+) -> Tensor | None:
+    """polybit::linear with activations of 1 or 2 int8 digits, or None where the compiled kernels cannot."""
+    layer = make_layer(p, isa)
+    if layer is None or x.dtype not in TYPES:
+        return None
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], p.shape[0]))
+    bias = bias if bias is None else bias.contiguous()
+    address, kind = (0, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
+    tokens = x.numel() // p.shape[1]
+    layer.multiply(reading(layer, p, width), digits, tokens, TYPES[x.dtype], x.data_ptr(), y.data_ptr(), address, kind)
     return y
 
 
-def decode(p: Planes, width: int, isa: int = 0) -> Tensor:
-    """The float32 weight [O, I] of planes that `fits` accepted, bit for bit the reference's."""
-    built = library()
-    assert built is not None
-    table = p.ratios.get(width, WHOLE)
-    zero, fixed = (p.zero.data_ptr(), 0.0) if isinstance(p.zero, Tensor) else (0, p.zero)
-    rows, columns = p.shape
-    weight_OI = torch.empty(rows, columns)
-    built.decode(
-        isa, weight_OI.data_ptr(), p.planes.data_ptr(), p.planes.stride(0), p.bits, p.scale.data_ptr(), zero,
-        0 if table.index is None else table.index.data_ptr(),
-        0 if p.column_scale is None else p.column_scale.data_ptr(),
-        p.gain, fixed, table.low, table.high, rows, columns, p.group_size, width,
-    )  # fmt: skip
+def decode(p: Planes, width: int | Sequence[int], isa: int = 0) -> Tensor | None:
+    """The float32 weight [O, I], bit for bit the reference's, or None where the compiled kernels cannot."""
+    layer = make_layer(p, isa)
+    if layer is None:
+        return None
+    weight_OI = torch.empty(p.shape)
+    layer.decode(reading(layer, p, width), weight_OI.data_ptr())
     return weight_OI

@@ -1,17 +1,19 @@
-"""A weight handed to the compiled kernels once: what a layer calls token after token, at little overhead."""
+"""Weights handed to the compiled kernels once: what layers call token after token, at little overhead."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from polybit.core.planes import Planes
 from polybit.kernels import cpu, ops
+from polybit.kernels.adapter import Adapter
+from polybit.kernels.reference import chunk_of
 
 DIGITS = {"int8": 1, "int16": 2}
+MOST_READINGS = 64  # widths per group that a layer remembers
 
 
 class Prepared:
@@ -21,36 +23,36 @@ class Prepared:
     compiled kernels do not do (other devices, tracing, gradients, odd group sizes) goes to `ops.linear`.
     """
 
-    __slots__ = ("columns", "layer", "planes", "rows")
+    __slots__ = ("columns", "isa", "layer", "numbers", "planes", "rows")
 
     def __init__(self, planes: Planes, isa: int = 0) -> None:
-        self.planes = planes
+        self.planes, self.isa = planes, isa
         self.rows, self.columns = planes.shape
-        self.layer = make_layer(planes, isa)
+        self.layer = cpu.make_layer(planes, isa)
+        self.numbers: dict[tuple[int, ...], int] = {}
 
     def linear(
-        self, x: Tensor, width: int, bias: Tensor | None = None, activations: ops.Activations = "int16"
+        self,
+        x: Tensor,
+        width: int | tuple[int, ...],
+        bias: Tensor | None = None,
+        activations: ops.Activations = "int16",
+        adapter: Adapter | None = None,
     ) -> Tensor:
-        """The same as `ops.linear(x, planes, width, bias, activations=activations)`."""
+        """The same as `ops.linear(x, planes, width, bias, activations=activations)`, and the adapter added."""
         if (
             self.layer is None
-            or activations not in DIGITS
-            or type(x) is not Tensor
-            or not x.is_cpu
-            or x.dtype not in cpu.TYPES
-            or x.ndim == 0
-            or x.shape[-1] != self.columns
-            or (bias is not None and (bias.dtype not in cpu.TYPES or bias.shape != (self.rows,)))
-            or not 1 <= width <= self.planes.bits
-            or (x.requires_grad and torch.is_grad_enabled())
-            or torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()  # somebody records or counts operators
+            or not is_plain(x, self.columns, activations)
+            or not (type(width) is tuple or (type(width) is int and 1 <= width <= self.planes.bits))
+            or not (bias is None or self.takes_bias(bias))
+            or not (adapter is None or (adapter.rows == self.rows and adapter.columns == self.columns))
         ):
-            return ops.linear(x, self.planes, width, bias, activations=activations)
-        x = x.contiguous()
+            y = ops.linear(x, self.planes, width, bias, activations=activations)
+            return y if adapter is None else (y.float() + adapter.product(x)).to(y.dtype)
+        number, x = width if type(width) is int else self.number(width), x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.rows))
         self.layer.multiply(
-            width,
+            number,
             DIGITS[activations],
             x.numel() // self.columns,
             cpu.TYPES[x.dtype],
@@ -58,8 +60,112 @@ class Prepared:
             y.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             0 if bias is None else cpu.TYPES[bias.dtype],
+            None if adapter is None else adapter.for_kernels(),
         )
         return y
+
+    def takes_bias(self, bias: Tensor) -> bool:
+        """Whether the compiled kernels read this bias; `ops.linear` refuses the rest with a reason."""
+        return bias.dtype in cpu.TYPES and bias.shape == (self.rows,) and bias.is_cpu and bias.is_contiguous()
+
+    def number(self, width: int | tuple[int, ...]) -> int:
+        """What the compiled layer calls a width, or a width per group; the latter are made once and kept."""
+        if type(width) is int:
+            return width
+        assert isinstance(width, tuple)
+        found = self.numbers.get(width)
+        if found is None:
+            if len(self.numbers) >= MOST_READINGS:  # a search tries many; what it leaves behind is let go
+                self.layer, self.numbers = cpu.make_layer(self.planes, self.isa), {}
+            found = self.numbers[width] = cpu.reading(self.layer, self.planes, width)
+        return found
+
+
+def is_plain(x: Tensor, columns: int, activations: str) -> bool:
+    """Whether an input may go to the compiled kernels past torch's dispatcher."""
+    return not (
+        activations not in DIGITS
+        or type(x) is not Tensor
+        or not x.is_cpu
+        or x.dtype not in cpu.TYPES
+        or x.ndim == 0
+        or x.shape[-1] != columns
+        or (x.requires_grad and torch.is_grad_enabled())
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()  # somebody records or counts operators
+    )
+
+
+class Bundle:
+    """Several prepared weights that are multiplied by the same input: it is rounded once, and all rows are one job.
+
+    Gives exactly the numbers of separate calls. The weights must agree in columns, group size and column scale
+    (`fits`); each has its own width, bias and adapter.
+    """
+
+    __slots__ = ("bundle", "layers", "members")
+
+    def __init__(self, members: Sequence[Prepared]) -> None:
+        assert Bundle.fits(members)
+        self.members = tuple(members)
+        self.join()
+
+    def join(self) -> None:
+        """Hand the members' layers over as they are now."""
+        built = cpu.library()
+        assert built is not None
+        self.layers = [member.layer for member in self.members]
+        self.bundle = built.Bundle(self.layers)
+
+    @staticmethod
+    def fits(members: Sequence[Prepared]) -> bool:
+        """Whether these weights can round their input together."""
+        first = members[0].planes
+        scales = [member.planes.column_scale for member in members]
+        return all(
+            member.layer is not None
+            and member.columns == members[0].columns
+            and chunk_of(member.planes.group_size) == chunk_of(first.group_size)
+            and (scale is None) == (scales[0] is None)
+            and (scale is None or scales[0] is None or torch.equal(scale, scales[0]))
+            for member, scale in zip(members, scales, strict=True)
+        )
+
+    def linear(
+        self,
+        x: Tensor,
+        widths: Sequence[int | tuple[int, ...]],
+        biases: Sequence[Tensor | None],
+        activations: ops.Activations = "int16",
+        adapters: Sequence[Adapter | None] | None = None,
+    ) -> list[Tensor]:
+        """One output per member: what `Prepared.linear` of each gives."""
+        adapters = adapters or (None,) * len(self.members)
+        given = list(zip(self.members, widths, biases, adapters, strict=True))
+        if not is_plain(x, self.members[0].columns, activations) or not all(
+            (isinstance(width, tuple) or 1 <= width <= member.planes.bits)
+            and (bias is None or member.takes_bias(bias))
+            and (adapter is None or (adapter.rows == member.rows and adapter.columns == member.columns))
+            for member, width, bias, adapter in given
+        ):
+            return [member.linear(x, width, bias, activations, adapter) for member, width, bias, adapter in given]
+        numbers = [member.number(width) for member, width, _, _ in given]
+        if any(member.layer is not layer for member, layer in zip(self.members, self.layers, strict=True)):
+            self.join()
+        x = x.contiguous()
+        ys = [x.new_empty((*x.shape[:-1], member.rows)) for member in self.members]
+        self.bundle.multiply(
+            numbers,
+            DIGITS[activations],
+            x.numel() // x.shape[-1],
+            cpu.TYPES[x.dtype],
+            x.data_ptr(),
+            [y.data_ptr() for y in ys],
+            [0 if bias is None else bias.data_ptr() for bias in biases],
+            [0 if bias is None else cpu.TYPES[bias.dtype] for bias in biases],
+            [None if adapter is None else adapter.for_kernels() for adapter in adapters],
+        )
+        return ys
 
 
 class Holder:
@@ -80,31 +186,3 @@ class Holder:
         if self.prepared is None or self.places != places:
             self.places, self.prepared = places, Prepared(planes())
         return self.prepared
-
-
-def make_layer(planes: Planes, isa: int) -> Any:
-    """The compiled layer over the planes' memory, or None where the compiled kernels cannot read it."""
-    zero = planes.zero if isinstance(planes.zero, Tensor) else None
-    parts = (planes.planes, planes.scale, zero)
-    tables = [table.index for table in planes.ratios.values()] or [None]
-    built = cpu.library() if planes.planes.is_cpu and type(planes.planes.data) is Tensor else None
-    if not built or not all(
-        cpu.fits(*parts, index, planes.column_scale, *planes.shape, planes.group_size) for index in tables
-    ):
-        return None
-    layer = built.Layer(
-        isa,
-        planes.planes.data_ptr(),
-        planes.planes.stride(0),
-        planes.bits,
-        planes.scale.data_ptr(),
-        0 if zero is None else zero.data_ptr(),
-        0 if planes.column_scale is None else planes.column_scale.data_ptr(),
-        planes.gain,
-        0.0 if zero is not None else planes.zero,
-        *planes.shape,
-        planes.group_size,
-    )
-    for width, table in planes.ratios.items():
-        layer.set_ratio(width, 0 if table.index is None else table.index.data_ptr(), table.low, table.high)
-    return layer

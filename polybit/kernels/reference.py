@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear as dense
 from torch.nn.functional import pad
 
-from polybit.core.planes import Planes, unpack
+from polybit.core.planes import Planes, read_widths, unpack
 
 LEVELS = {"int8": 127, "int16": 127 * 256}  # largest activation code of a mode; int16 codes are two int8 digits
 SMALLEST = 1e-30  # a chunk whose largest activation is below this counts as zero
@@ -19,7 +20,7 @@ CHUNK = 128  # widest run of columns that shares an activation scale
 def linear(
     x: Tensor,
     planes: Planes,
-    width: int,
+    width: int | Sequence[int],
     bias: Tensor | None = None,
     *,
     activations: str = "float",
@@ -41,9 +42,12 @@ def linear(
     return y.to(x.dtype)
 
 
-def decode(planes: Planes, width: int) -> Tensor:
-    """The weight in float32 [O, I] as seen at `width` bits."""
-    return unpack(planes, width).dequantize(width)
+def decode(planes: Planes, width: int | Sequence[int]) -> Tensor:
+    """The weight in float32 [O, I] as seen at `width` bits, or with a width per group of columns."""
+    if isinstance(width, int):
+        return unpack(planes, width).dequantize(width)
+    widths = read_widths(planes, width)
+    return unpack(planes, max(widths)).dequantize(torch.tensor(widths))
 
 
 def chunk_of(group_size: int) -> int:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polybit.core.planes import COLUMNS, ROWS, Planes, RatioTable
+from polybit.core.plan import Plan
+from polybit.core.planes import COLUMNS, ROWS, Planes, RatioTable, ragged_bytes
 from polybit.core.runtime import PolybitError
 
 KEYS = {"shape", "bits", "group_size", "zero", "gain", "ratios", "column_scale"}
 LARGEST = 1 << 31  # no dimension of a real weight reaches this
+OPTIONAL = {"group_bits"}
 GROUP_SIZES = (0, 16, 32, 64, 128, 256)
 
 
@@ -23,7 +25,8 @@ class Fields:
     """The numbers of one stored weight; together with its tensors they are its Planes.
 
     shape: (rows, columns) · zero: one number for all groups, or None when each group stores its own · ratios: width ->
-    (low, high, True when an index per group is stored) · column_scale: True when one is stored.
+    (low, high, True when an index per group is stored) · column_scale: True when one is stored · bits_G: stored bits of
+    every group of a ragged weight, in the order of the columns.
 
     16-bit floats are held as int16 bit patterns, so that no cast of the model to another float type touches them.
     """
@@ -35,6 +38,7 @@ class Fields:
     gain: float
     ratios: Mapping[int, tuple[float, float, bool]] = field(default_factory=dict)
     column_scale: bool = False
+    bits_G: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, planes: Planes) -> Fields:
@@ -42,7 +46,8 @@ class Fields:
         zero = None if isinstance(planes.zero, Tensor) else float(planes.zero)
         ratios = {width: (t.low, t.high, t.index is not None) for width, t in planes.ratios.items()}
         shape = (int(planes.shape[0]), int(planes.shape[1]))
-        return cls(shape, planes.bits, planes.group_size, zero, planes.gain, ratios, planes.column_scale is not None)
+        scaled = planes.column_scale is not None
+        return cls(shape, planes.bits, planes.group_size, zero, planes.gain, ratios, scaled, planes.bits_G)
 
     @property
     def groups(self) -> int:
@@ -53,8 +58,11 @@ class Fields:
         """Name -> (shape, dtype) of every tensor that must be there, and no other."""
         rows, columns = self.shape
         row_blocks, column_blocks = -(-rows // ROWS), -(-columns // COLUMNS)
+        codes: tuple[int, ...] = (self.bits, row_blocks, column_blocks, ROWS * COLUMNS // 8)
+        if self.bits_G is not None:
+            codes = (ragged_bytes(self.bits_G, self.shape, self.group_size),)
         found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "qplanes": ((self.bits, row_blocks, column_blocks, ROWS * COLUMNS // 8), torch.uint8),
+            "qplanes": (codes, torch.uint8),
             "scale": ((row_blocks, self.groups, ROWS), torch.int16),
         }
         if self.zero is None:
@@ -80,10 +88,12 @@ class Fields:
             self.group_size,
             ratios,
             tensors["column_scale"].view(torch.float16) if self.column_scale else None,
+            self.bits_G,
         )
 
     def to_json(self) -> dict[str, Any]:
         """What config.json says about one weight."""
+        ragged = {} if self.bits_G is None else {"group_bits": "".join(map(str, self.bits_G))}
         return {
             "shape": list(self.shape),
             "bits": self.bits,
@@ -92,6 +102,7 @@ class Fields:
             "gain": self.gain,
             "ratios": {str(width): list(table) for width, table in sorted(self.ratios.items(), reverse=True)},
             "column_scale": self.column_scale,
+            **ragged,
         }
 
     @classmethod
@@ -99,7 +110,7 @@ class Fields:
         """The inverse of to_json; every key, type and range is checked and named in the refusal."""
         if not isinstance(value, Mapping):
             raise refusal(name, "entry", value, "an object")
-        for key in sorted(KEYS ^ set(value)):
+        for key in sorted(KEYS ^ (set(value) - OPTIONAL)):
             raise refusal(name, key, "nothing" if key in KEYS else "an unknown key", f"exactly {sorted(KEYS)}")
         shape, bits, group_size = value["shape"], value["bits"], value["group_size"]
         if not (isinstance(shape, list) and len(shape) == 2 and all(is_integer(n, 1, LARGEST) for n in shape)):
@@ -118,7 +129,8 @@ class Fields:
         ratios = read_ratios(name, value["ratios"], bits)
         size = (int(shape[0]), int(shape[1]))
         fixed = None if zero == "group" else float(zero)
-        return cls(size, bits, group_size, fixed, float(gain), ratios, value["column_scale"])
+        bits_G = read_group_bits(name, value, size[1], group_size) if "group_bits" in value else None
+        return cls(size, bits, group_size, fixed, float(gain), ratios, value["column_scale"], bits_G)
 
 
 def tensors_of(planes: Planes) -> dict[str, Tensor]:
@@ -130,6 +142,16 @@ def tensors_of(planes: Planes) -> dict[str, Tensor]:
     if planes.column_scale is not None:
         found["column_scale"] = planes.column_scale.view(torch.int16)
     return found
+
+
+def check_columns(plan: Plan, layers: Mapping[str, Fields]) -> None:
+    """Refuse column offsets of a plan that do not fit the layers they are meant for."""
+    for name in plan.columns:
+        if name not in layers:
+            raise PolybitError(
+                f"the plan gives column widths to {name!r:.120}, which is no quantized layer: remove them"
+            )
+        plan.group_widths(name, layers[name].shape[1], layers[name].group_size)
 
 
 def read_ratios(name: str, value: Any, bits: int) -> dict[int, tuple[float, float, bool]]:
@@ -145,6 +167,20 @@ def read_ratios(name: str, value: Any, bits: int) -> dict[int, tuple[float, floa
             raise refusal(name, f"ratio {width}", table, "[low, high, true or false] with low <= high")
         found[int(width)] = (float(table[0]), float(table[1]), table[2])
     return found
+
+
+def read_group_bits(name: str, value: Mapping[str, Any], columns: int, group_size: int) -> tuple[int, ...]:
+    """Bits of every group of a ragged weight from a string of digits, checked."""
+    text = value["group_bits"]
+    if group_size < COLUMNS:
+        raise refusal(name, "group_bits", text, f"none for groups of {group_size}: only groups of 32 to 256")
+    groups = -(-columns // group_size)
+    if not isinstance(text, str) or len(text) != groups or set(text) - set("12345678"):
+        raise refusal(name, "group_bits", text, f"a string of {groups} digits from 1 to 8")
+    bits_G = tuple(int(digit) for digit in text)
+    if max(bits_G) != value["bits"] or min(bits_G) == value["bits"]:
+        raise refusal(name, "group_bits", text, f"widths of which the largest, and not all, are {value['bits']}")
+    return bits_G
 
 
 def is_integer(value: Any, low: int, high: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as dense
 
 from polybit.core.affine import QWeight, fake_quantize_tokens
-from polybit.core.planes import COLUMNS, ROWS, Planes, ratio_levels
+from polybit.core.plan import ColumnWidths
+from polybit.core.planes import COLUMNS, ROWS, Planes, parts, ratio_levels, read_widths, storage_order
 from polybit.core.precision import FLOAT, Precision
+from polybit.core.runtime import PolybitError
 from polybit.kernels import ops
-from polybit.kernels.prepared import Holder
+from polybit.kernels.adapter import Adapter
+from polybit.kernels.prepared import Holder, Prepared
 from polybit.nn.fields import Fields, tensors_of
 
 
@@ -35,8 +38,12 @@ class QuantWeight(nn.Module):
             value = torch.empty(shape, dtype=dtype) if tensors is None else tensors[name]
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
         self.precision: Precision = Precision()
+        self.offsets: ColumnWidths | None = (
+            None  # what blocks of input columns add to the width, set with the precision
+        )
+        self.widths: tuple[int, ColumnWidths, tuple[int, ...]] | None = None  # the last ones worked out
         self.keep: bool = False
-        self.kept: tuple[int, Tensor] | None = None
+        self.kept: tuple[int | tuple[int, ...], Tensor] | None = None
         self.kind = "linear"  # how the float model stored this weight; told by whoever puts the layer in place
         self.activations: ops.Activations = "float"
         self.holder = Holder()
@@ -62,6 +69,18 @@ class QuantWeight(nn.Module):
         return self.fields.bits if self.precision.w == FLOAT else self.precision.w
 
     @property
+    def reading(self) -> int | tuple[int, ...]:
+        """What the weight is read at now: a width, or one per group where blocks of columns have offsets."""
+        if self.offsets is None:
+            return self.width
+        width, found = self.width, self.widths
+        if found is None or found[0] != width or found[1] is not self.offsets:
+            fields = self.fields
+            each = self.offsets.group_widths(width, fields.shape[1], fields.group_size, most=fields.bits)
+            found = self.widths = (width, self.offsets, each)
+        return found[2]
+
+    @property
     def rows(self) -> int:
         """Number of outputs."""
         return self.fields.shape[0]
@@ -72,12 +91,13 @@ class QuantWeight(nn.Module):
         return self.fields.shape[1]
 
     def decode(self) -> Tensor:
-        """The weight in float32 [O, I] at the current width, from memory when it is kept."""
+        """The weight in float32 [O, I] as it is read now, from memory when it is kept."""
+        reading = self.reading
         if not self.keep:
-            return ops.decode(self.planes, self.width)
-        stale = self.kept is None or self.kept[0] != self.width or self.kept[1].device != self.qplanes.device
+            return ops.decode(self.planes, reading)
+        stale = self.kept is None or self.kept[0] != reading or self.kept[1].device != self.qplanes.device
         if stale:
-            self.kept = (self.width, ops.decode(self.planes, self.width))
+            self.kept = (reading, ops.decode(self.planes, reading))
         assert self.kept is not None
         return self.kept[1]
 
@@ -86,14 +106,22 @@ class QuantWeight(nn.Module):
         bits = self.precision.a
         return x if bits == FLOAT else fake_quantize_tokens(x.float(), bits).to(x.dtype)
 
+    def is_fast(self, x: Tensor) -> bool:
+        """Whether an input may go straight to the compiled kernels."""
+        plain = not self.keep and self.activations != "float" and type(x) is Tensor
+        return plain and not torch.compiler.is_compiling()
+
+    def prepared(self) -> Prepared:
+        """The weight as the compiled kernels have it."""
+        return self.holder.get(self._parameters.values(), lambda: self.planes)
+
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias at the current precision, in x's dtype."""
         x = self.round_input(x)
+        if self.is_fast(x):
+            return self.prepared().linear(x, self.reading, bias, self.activations)
         if not self.keep:
-            if self.activations == "float" or type(x) is not Tensor or torch.compiler.is_compiling():
-                return ops.linear(x, self.planes, self.width, bias, activations=self.activations)
-            prepared = self.holder.get(self._parameters.values(), lambda: self.planes)
-            return prepared.linear(x, self.width, bias, self.activations)
+            return ops.linear(x, self.planes, self.reading, bias, activations=self.activations)
         y = dense(x.float(), self.decode(), None if bias is None else bias.float())
         return y.to(x.dtype)
 
@@ -115,9 +143,44 @@ class QuantLinear(QuantWeight):
         self.in_features, self.out_features = fields.shape[1], fields.shape[0]
         self.register_parameter("bias", bias if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
+        self.adapters: dict[str, Adapter] = {}  # by preset; no part of the stored weight
+        self.adapter: Adapter | None = None  # the one in use
+        self.siblings: Any = None  # layers that share their input, see nn/fuse.py
+
+    def set_adapter(self, preset: str, down_RI: Tensor, up_OR: Tensor, scale: float = 1.0) -> None:
+        """Give a preset a low-rank part: y += scale * up (down x), of the input before it is rounded.
+
+        The factors are held by reference and are no part of the layer's state. `wear` puts it to use.
+        """
+        adapter = Adapter(down_RI, up_OR, scale)
+        if (adapter.rows, adapter.columns) != (self.rows, self.columns):
+            raise PolybitError(
+                f"the adapter is for shape {(adapter.rows, adapter.columns)}, the layer has "
+                f"{(self.rows, self.columns)}: use the adapters of this model"
+            )
+        self.adapters[preset] = adapter
+
+    def wear(self, preset: str | None) -> None:
+        """Use the adapter of a preset; None, or a preset without one: none."""
+        self.__dict__["adapter"] = self.adapters.get(preset) if preset is not None else None
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O] in x's dtype."""
         return self.multiply(x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias and the adapter's part at the current precision, in x's dtype; with siblings in one call."""
+        if self.siblings is not None:
+            shared = self.siblings.multiply(self, x)
+            if shared is not None:
+                return shared
+        adapter = self.adapter
+        if adapter is None:
+            return super().multiply(x, bias)
+        if self.precision.a == FLOAT and self.is_fast(x) and not adapter.trains():
+            return self.prepared().linear(x, self.reading, bias, self.activations, adapter)
+        y = super().multiply(x, bias)
+        return (y.float() + adapter.product(x)).to(y.dtype)
 
 
 class QuantEmbedding(QuantWeight):
@@ -135,7 +198,9 @@ class QuantEmbedding(QuantWeight):
         """Token ids [...] -> rows [..., I]."""
         if self.keep:
             return self.decode()[ids].to(self.like.dtype)
-        rows = gather_rows(self.planes, ids.reshape(-1), self.width).dequantize(self.width)
+        reading = self.reading
+        at = reading if isinstance(reading, int) else torch.tensor(reading)
+        rows = gather_rows(self.planes, ids.reshape(-1), reading).dequantize(at)
         return rows.to(self.like.dtype).view(*ids.shape, self.columns)
 
 
@@ -194,7 +259,7 @@ class QuantExperts(nn.Module):
         if weight.keep:
             return dense(x.float(), weight.decode()[start:stop]).to(x.dtype)
         part, skipped = slice_rows(weight.planes, start, stop)
-        return ops.linear(x, part, weight.width, activations=weight.activations)[..., skipped : skipped + rows]
+        return ops.linear(x, part, weight.reading, activations=weight.activations)[..., skipped : skipped + rows]
 
 
 def plain_gate(experts: Any, gate_up: Tensor) -> Tensor:
@@ -208,6 +273,10 @@ def slice_rows(planes: Planes, start: int, stop: int) -> tuple[Planes, int]:
     first, last = start // ROWS, -(-stop // ROWS)
     rows = min(planes.shape[0], last * ROWS) - first * ROWS
     cut = slice(first, last)
+    if planes.bits_G is None:
+        codes = planes.planes[:, cut]
+    else:  # parts follow each other, so that what is cut out of them is copied
+        codes = torch.cat([part.planes[:, cut].flatten() for part in parts(planes)])
     tables = {
         width: table if table.index is None else replace(table, index=table.index[cut])
         for width, table in planes.ratios.items()
@@ -215,7 +284,7 @@ def slice_rows(planes: Planes, start: int, stop: int) -> tuple[Planes, int]:
     zero = planes.zero[cut] if isinstance(planes.zero, Tensor) else planes.zero
     part = replace(
         planes,
-        planes=planes.planes[:, cut],
+        planes=codes,
         scale=planes.scale[cut],
         zero=zero,
         shape=(rows, planes.shape[1]),
@@ -224,26 +293,46 @@ def slice_rows(planes: Planes, start: int, stop: int) -> tuple[Planes, int]:
     return part, start - first * ROWS
 
 
-def gather_rows(planes: Planes, ids: Tensor, width: int) -> QWeight:
-    """The rows `ids` [T] of a stored weight, reading only their bytes of `width` planes."""
+def gather_rows(planes: Planes, ids: Tensor, width: int | Sequence[int]) -> QWeight:
+    """The rows `ids` [T] of a stored weight, reading only their bytes of `width` planes (the most of several)."""
+    widths = {width} if isinstance(width, int) and planes.bits_G is None else set(read_widths(planes, width))
+    width = max(widths)
     block, row = ids // ROWS, ids % ROWS
-    lanes = 4 * row[:, None] + torch.arange(4, device=ids.device)
-    shifts = torch.arange(8, dtype=torch.uint8, device=ids.device)
-    codes = torch.zeros(len(ids), planes.planes.shape[2], 4, 8, dtype=torch.uint8, device=ids.device)
-    for plane in planes.planes[:width]:
+    bits_G: Tensor | None = None
+    order: Tensor | slice = slice(None)
+    if planes.bits_G is None:
+        codes_TI = gather_codes(planes.planes[:width], block, row)[:, : planes.shape[1]] << (planes.bits - width)
+    else:
+        codes_TI = torch.zeros(len(ids), planes.shape[1], dtype=torch.uint8, device=ids.device)
+        for part in parts(planes):
+            read = min(width, part.bits)
+            held = gather_codes(part.planes[:read], block, row)[:, : len(part.columns_P)]
+            codes_TI[:, part.columns_P] = held << (part.bits - read)
+        bits_G = torch.tensor(planes.bits_G, dtype=torch.uint8, device=ids.device)
+        order = torch.tensor(storage_order(planes.bits_G), device=ids.device).argsort()
+    zero = (
+        planes.zero[block, :, row].float()[:, order] if isinstance(planes.zero, Tensor) else torch.tensor(planes.zero)
+    )
+    ratios = {}
+    for narrower in widths & set(planes.ratios):
+        table = planes.ratios[narrower]
+        if table.index is None:
+            ratios[narrower] = torch.tensor(table.low, device=ids.device)
+            continue
+        pair = table.index[block, :, row % 8]
+        nibble = torch.where((row < 8)[:, None], pair & 15, pair >> 4)[:, order]
+        ratios[narrower] = ratio_levels(table.low, table.high).to(ids.device)[nibble.long()]
+    column_scale = None if planes.column_scale is None else planes.column_scale.float()
+    scale = planes.scale[block, :, row].float()[:, order] * planes.gain
+    return QWeight(codes_TI, scale, zero.to(ids.device), planes.bits, planes.group_size, ratios, column_scale, bits_G)
+
+
+def gather_codes(planes: Tensor, block: Tensor, row: Tensor) -> Tensor:
+    """Codes of some rows (block of 16, row in it) from planes [b, O/16, I/32, 64], uint8 [T, I]."""
+    lanes = 4 * row[:, None] + torch.arange(4, device=row.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=row.device)
+    codes = torch.zeros(len(row), planes.shape[2], 4, 8, dtype=torch.uint8, device=row.device)
+    for plane in planes:
         bytes_TC4 = plane[block].gather(2, lanes[:, None, :].expand(-1, plane.shape[1], -1))
         codes = (codes << 1) | ((bytes_TC4.unsqueeze(-1) >> shifts) & 1)
-    codes_TI = codes.transpose(2, 3).reshape(len(ids), -1)[:, : planes.shape[1]] << (planes.bits - width)
-    assert planes.planes.shape[2] * COLUMNS >= planes.shape[1]
-    zero = planes.zero[block, :, row].float() if isinstance(planes.zero, Tensor) else torch.tensor(planes.zero)
-    ratios = {}
-    table = planes.ratios.get(width)
-    if table is not None and table.index is not None:
-        pair = table.index[block, :, row % 8]
-        nibble = torch.where((row < 8)[:, None], pair & 15, pair >> 4)
-        ratios[width] = ratio_levels(table.low, table.high).to(ids.device)[nibble.long()]
-    elif table is not None:
-        ratios[width] = torch.tensor(table.low, device=ids.device)
-    column_scale = None if planes.column_scale is None else planes.column_scale.float()
-    scale = planes.scale[block, :, row].float() * planes.gain
-    return QWeight(codes_TI, scale, zero.to(ids.device), planes.bits, planes.group_size, ratios, column_scale)
+    return codes.transpose(2, 3).reshape(len(row), planes.shape[2] * COLUMNS)

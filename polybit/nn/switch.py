@@ -18,16 +18,18 @@ from typing import Literal
 import torch
 from torch import nn
 
-from polybit.core.plan import Plan
+from polybit.core.plan import ColumnWidths, Plan
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
 from polybit.kernels import ops
 from polybit.nn.adapters import wear, worn_by
 from polybit.nn.attention import asks_for_operands, attention_layers, operand_precisions, operands_of, ports
 from polybit.nn.draw import Rows, split_batches
+from polybit.nn.fields import check_columns
 from polybit.nn.linear import QuantWeight
 
 Wanted = str | int | Precision | Plan
+Entry = tuple[QuantWeight, Precision, ColumnWidths | None]  # a layer, its precision, its column offsets
 
 
 @dataclass(slots=True)
@@ -74,24 +76,25 @@ def use(model: nn.Module, wanted: Wanted) -> nn.Module:
     layers = check(model, board, plan)
     for operands, precision in operand_precisions(model, plan):
         operands.precision = precision
-    for layer, precision in layers:
-        put(layer, precision)
+    for entry in layers:
+        put(*entry)
     wear(model, wanted if isinstance(wanted, str) and wanted in board.presets else None)
     return model
 
 
-def check(model: nn.Module, board: Panel, plan: Plan) -> list[tuple[QuantWeight, Precision]]:
-    """Every quantized layer with its precision in the plan; refused when the model cannot have it."""
+def check(model: nn.Module, board: Panel, plan: Plan) -> list[Entry]:
+    """Every quantized layer with what the plan gives it; refused when the model cannot have it."""
     inner = attention_layers(model) if asks_for_operands(plan) else {}
     found = precisions(board, plan, attention=inner)
     operand_precisions(model, plan)
     return found
 
 
-def put(layer: QuantWeight, precision: Precision) -> None:
+def put(layer: QuantWeight, precision: Precision, offsets: ColumnWidths | None = None) -> None:
     """Set the precision of one layer and let its kept weight go; past nn.Module's slow attribute hook."""
     state = layer.__dict__
     state["precision"] = precision
+    state["offsets"] = offsets
     state["kept"] = None
 
 
@@ -106,14 +109,14 @@ def at(model: nn.Module, wanted: Wanted) -> Iterator[nn.Module]:
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Give every layer and every attention back the precision it has now when the body ends."""
-    layers = [(layer, layer.precision) for layer in panel(model).layers.values()]
+    layers = [(layer, layer.precision, layer.offsets) for layer in panel(model).layers.values()]
     operands, worn = operands_of(model), worn_by(model)
     try:
         yield
     finally:
         wear(model, worn)
-        for layer, precision in layers:
-            put(layer, precision)
+        for entry in layers:
+            put(*entry)
         for name, port in (ports(model) if "polybit_attention" in model.__dict__ else {}).items():
             port.precision = operands.get(name, Precision())
 
@@ -157,7 +160,7 @@ def random_precision(
             hook.remove()
 
 
-def put_choice(entries: Sequence[tuple[QuantWeight, Precision]], choice: int) -> None:
+def put_choice(entries: Sequence[Entry], choice: int) -> None:
     """Set one layer to the precision it has in a choice."""
     put(*entries[choice])
 
@@ -183,7 +186,8 @@ def current(model: nn.Module) -> Plan:
     """The precision every layer has now; the commonest one is the plan's default."""
     layers = panel(model).layers
     default = Counter(layer.precision for layer in layers.values()).most_common(1)[0][0]
-    return Plan(default, {name: layer.precision for name, layer in layers.items() if layer.precision != default})
+    others = {name: layer.precision for name, layer in layers.items() if layer.precision != default}
+    return Plan(default, others, {name: layer.offsets for name, layer in layers.items() if layer.offsets is not None})
 
 
 @contextmanager
@@ -237,11 +241,12 @@ def reread(base: Plan, asked: Precision) -> Plan:
     return Plan(replace(asked, w=base.default.w), layers, base.columns)
 
 
-def precisions(board: Panel, plan: Plan, *, attention: Iterable[str] = ()) -> list[tuple[QuantWeight, Precision]]:
+def precisions(board: Panel, plan: Plan, *, attention: Iterable[str] = ()) -> list[Entry]:
     """Every layer with its precision in the plan, checked; a plan may name attention layers too."""
     plan.check_names([*board.layers, *attention])
     least = min(layer.fields.bits for layer in board.layers.values())
-    found = [(layer, plan.at(name)) for name, layer in board.layers.items()]
+    check_columns(plan, {name: layer.fields for name, layer in board.layers.items()})
+    found = [(layer, plan.at(name), plan.columns.get(name)) for name, layer in board.layers.items()]
     if max((p.w for p in (plan.default, *plan.layers.values()) if p.w != FLOAT), default=0) > least:
         for name, layer in board.layers.items():
             width = plan.at(name).w

@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from polybit.core.plan import Plan
+from polybit.core.plan import ColumnWidths, Plan
 from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
 from polybit.hub import directory
 from polybit.hub.checkpoint import describe, save, validate, verify
 from polybit.hub.directory import absolute, exchange, output_lock, publish, replaced, restore, staging
+from polybit.hub.load import load
 from polybit.nn.linear import QuantLinear
-from polybit.nn.switch import set_presets
+from polybit.nn.switch import set_presets, use
 from tests.families import quantized
 
 
@@ -46,6 +47,31 @@ def test_description_round_trip_with_presets(tmp_path):
     assert found.widths == (8, 4, 2) and found.presets == presets and found.notes == {"method": "rtn"}
     assert found.layers == {n: m.fields for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert set(found.kinds.values()) == {"linear"}
+
+
+def test_ragged_weights_and_column_widths(tmp_path):
+    """Fewer bytes in the file, the same numbers after loading, the plan's columns with it."""
+    model, even = quantized("llama", ragged=True), quantized("llama")
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear) and m.fields.bits_G)
+    offsets = tuple(-(g % 2) for g in range(layer.fields.groups))
+    presets = {"mixed": Plan(Precision(w=5), {}, {name: ColumnWidths(layer.fields.group_size, offsets)})}
+    set_presets(model, presets)
+    path = save(model, tmp_path / "out", widths=(8, 5))
+    whole = save(even, tmp_path / "even", widths=(8, 5))
+    saved = sum(m.qplanes.numel() for m in even.modules() if isinstance(m, QuantLinear)) - sum(
+        m.qplanes.numel() for m in model.modules() if isinstance(m, QuantLinear)
+    )
+    sizes = [(directory / "polybit.safetensors").stat().st_size for directory in (whole, path)]
+    assert saved > 5000 and abs(sizes[0] - sizes[1] - saved) < 100
+    assert verify(path, model).presets == presets
+    again = load(path)[0]
+    for precision in ("float", "w3", "mixed"):
+        use(model, precision)
+        use(again, precision)
+        for n, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                assert torch.equal(again.get_submodule(n).decode(), module.decode()), (precision, n)
+    assert again.get_submodule(name).reading == tuple(5 + v for v in offsets)
 
 
 def test_shards_are_cut_and_read_back(tmp_path):

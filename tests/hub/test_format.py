@@ -36,29 +36,43 @@ def weight(name, numbers, tensors, row, column, width):
     groups = -(-columns // size) if size else 1
     block, r = divmod(row, 16)
     group = column // size if size else 0
+    centre = lambda b: (2**b - 1) / 2  # noqa: E731
+    part, first, shared = 0, column // 32, centre(bits)
+    if "group_bits" in numbers:
+        # groups widest first, equal widths in their order; the groups of one width are a part with its own planes
+        stored = [int(digit) for digit in numbers["group_bits"]]
+        lengths = [min(size // 32, column_blocks - g * (size // 32)) for g in range(groups)]
+        bits = stored[group]
+        before = [g for g in range(groups) if (-stored[g], g) < (-bits, group)]
+        part = sum(lengths[g] * stored[g] * row_blocks * 64 for g in before if stored[g] != bits)
+        first = sum(lengths[g] for g in before if stored[g] == bits) + column // 32 - group * (size // 32)
+        column_blocks = sum(n for n, b in zip(lengths, stored, strict=True) if b == bits)
+        group, width = len(before), min(width, bits)
     prefix = 0
     for plane in range(width):
-        at = ((plane * row_blocks + block) * column_blocks + column // 32) * 64
+        at = part + ((plane * row_blocks + block) * column_blocks + first) * 64
         i, t = divmod(column % 32, 4)
         prefix = 2 * prefix + ((tensors[f"{name}.qplanes"][2][at + 4 * r + t] >> i) & 1)
     place = (block * groups + group) * 16 + r
     scale = half(tensors[f"{name}.scale"][2], place) * numbers["gain"]
-    zero = tensors[f"{name}.zero"][2][place] if numbers["zero"] == "group" else numbers["zero"]
-    low, high, grouped = numbers["ratios"].get(str(width), [1.0, 1.0, False])
+    # a zero point that all groups share is that of the widest; narrower ones are as far from their middle
+    own = numbers["zero"] == "group"
+    zero = tensors[f"{name}.zero"][2][place] if own else centre(bits) - (shared - numbers["zero"])
+    low, high, grouped = numbers["ratios"].get(str(width), [1.0, 1.0, False]) if width < bits else (1.0, 1.0, False)
     index = 0
     if grouped:
         byte = tensors[f"{name}.ratio_{width}"][2][(block * groups + group) * 8 + r % 8]
         index = byte >> 4 if r >= 8 else byte & 15
     ratio = low + (high - low) * index / 15
     column_scale = half(tensors[f"{name}.column_scale"][2], column) if numbers["column_scale"] else 1.0
-    centre = lambda b: (2**b - 1) / 2  # noqa: E731
     step = 2 ** (bits - width) * ratio * (prefix - centre(width))
     return scale * (step + centre(bits) - zero) * column_scale
 
 
+@pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "mixtral"])
-def test_reader_written_from_the_page(family, tmp_path):
-    model = quantized(family, include_embeddings=True, bits=6)
+def test_reader_written_from_the_page(family, ragged, tmp_path):
+    model = quantized(family, include_embeddings=True, bits=6, ragged=ragged)
     path = save(model, tmp_path / "out")
     layers = json.loads((path / "config.json").read_text())["quantization_config"]["layers"]
     tensors = raw_tensors(path / "polybit.safetensors")

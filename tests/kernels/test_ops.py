@@ -1,6 +1,7 @@
 """polybit::linear: reference tests of every path against the slow twin, property tests, the operator's contract."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polybit.core.affine import QWeight, centre, storable_scale
-from polybit.core.planes import Planes, pack, storable_ratio, unpack
+from polybit.core.planes import Planes, RatioTable, pack, storable_ratio, unpack
 from polybit.core.runtime import PolybitError
 from polybit.kernels import cpu, ops, reference
 
@@ -45,12 +46,10 @@ def relative(y, expected):
 
 def run_on(isa, x, p, width, bias=None, activations="int8"):
     """polybit::linear on one instruction set, past the dispatcher."""
-    table = p.ratios.get(width, cpu.WHOLE)
-    zero, fixed = (p.zero, 0.0) if isinstance(p.zero, torch.Tensor) else (None, p.zero)
-    parts = (p.planes, p.scale, zero, table.index, p.column_scale)
-    assert cpu.fits(*parts, *p.shape, p.group_size)
-    numbers = (p.gain, fixed, table.low, table.high)
-    return cpu.linear(x, *parts, bias, numbers, p.shape[0], p.group_size, width, ops.MODES[activations], isa)
+    assert cpu.fits(p)
+    y = cpu.linear(x, p, width, bias, ops.MODES[activations] // 8, isa)
+    assert y is not None
+    return y
 
 
 KINDS = {
@@ -246,18 +245,21 @@ def test_refuses(change, words):
 
 def test_misshapen_storage_never_reaches_the_kernels():
     p = random_planes(20, 96)
-    good = (p.planes, p.scale, None, None, None, 20, 96, 64)
-    assert cpu.fits(*good)
-    for i, wrong in (
-        (0, p.planes[:, :, :2]),
-        (1, p.scale.float()),
-        (1, p.scale[:1]),
-        (2, p.scale),
-        (4, torch.ones(95).half()),
+    assert cpu.fits(p)
+    for wrong in (
+        {"planes": p.planes[:, :, :2]},
+        {"planes": p.planes.short()},
+        {"scale": p.scale.float()},
+        {"scale": p.scale[:1]},
+        {"zero": p.scale},
+        {"ratios": {4: RatioTable(0.5, 1.0, p.planes[0, :, 0])}},
+        {"column_scale": torch.ones(95).half()},
+        {"shape": (33, 96)},
+        {"group_size": 16},
+        {"bits_G": (8, 4)},
     ):
-        assert not cpu.fits(*good[:i], wrong, *good[i + 1 :])
-    assert not cpu.fits(*good[:5], 33, 96, 64)
-    assert not cpu.fits(*good[:7], 16)
+        assert not cpu.fits(replace(p, **wrong)), wrong
+        assert cpu.make_layer(replace(p, **wrong)) is None
 
 
 def test_without_the_library_the_slow_twin_serves_and_says_so(monkeypatch):
@@ -282,7 +284,7 @@ def test_rows_cut_out_of_a_larger_weight():
     """Planes may be any distance apart: a slice of row blocks is read in place."""
     p, x = random_planes(64, 96), random_input(3, 96)
     cut = Planes(p.planes[:, 1:3], p.scale[1:3], p.zero, p.gain, (32, 96), p.group_size)
-    assert cpu.fits(cut.planes, cut.scale, None, None, None, 32, 96, 64)
+    assert cpu.fits(cut)
     for activations in ops.MODES:
         whole = ops.linear(x, p, 5, activations=activations)
         assert torch.allclose(ops.linear(x, cut, 5, activations=activations), whole[:, 16:48], rtol=1e-5, atol=1e-6)

@@ -17,6 +17,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx51
 EMULATED = ["-U__linux__", "-D__aarch64__", "-D__ARM_FEATURE_DOTPROD", f"-I{Path(__file__).parent / 'neon_on_x86'}"]
 OBJECTS = {  # object -> (source, flags)
     "linear": ("linear.cpp", []),
+    "stored": ("stored.cpp", []),
     "portable": ("portable.cpp", []),
     "neon": ("neon.cpp", EMULATED),
     "avx2": ("avx2.cpp", AVX2),

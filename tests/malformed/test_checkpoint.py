@@ -31,6 +31,12 @@ def sharded(tmp_path_factory):
     return save(quantized("llama"), tmp_path_factory.mktemp("sharded") / "out", shard_bytes=40_000)
 
 
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A good checkpoint of ragged weights."""
+    return save(quantized("llama", ragged=True), tmp_path_factory.mktemp("uneven") / "out", widths=(8, 4))
+
+
 def refused(path, message, seconds=20.0):
     """Loading fails fast with one sentence that matches."""
     start = time.perf_counter()
@@ -188,6 +194,55 @@ def test_edited_configuration(case, whole, tmp_path):
     change, message = EDITS[case]
     path = copied(whole, tmp_path)
     edit_config(path, change)
+    refused(path, message)
+
+
+RAGGED = {
+    "not all groups": ("87", "a string of 3 digits"),
+    "too many groups": ("8744", "a string of 3 digits"),
+    "no digits": ("8a4", "a string of 3 digits"),
+    "width 0": ("804", "a string of 3 digits"),
+    "width 9": ("894", "a string of 3 digits"),
+    "a list": ([8, 7, 4], "a string of 3 digits"),
+    "below the declared bits": ("774", "the largest, and not all, are 8"),
+    "all the same": ("888", "the largest, and not all, are 8"),
+    "other sizes": ("877", "declares U8"),
+}
+
+
+@pytest.mark.parametrize("case", RAGGED)
+def test_edited_group_bits(case, uneven, tmp_path):
+    value, message = RAGGED[case]
+    path = copied(uneven, tmp_path)
+    config = json.loads((path / "config.json").read_text())["quantization_config"]
+    name = next(n for n, layer in config["layers"].items() if layer.get("group_bits") == "874")
+    edit_config(path, lambda c, q: q["layers"][name].__setitem__("group_bits", value))
+    refused(path, message)
+
+
+def test_group_bits_where_they_cannot_be(whole, tmp_path):
+    path = copied(whole, tmp_path)
+    name = next(
+        n
+        for n, f in json.loads((path / "config.json").read_text())["quantization_config"]["layers"].items()
+        if f["group_size"] == 16
+    )
+    edit_config(path, lambda c, q: q["layers"][name].__setitem__("group_bits", "87654"))
+    refused(path, "only groups of 32 to 256")
+
+
+@pytest.mark.parametrize(
+    ("layer", "columns", "message"),
+    [
+        (LAYER, {"block": 32, "offsets": [0]}, "."),
+        (LAYER, {"block": 40, "offsets": [0, 1]}, "fit groups"),
+        ("model.nothing", {"block": 32, "offsets": [0]}, "does not have"),
+        (LAYER, {"block": 32, "offsets": "0"}, "must be an object"),
+    ],
+)
+def test_edited_column_widths(layer, columns, message, uneven, tmp_path):
+    path = copied(uneven, tmp_path)
+    edit_config(path, lambda c, q: q.update(presets={"A": {**PRESET, "columns": {layer: columns}}}))
     refused(path, message)
 
 

@@ -3,13 +3,18 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "linear.h"
+#include "stored.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 using namespace polybit;
 
 namespace {
@@ -40,69 +45,107 @@ const T* at(uintptr_t address) {
   return reinterpret_cast<const T*>(address);
 }
 
-Weight make_weight(uintptr_t planes, size_t plane_stride, int bits, uintptr_t scale, uintptr_t zero, uintptr_t ratio,
-                   float gain, float fixed_zero, double low, double high, int rows, int columns, int group_size,
-                   int width) {
-  if (width < 1 || width > bits || bits > 8) throw std::invalid_argument("width out of range");
-  if (group_size != 0 && group_size != 32 && group_size != 64 && group_size != 128 && group_size != 256)
-    throw std::invalid_argument("group size out of range");
-  Weight w{};
-  w.planes = at<uint8_t>(planes);
-  w.plane_stride = plane_stride;
-  w.scale = at<uint16_t>(scale);
-  w.zero = at<uint8_t>(zero);
-  w.ratio = at<uint8_t>(ratio);
-  w.gain = gain;
-  w.fixed_zero = fixed_zero;
-  fill_ratios(w.ratios, low, high);
-  w.bits = bits;
-  w.width = width;
-  w.rows = rows;
-  w.columns = columns;
-  w.row_blocks = (rows + kRows - 1) / kRows;
-  w.column_blocks = (columns + kColumns - 1) / kColumns;
-  w.groups = group_size ? (columns + group_size - 1) / group_size : 1;
-  w.chunk_blocks = group_size == 32 ? 1 : group_size == 64 ? 2 : 4;
-  w.group_shift = group_size == 0 ? 31 : group_size == 256 ? 1 : 0;
-  w.chunks = (w.column_blocks + w.chunk_blocks - 1) / w.chunk_blocks;
-  return w;
-}
-
-// A weight whose addresses and numbers are handed over once, so that a call carries little. The owner of the memory must
-// outlive it.
+// A stored weight whose addresses and numbers are handed over once, so that a call carries little. The owner of the
+// memory must outlive it. What it is read at has a number: a width for all groups, or what `add` returned.
 class Layer {
  public:
   Layer(int isa, uintptr_t planes, size_t plane_stride, int bits, uintptr_t scale, uintptr_t zero,
-        uintptr_t column_scale, float gain, float fixed_zero, int rows, int columns, int group_size)
+        uintptr_t column_scale, float gain, float fixed_zero, int rows, int columns, int group_size,
+        const std::vector<int>& group_bits)
       : kernels_(chosen(isa)), column_scale_(at<uint16_t>(column_scale)) {
-    for (int width = 1; width <= bits; ++width)
-      weight_[width] = make_weight(planes, plane_stride, bits, scale, zero, 0, gain, fixed_zero, 1.0, 1.0, rows,
-                                   columns, group_size, width);
-    bits_ = bits;
+    if (bits < 1 || bits > 8) throw std::invalid_argument("width out of range");
+    if (group_size != 0 && group_size != 32 && group_size != 64 && group_size != 128 && group_size != 256)
+      throw std::invalid_argument("group size out of range");
+    stored_.planes = at<uint8_t>(planes);
+    stored_.plane_stride = plane_stride;
+    stored_.bits = bits;
+    stored_.scale = at<uint16_t>(scale);
+    stored_.zero = at<uint8_t>(zero);
+    stored_.gain = gain;
+    stored_.fixed_zero = fixed_zero;
+    stored_.rows = rows;
+    stored_.columns = columns;
+    stored_.group_size = group_size;
+    stored_.group_bits = group_bits;
+    readings_.resize(kFirstOwn);
   }
 
   void set_ratio(int width, uintptr_t index, double low, double high) {
-    Weight& w = checked(width);
-    w.ratio = at<uint8_t>(index);
-    fill_ratios(w.ratios, low, high);
+    const std::lock_guard<std::mutex> guard(lock_);
+    if (width < 1 || width > stored_.bits) throw std::invalid_argument("width out of range");
+    stored_.ratio[width].index = at<uint8_t>(index);
+    fill_ratios(stored_.ratio[width].levels, low, high);
+    readings_.clear();
+    readings_.resize(kFirstOwn);
   }
 
-  void multiply(int width, int digits, int tokens, int type, uintptr_t x, uintptr_t y, uintptr_t bias, int bias_type) {
-    const Inputs in = {at<void>(x), static_cast<Type>(type), tokens, column_scale_, digits};
-    const Outputs out = {reinterpret_cast<void*>(y), at<void>(bias), static_cast<Type>(bias_type)};
-    linear(kernels_, checked(width), in, out);
+  // The number of a reading with a width for every group, in the order of the columns.
+  int add(const std::vector<int>& widths) {
+    auto made = std::make_unique<Reading>(stored_, widths);
+    const std::lock_guard<std::mutex> guard(lock_);
+    readings_.push_back(std::move(made));
+    return static_cast<int>(readings_.size()) - 1;
+  }
+
+  void multiply(int reading, int digits, int tokens, int type, uintptr_t x, uintptr_t y, uintptr_t bias, int bias_type,
+                const Adapter* adapter) {
+    const Member member = {&weight(reading), reinterpret_cast<void*>(y), at<void>(bias), static_cast<Type>(bias_type),
+                           adapter};
+    linear(kernels_, inputs(digits, tokens, type, x), &member, 1);
+  }
+
+  void decode(int reading, uintptr_t out) {
+    polybit::decode(kernels_, weight(reading), column_scale_, reinterpret_cast<float*>(out));
+  }
+
+  const Weight& weight(int reading) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    if (reading < 1 || reading >= static_cast<int>(readings_.size()) ||
+        (reading < kFirstOwn && reading > stored_.bits))
+      throw std::invalid_argument("width out of range");
+    auto& found = readings_[reading];
+    if (!found) found = std::make_unique<Reading>(stored_, reading);
+    return found->weight();
+  }
+
+  Inputs inputs(int digits, int tokens, int type, uintptr_t x) const {
+    return {at<void>(x), static_cast<Type>(type), tokens, column_scale_, digits};
+  }
+
+  const Kernels& kernels() const { return kernels_; }
+
+ private:
+  static constexpr int kFirstOwn = 9;
+  const Kernels& kernels_;
+  const uint16_t* column_scale_;
+  Stored stored_{};
+  std::vector<std::unique_ptr<Reading>> readings_;
+  std::mutex lock_;  // calls come without the interpreter's lock
+};
+
+// Layers with the same columns, groups and column scale, multiplied by one input in one pass.
+class Bundle {
+ public:
+  explicit Bundle(std::vector<Layer*> layers) : layers_(std::move(layers)) {
+    const Weight &first = layers_.at(0)->weight(1);
+    for (Layer* layer : layers_)
+      if (layer->weight(1).columns != first.columns || layer->weight(1).chunk_blocks != first.chunk_blocks)
+        throw std::invalid_argument("the layers of a bundle must have the same columns and groups");
+  }
+
+  void multiply(const std::vector<int>& readings, int digits, int tokens, int type, uintptr_t x,
+                const std::vector<uintptr_t>& ys, const std::vector<uintptr_t>& biases,
+                const std::vector<int>& bias_types, const std::vector<const Adapter*>& adapters) {
+    std::vector<Member> members(layers_.size());
+    for (size_t i = 0; i < layers_.size(); ++i)
+      members[i] = {&layers_[i]->weight(readings.at(i)), reinterpret_cast<void*>(ys.at(i)), at<void>(biases.at(i)),
+                    static_cast<Type>(bias_types.at(i)), adapters.at(i)};
+    linear(layers_[0]->kernels(), layers_[0]->inputs(digits, tokens, type, x), members.data(),
+           static_cast<int>(members.size()));
   }
 
  private:
-  Weight& checked(int width) {
-    if (width < 1 || width > bits_) throw std::invalid_argument("width out of range");
-    return weight_[width];
-  }
-
-  const Kernels& kernels_;
-  const uint16_t* column_scale_;
-  Weight weight_[9] = {};
-  int bits_ = 0;
+  std::vector<Layer*> layers_;
 };
 
 }  // namespace
@@ -113,29 +156,23 @@ NB_MODULE(_cpu, m) {
     for (const Kernels* k : kernels()) names.emplace_back(k->name);
     return names;
   });
-  m.def("linear", [](int isa, uintptr_t x, int type, int tokens, int digits, uintptr_t y, uintptr_t bias,
-                     int bias_type, uintptr_t planes, size_t plane_stride, int bits, uintptr_t scale, uintptr_t zero,
-                     uintptr_t ratio, uintptr_t column_scale, float gain, float fixed_zero, double low, double high,
-                     int rows, int columns, int group_size, int width) {
-    const Weight w = make_weight(planes, plane_stride, bits, scale, zero, ratio, gain, fixed_zero, low, high, rows,
-                                 columns, group_size, width);
-    const Inputs in = {at<void>(x), static_cast<Type>(type), tokens, at<uint16_t>(column_scale), digits};
-    const Outputs out = {reinterpret_cast<void*>(y), at<void>(bias), static_cast<Type>(bias_type)};
-    nb::gil_scoped_release release;
-    linear(chosen(isa), w, in, out);
-  });
-  m.def("decode", [](int isa, uintptr_t out, uintptr_t planes, size_t plane_stride, int bits, uintptr_t scale,
-                     uintptr_t zero, uintptr_t ratio, uintptr_t column_scale, float gain, float fixed_zero, double low,
-                     double high, int rows, int columns, int group_size, int width) {
-    const Weight w = make_weight(planes, plane_stride, bits, scale, zero, ratio, gain, fixed_zero, low, high, rows,
-                                 columns, group_size, width);
-    nb::gil_scoped_release release;
-    decode(chosen(isa), w, at<uint16_t>(column_scale), reinterpret_cast<float*>(out));
+  nb::class_<Adapter>(m, "Adapter").def("__init__", [](Adapter* made, uintptr_t down, uintptr_t up, int rank, float scale) {
+    new (made) Adapter{at<uint16_t>(down), at<uint16_t>(up), rank, scale};
   });
   nb::class_<Layer>(m, "Layer")
-      .def(nb::init<int, uintptr_t, size_t, int, uintptr_t, uintptr_t, uintptr_t, float, float, int, int, int>())
+      .def(nb::init<int, uintptr_t, size_t, int, uintptr_t, uintptr_t, uintptr_t, float, float, int, int, int,
+                    const std::vector<int>&>(),
+           "isa"_a, "planes"_a, "plane_stride"_a, "bits"_a, "scale"_a, "zero"_a, "column_scale"_a, "gain"_a,
+           "fixed_zero"_a, "rows"_a, "columns"_a, "group_size"_a, "group_bits"_a = std::vector<int>())
       .def("set_ratio", &Layer::set_ratio)
-      .def("multiply", &Layer::multiply, nb::call_guard<nb::gil_scoped_release>());
+      .def("add", &Layer::add)
+      .def("decode", &Layer::decode, nb::call_guard<nb::gil_scoped_release>())
+      .def("multiply", &Layer::multiply, nb::call_guard<nb::gil_scoped_release>(), "reading"_a, "digits"_a, "tokens"_a,
+           "type"_a, "x"_a, "y"_a, "bias"_a, "bias_type"_a, "adapter"_a.none() = nb::none());
+  nb::class_<Bundle>(m, "Bundle")
+      .def(nb::init<std::vector<Layer*>>(), nb::keep_alive<1, 2>())
+      .def("multiply", &Bundle::multiply, nb::call_guard<nb::gil_scoped_release>(), "readings"_a, "digits"_a,
+           "tokens"_a, "type"_a, "x"_a, "ys"_a, "biases"_a, "bias_types"_a, "adapters"_a);
   m.def("read", [](int isa, uintptr_t bytes, size_t count) {
     nb::gil_scoped_release release;
     return read(chosen(isa), at<void>(bytes), count);

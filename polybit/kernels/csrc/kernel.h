@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "activations.h"
 #include "expand.h"
 #include "half.h"
 #include "problem.h"
@@ -13,12 +14,13 @@ namespace {
 
 // Fetches what is read some blocks later: the processor's own prefetching stops at every page and follows few streams.
 // Distances and levels are the best of those tried on Zen 4; narrow widths need their lines in the first level.
+constexpr int distance_ahead(int width) { return width <= 2 || width > 4 ? 32 : 8; }  // in blocks
+
 template <int B, int M>
 POLYBIT_INLINE void fetch_ahead(const uint8_t* block, size_t stride) {
-  constexpr int distance = B <= 2 || B > 4 ? 2048 : 512;
   POLYBIT_UNROLL
   for (int p = 0; p < B; ++p) {
-    const uint8_t* ahead = block + p * stride + distance;
+    const uint8_t* ahead = block + p * stride;
     if constexpr (B <= 2 && M <= 2) {
       __builtin_prefetch(ahead, 0, 0);
     } else if constexpr (B <= 4) {
@@ -89,8 +91,10 @@ struct Affine {
   alignas(64) float inverses[16];
   float unit_centre;
   float stored_centre;
+  float uniform_shift;  // where it is the same for all groups
+  bool uniform;
 
-  POLYBIT_INLINE Affine(const Weight& w, int code_unit) {
+  POLYBIT_INLINE Affine(const Segment& w, int code_unit) {
     const float step = static_cast<float>(1 << (w.bits - w.width)), unit = static_cast<float>(code_unit);
     unit_centre = unit * centre(w.width);
     stored_centre = centre(w.bits);
@@ -100,15 +104,17 @@ struct Affine {
       factors[i] = step * r / unit;
       inverses[i] = unit / (step * r);
     }
+    uniform = !w.zero && !w.ratio;
+    uniform_shift = (stored_centre - w.fixed_zero) * inverses[0] - unit_centre;
   }
 
-  // The shift where it is the same for all groups; Tokens then hold shift * S in place of S.
-  POLYBIT_INLINE float uniform_shift(float fixed_zero) const {
-    return (stored_centre - fixed_zero) * inverses[0] - unit_centre;
-  }
-
-  POLYBIT_INLINE void at(const Weight& w, size_t group, int part, Floats& factor, Floats& shift) const {
+  POLYBIT_INLINE void at(const Segment& w, size_t group, int part, Floats& factor, Floats& shift) const {
     const Floats scale = I::load_half(w.scale + group * kRows + part * I::rows);
+    if (__builtin_expect(uniform, 1)) {
+      factor = I::multiply(scale, I::set(factors[0]));
+      shift = I::set(uniform_shift);
+      return;
+    }
     Floats inverse;
     if (__builtin_expect(w.ratio != nullptr, 0)) {
       factor = I::multiply(scale, I::lookup(factors, w.ratio + group * 8, part));
@@ -122,21 +128,50 @@ struct Affine {
   }
 };
 
-template <class I, int B, int M>
-void tile(const Weight& w, const Tokens& x, int row_block, float* out) {
+// Walks the chunks of one row block of a segment.
+class Walk {
+ public:
+  POLYBIT_INLINE Walk(const Segment& s, int row_block, size_t offset)
+      : s_(s), row_(s.planes + row_block * s.row_stride + offset), first_slot_(static_cast<size_t>(row_block) * s.slots),
+        block(row_) {}
+
+  // To the chunk: its first block, number of blocks, slot, and how many bytes further lies what to fetch meanwhile.
+  template <bool Plain = false>
+  POLYBIT_INLINE void to(int chunk, int distance) {
+    blocks = chunk + 1 < s_.chunks ? s_.chunk_blocks : s_.last_blocks;
+    ahead = distance * kBlockBytes;
+    if (Plain || s_.steps == nullptr) {
+      slot = first_slot_ + (chunk >> s_.group_shift);
+      return;
+    }
+    const Step& step = s_.steps[chunk];
+    block = row_ + static_cast<ptrdiff_t>(step.block) * kBlockBytes;
+    slot = first_slot_ + step.slot;
+    ahead = (s_.steps[chunk + (distance >> s_.chunk_shift)].block - step.block) * kBlockBytes;
+  }
+
+ private:
+  const Segment& s_;
+  const uint8_t* row_;
+  size_t first_slot_;
+
+ public:
+  const uint8_t* block;
+  size_t slot = 0;
+  int blocks = 0;
+  ptrdiff_t ahead = 0;
+};
+
+// Plain: all blocks in their order, the distance to what is fetched ahead a constant.
+template <class I, int B, int M, bool Plain>
+void tile(const Segment& w, const Tokens& x, int row_block, float* out) {
   using S = Shape<I, B, M>;
   using Floats = typename I::Floats;
   const Affine<I> affine(w, S::unit);
-  const bool uniform = !w.zero && !w.ratio;
   for (int part = 0; part < kRows / I::rows; ++part) {
     float* total = out + part * I::rows;  // in memory: the registers belong to sums and codes
-    POLYBIT_UNROLL
-    for (int m = 0; m < M; ++m) I::store(total + m * kRows, I::set(0.0f));
-    const uint8_t* block =
-        w.planes + static_cast<size_t>(row_block) * w.column_blocks * kBlockBytes + part * I::rows * 4;
+    Walk walk(w, row_block, part * I::rows * 4);
     const int32_t* codes = x.codes;
-    const size_t first_group = static_cast<size_t>(row_block) * w.groups;
-    int left = w.column_blocks;
     for (int chunk = 0; chunk < w.chunks; ++chunk) {
       typename I::Ints sum[M][S::slots];
       POLYBIT_UNROLL
@@ -144,21 +179,19 @@ void tile(const Weight& w, const Tokens& x, int row_block, float* out) {
         POLYBIT_UNROLL
         for (int s = 0; s < S::slots; ++s) sum[m][s] = I::zero();
       }
-      const int blocks = left < w.chunk_blocks ? left : w.chunk_blocks;
-      left -= blocks;
-      for (int k = 0; k < blocks; ++k, block += kBlockBytes, codes += 8 * M) {
-        fetch_ahead<B, M>(block, w.plane_stride);
-        accumulate<I, B, M>(block, w.plane_stride, codes, sum);
+      walk.template to<Plain>(chunk, distance_ahead(B));
+      for (int k = 0; k < walk.blocks; ++k, walk.block += kBlockBytes, codes += 8 * M) {
+        fetch_ahead<B, M>(walk.block + (Plain ? distance_ahead(B) * kBlockBytes : walk.ahead), w.plane_stride);
+        accumulate<I, B, M>(walk.block, w.plane_stride, codes, sum);
       }
-      const size_t group = first_group + (chunk >> w.group_shift);
       const float* scale = x.scale + static_cast<size_t>(chunk) * M;
-      const float* shift = x.shift + static_cast<size_t>(chunk) * M;
-      Floats factor, slope;
-      affine.at(w, group, part, factor, slope);
+      const float* code_sum = x.sum + static_cast<size_t>(chunk) * M;
+      Floats factor, shift;
+      affine.at(w, walk.slot, part, factor, shift);
       POLYBIT_UNROLL
       for (int m = 0; m < M; ++m) {
         const Floats dot = I::to_float(fold<I, S::fields, S::copies>(sum[m]));
-        const Floats centred = uniform ? I::add(dot, I::set(shift[m])) : I::fma(slope, I::set(shift[m]), dot);
+        const Floats centred = I::fma(shift, I::set(code_sum[m]), dot);
         const Floats before = I::load_floats(total + m * kRows);
         I::store(total + m * kRows, I::fma(I::multiply(centred, I::set(scale[m])), factor, before));
       }
@@ -167,29 +200,28 @@ void tile(const Weight& w, const Tokens& x, int row_block, float* out) {
 }
 
 template <class I, int B>
-void expand_row_block(const Weight& w, int row_block, uint8_t* codes) {
-  const uint8_t* block = w.planes + static_cast<size_t>(row_block) * w.column_blocks * kBlockBytes;
-  for (int k = 0; k < w.column_blocks; ++k, block += kBlockBytes, codes += 8 * kBlockBytes) {
-    typename I::Bytes u[8];
-    fetch_ahead<B, 8>(block, w.plane_stride);
-    expand<I, B, 1>(block, w.plane_stride, u);
-    POLYBIT_UNROLL
-    for (int i = 0; i < 8; ++i) I::store_bytes(codes + i * kBlockBytes, u[i]);
+void expand_row_block(const Segment& w, int row_block, uint8_t* codes) {
+  Walk walk(w, row_block, 0);
+  for (int chunk = 0; chunk < w.chunks; ++chunk) {
+    walk.to(chunk, distance_ahead(B));
+    for (int k = 0; k < walk.blocks; ++k, walk.block += kBlockBytes, codes += 8 * kBlockBytes) {
+      typename I::Bytes u[8];
+      fetch_ahead<B, 8>(walk.block + walk.ahead, w.plane_stride);
+      expand<I, B, 1>(walk.block, w.plane_stride, u);
+      POLYBIT_UNROLL
+      for (int i = 0; i < 8; ++i) I::store_bytes(codes + i * kBlockBytes, u[i]);
+    }
   }
 }
 
 // Two row blocks share every load of a token's codes, which the tile of one row block is short of.
 template <class I, int B>
-void panel(const Weight& w, const uint8_t* codes, const Tokens& x, int row_block, float* out) {
+void panel(const Segment& w, const uint8_t* codes, size_t row_bytes, const Tokens& x, int row_block, float* out) {
   constexpr int M = kTileSizes[I::largest];
   using Floats = typename I::Floats;
   const Affine<I> affine(w, Shape<I, B, M>::unit);
-  const bool uniform = !w.zero && !w.ratio;
-  const size_t row_bytes = static_cast<size_t>(w.column_blocks) * 8 * kBlockBytes;
-  POLYBIT_UNROLL
-  for (int m = 0; m < kPanel * M; ++m) I::store(out + m * kRows, I::set(0.0f));
+  Walk walk(w, row_block, 0);
   const int32_t* words = x.codes;
-  int left = w.column_blocks;
   for (int chunk = 0; chunk < w.chunks; ++chunk) {
     typename I::Ints sum[kPanel][M];
     POLYBIT_UNROLL
@@ -197,9 +229,8 @@ void panel(const Weight& w, const uint8_t* codes, const Tokens& x, int row_block
       POLYBIT_UNROLL
       for (int m = 0; m < M; ++m) sum[r][m] = I::zero();
     }
-    const int blocks = left < w.chunk_blocks ? left : w.chunk_blocks;
-    left -= blocks;
-    for (int i = 0; i < blocks * 8; ++i, codes += kBlockBytes, words += M) {
+    walk.to(chunk, 0);
+    for (int i = 0; i < walk.blocks * 8; ++i, codes += kBlockBytes, words += M) {
       typename I::Bytes u[kPanel];
       POLYBIT_UNROLL
       for (int r = 0; r < kPanel; ++r) u[r] = I::load(codes + r * row_bytes);
@@ -211,18 +242,18 @@ void panel(const Weight& w, const uint8_t* codes, const Tokens& x, int row_block
       }
     }
     const float* scale = x.scale + static_cast<size_t>(chunk) * M;
-    const float* shift = x.shift + static_cast<size_t>(chunk) * M;
-    Floats factor[kPanel], slope[kPanel];
+    const float* code_sum = x.sum + static_cast<size_t>(chunk) * M;
+    Floats factor[kPanel], shift[kPanel];
     POLYBIT_UNROLL
     for (int r = 0; r < kPanel; ++r)
-      affine.at(w, static_cast<size_t>(row_block + r) * w.groups + (chunk >> w.group_shift), 0, factor[r], slope[r]);
+      affine.at(w, walk.slot + static_cast<size_t>(r) * w.slots, 0, factor[r], shift[r]);
     POLYBIT_UNROLL
     for (int m = 0; m < M; ++m) {
-      const Floats one_scale = I::set(scale[m]), one_shift = I::set(shift[m]);
+      const Floats one_scale = I::set(scale[m]), one_sum = I::set(code_sum[m]);
       POLYBIT_UNROLL
       for (int r = 0; r < kPanel; ++r) {
         const Floats dot = I::to_float(sum[r][m]);
-        const Floats centred = uniform ? I::add(dot, one_shift) : I::fma(slope[r], one_shift, dot);
+        const Floats centred = I::fma(shift[r], one_sum, dot);
         float* total = out + (r * M + m) * kRows;
         I::store(total, I::fma(I::multiply(centred, one_scale), factor[r], I::load_floats(total)));
       }
@@ -230,96 +261,41 @@ void panel(const Weight& w, const uint8_t* codes, const Tokens& x, int row_block
   }
 }
 
-// What `tile` adds to a chunk's integer sum, in units of the sum of its codes, where it is the same for all rows.
-template <class I, int B, int M>
-float shift_of(const Weight& w) {
-  return Affine<I>(w, Shape<I, B, M>::unit).uniform_shift(w.fixed_zero);
-}
-
 template <class I, int B>
-void decode(const Weight& w, int row_block, const float* column_scale, float* out) {
+void decode(const Weight& whole, const Segment& w, int row_block, const float* column_scale, float* out) {
   constexpr int unit_shift = B <= 4 ? 4 - B : 8 - B;
   const float step = static_cast<float>(1 << (w.bits - w.width));
-  const int rows = w.rows - row_block * kRows < kRows ? w.rows - row_block * kRows : kRows;
-  for (int k = 0; k < w.column_blocks; ++k) {
-    const size_t group = static_cast<size_t>(row_block) * w.groups + ((k / w.chunk_blocks) >> w.group_shift);
-    const uint8_t* block = w.planes + (static_cast<size_t>(row_block) * w.column_blocks + k) * kBlockBytes;
-    alignas(64) uint8_t codes[8][kBlockBytes];
-    for (int part = 0; part < kRows / I::rows; ++part) {
-      typename I::Bytes u[8];
-      expand<I, B, 1>(block + part * I::rows * 4, w.plane_stride, u);
-      for (int i = 0; i < 8; ++i) std::memcpy(codes[i] + part * I::rows * 4, &u[i], I::rows * 4);
-    }
-    const int columns = w.columns - k * kColumns < kColumns ? w.columns - k * kColumns : kColumns;
-    for (int r = 0; r < rows; ++r) {
-      const uint8_t packed = w.ratio ? w.ratio[group * 8 + r % 8] : 0;
-      const float ratio_step = w.ratios[w.ratio ? (r < 8 ? packed & 15 : packed >> 4) : 0] * step;
-      const float zero = w.zero ? static_cast<float>(w.zero[group * kRows + r]) : w.fixed_zero;
-      const float offset = centre(w.bits) - zero;
-      const float scale = half_to_float(w.scale[group * kRows + r]) * w.gain;
-      float value[kColumns];
-      for (int j = 0; j < kColumns; ++j) {
-        const float prefix = static_cast<float>(codes[j / 4][4 * r + j % 4] >> unit_shift) - centre(B);
-        value[j] = scale * (ratio_step * prefix + offset);
+  const int rows = whole.rows - row_block * kRows < kRows ? whole.rows - row_block * kRows : kRows;
+  Walk walk(w, row_block, 0);
+  for (int chunk = 0; chunk < w.chunks; ++chunk) {
+    walk.to(chunk, 0);
+    const size_t slot = walk.slot;
+    const int first = w.steps ? w.steps[chunk].column : chunk * w.chunk_blocks;
+    for (int k = first; k < first + walk.blocks; ++k, walk.block += kBlockBytes) {
+      alignas(64) uint8_t codes[8][kBlockBytes];
+      for (int part = 0; part < kRows / I::rows; ++part) {
+        typename I::Bytes u[8];
+        expand<I, B, 1>(walk.block + part * I::rows * 4, w.plane_stride, u);
+        for (int i = 0; i < 8; ++i) std::memcpy(codes[i] + part * I::rows * 4, &u[i], I::rows * 4);
       }
-      if (column_scale)
-        for (int j = 0; j < columns; ++j) value[j] *= column_scale[k * kColumns + j];
-      float* row = out + (static_cast<size_t>(row_block) * kRows + r) * w.columns + k * kColumns;
-      std::memcpy(row, value, columns * sizeof(float));
-    }
-  }
-}
-
-// Nearest integer, ties to even, of |v| < 2^22; the reference rounds the same way.
-POLYBIT_INLINE int32_t nearest(float v) {
-  const float shifted = v + 12582912.0f;  // 1.5 * 2^23: its last bit counts ones
-  int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  return bits - 0x4B400000;
-}
-
-static void round_activations(const float* x, int columns, int chunk, int8_t* high, int8_t* low, float* scale,
-                              float* sum_high, float* sum_low) {
-  const float levels = low ? 127.0f * 256.0f : 127.0f;
-  for (int begin = 0, c = 0; begin < columns; begin += chunk, ++c) {
-    const int count = columns - begin < chunk ? columns - begin : chunk;
-    const float* in = x + begin;
-    uint32_t top = 0;  // the order of magnitudes is the order of their bits, with infinity and NaN above all
-    for (int j = 0; j < count; ++j) {
-      uint32_t bits;
-      std::memcpy(&bits, in + j, 4);
-      bits &= 0x7FFFFFFFu;
-      top = bits > top ? bits : top;
-    }
-    float largest;
-    std::memcpy(&largest, &top, 4);
-    const bool finite = top < 0x7F800000u;
-    const float inverse = finite && largest >= 1e-30f ? levels / largest : 0.0f;
-    const float step = finite ? largest / levels : __builtin_nanf("");
-    int32_t total_high = 0, total_low = 0;
-    if (!finite || inverse == 0.0f) {
-      std::memset(high + begin, 0, count);
-      if (low) std::memset(low + begin, 0, count);
-    } else if (!low) {
-      for (int j = 0; j < count; ++j) {
-        const int32_t q = nearest(in[j] * inverse);
-        high[begin + j] = static_cast<int8_t>(q);
-        total_high += q;
-      }
-    } else {
-      for (int j = 0; j < count; ++j) {
-        const int32_t q = nearest(in[j] * inverse);
-        const int32_t upper = (q + 128) >> 8;
-        const int32_t lower = q - upper * 256;
-        high[begin + j] = static_cast<int8_t>(upper);
-        low[begin + j] = static_cast<int8_t>(lower);
-        total_high += upper;
-        total_low += lower;
+      const int columns = whole.columns - k * kColumns < kColumns ? whole.columns - k * kColumns : kColumns;
+      for (int r = 0; r < rows; ++r) {
+        const uint8_t packed = w.ratio ? w.ratio[slot * 8 + r % 8] : 0;
+        const float ratio_step = w.ratios[w.ratio ? (r < 8 ? packed & 15 : packed >> 4) : 0] * step;
+        const float zero = w.zero ? static_cast<float>(w.zero[slot * kRows + r]) : w.fixed_zero;
+        const float offset = centre(w.bits) - zero;
+        const float scale = half_to_float(w.scale[slot * kRows + r]) * whole.gain;
+        float value[kColumns];
+        for (int j = 0; j < kColumns; ++j) {
+          const float prefix = static_cast<float>(codes[j / 4][4 * r + j % 4] >> unit_shift) - centre(B);
+          value[j] = scale * (ratio_step * prefix + offset);
+        }
+        if (column_scale)
+          for (int j = 0; j < columns; ++j) value[j] *= column_scale[k * kColumns + j];
+        float* row = out + (static_cast<size_t>(row_block) * kRows + r) * whole.columns + k * kColumns;
+        std::memcpy(row, value, columns * sizeof(float));
       }
     }
-    scale[c] = step;
-    sum_high[c] = static_cast<float>(total_high);
-    if (low) sum_low[c] = static_cast<float>(total_low);
   }
 }
 
@@ -343,8 +319,10 @@ uint64_t read_memory(const void* memory, size_t count) {
 
 template <class I, int B, int Size = 0>
 void fill(Kernels& k) {
-  k.tile[B][Size] = tile<I, B, kTileSizes[Size]>;
-  k.shift[B][Size] = shift_of<I, B, kTileSizes[Size]>;
+  // only few tokens wait for memory, and gain from a constant distance to what is fetched ahead
+  constexpr bool plain = I::panels && kTileSizes[Size] <= 2;
+  k.tile[0][B][Size] = tile<I, B, kTileSizes[Size], plain>;
+  k.tile[1][B][Size] = tile<I, B, kTileSizes[Size], false>;
   k.decode[B] = decode<I, B>;
   if constexpr (I::panels) {
     k.expand[B] = expand_row_block<I, B>;
@@ -367,6 +345,8 @@ Kernels make_kernels(const char* name) {
   fill<I, 7>(k);
   fill<I, 8>(k);
   k.round = round_activations;
+  k.project = project<I>;
+  k.lift = lift<I>;
   k.read = read_memory<I>;
   k.multiply = I::multiply_many;
   k.multiply_operations = I::multiply_operations;

@@ -1,4 +1,4 @@
-// A whole linear layer: activations rounded once, row blocks shared out among threads.
+// Whole linear layers: activations rounded once, row blocks shared out among threads.
 #pragma once
 
 #include "problem.h"
@@ -15,13 +15,25 @@ struct Inputs {
   int digits;                    // int8 digits of an activation code: 1 or 2
 };
 
-struct Outputs {
+// A low-rank part beside the stored weight: y += scale * up (down x), of the input as it came.
+struct Adapter {
+  const uint16_t* down;  // binary16 [rank][columns padded to whole blocks]
+  const uint16_t* up;    // binary16 [row_blocks][rank][16]
+  int rank;
+  float scale;
+};
+
+// One of the weights that are multiplied by the same input.
+struct Member {
+  const Weight* weight;
   void* y;  // [tokens][rows], in the type of the input
   const void* bias;
   Type bias_type;
+  const Adapter* adapter;  // or null
 };
 
-void linear(const Kernels& kernels, const Weight& weight, const Inputs& in, const Outputs& out);
+// All members in one pass: the input is rounded once. They share columns, chunks and the column scale.
+void linear(const Kernels& kernels, const Inputs& in, const Member* members, int count);
 
 // The float weight [rows][columns].
 void decode(const Kernels& kernels, const Weight& weight, const uint16_t* column_scale, float* out);

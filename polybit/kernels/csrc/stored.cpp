@@ -1,0 +1,140 @@
+// Cuts the columns of a stored weight into segments that are read alike.
+#include "stored.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace polybit {
+namespace {
+
+int blocks_up(int n, int size) { return (n + size - 1) / size; }
+
+float middle(int bits) { return static_cast<float>((1 << bits) - 1) * 0.5f; }
+
+}  // namespace
+
+// A group of columns, where its part of the planes is, and where it lies in that part.
+struct Reading::Group {
+  int column;  // first block of columns
+  int blocks;
+  int slot;
+  int stored;
+  int read;
+  int part_block;   // first block in its part
+  int part_blocks;  // blocks of the part in a row block
+  size_t part;      // bytes before the part
+};
+
+int count_groups(const Stored& stored) { return stored.group_size ? blocks_up(stored.columns, stored.group_size) : 1; }
+
+Reading::Reading(const Stored& stored, const std::vector<int>& widths) { fill(stored, widths); }
+
+Reading::Reading(const Stored& stored, int width) {
+  std::vector<int> widths(count_groups(stored), width);
+  for (size_t g = 0; g < stored.group_bits.size(); ++g) widths[g] = std::min(width, stored.group_bits[g]);
+  fill(stored, widths);
+}
+
+void Reading::fill(const Stored& stored, const std::vector<int>& widths) {
+  Weight& w = weight_;
+  w.gain = stored.gain;
+  w.rows = stored.rows;
+  w.columns = stored.columns;
+  w.row_blocks = blocks_up(stored.rows, kRows);
+  w.column_blocks = blocks_up(stored.columns, kColumns);
+  w.chunk_blocks = stored.group_size == 32 ? 1 : stored.group_size == 64 ? 2 : 4;
+  w.chunks = blocks_up(w.column_blocks, w.chunk_blocks);
+  const bool plain = stored.group_bits.empty() && std::equal(widths.begin() + 1, widths.end(), widths.begin());
+  const std::vector<Group> groups = sort_groups(stored, widths);
+  for (size_t begin = 0, end; begin < groups.size(); begin = end) {
+    const auto alike = [&](const Group& g) { return g.stored == groups[begin].stored && g.read == groups[begin].read; };
+    for (end = begin + 1; end < groups.size() && alike(groups[end]); ++end) {}
+    add_segment(stored, groups.data() + begin, groups.data() + end);
+  }
+  if (plain) {
+    segments_[0].steps = nullptr;
+    steps_.clear();
+  } else {
+    places_.resize(w.chunks);
+    for (size_t i = 0; i < segments_.size(); ++i) {
+      for (int c = 0; c < segments_[i].chunks; ++c)
+        // only the last chunk of a segment may be shorter
+        places_[steps_[i][c].column / w.chunk_blocks] = {segments_[i].first_block + c * w.chunk_blocks,
+                                                         segments_[i].first_chunk + c, 0};
+    }
+    w.places = places_.data();
+  }
+  w.segments = segments_.data();
+  w.segment_count = static_cast<int>(segments_.size());
+}
+
+// Groups by stored width and then by the width read, widest first.
+std::vector<Reading::Group> Reading::sort_groups(const Stored& stored, const std::vector<int>& widths) const {
+  const int count = count_groups(stored), each = stored.group_size ? stored.group_size / kColumns : weight_.column_blocks;
+  if (static_cast<int>(widths.size()) != count || (!stored.group_bits.empty() && stored.group_bits.size() != widths.size()))
+    throw std::invalid_argument("one width per group is needed");
+  std::vector<Group> groups(count);
+  for (int g = 0; g < count; ++g) {
+    const int bits = stored.group_bits.empty() ? stored.bits : stored.group_bits[g];
+    if (bits < 1 || bits > stored.bits || widths[g] < 1 || widths[g] > bits) throw std::invalid_argument("width out of range");
+    groups[g] = {g * each, std::min(each, weight_.column_blocks - g * each), g, bits, widths[g], 0, 0, 0};
+  }
+  std::stable_sort(groups.begin(), groups.end(), [](const Group& a, const Group& b) { return a.stored > b.stored; });
+  size_t part = 0;
+  for (size_t begin = 0, end = 0; begin < groups.size(); begin = end) {
+    int blocks = 0;
+    for (; end < groups.size() && groups[end].stored == groups[begin].stored; ++end) {
+      groups[end].slot = static_cast<int>(end);
+      groups[end].part = part;
+      groups[end].part_block = blocks;
+      blocks += groups[end].blocks;
+    }
+    for (size_t i = begin; i < end; ++i) groups[i].part_blocks = blocks;
+    part += static_cast<size_t>(groups[begin].stored) * weight_.row_blocks * blocks * kBlockBytes;
+  }
+  std::stable_sort(groups.begin(), groups.end(), [](const Group& a, const Group& b) {
+    return a.stored != b.stored ? a.stored > b.stored : a.read > b.read;
+  });
+  return groups;
+}
+
+void Reading::add_segment(const Stored& stored, const Group* begin, const Group* end) {
+  Segment s{};
+  s.bits = begin->stored;
+  s.width = begin->read;
+  s.row_stride = static_cast<size_t>(begin->part_blocks) * kBlockBytes;
+  s.planes = stored.planes + begin->part;
+  s.plane_stride = stored.group_bits.empty() ? stored.plane_stride : s.row_stride * weight_.row_blocks;
+  s.scale = stored.scale;
+  s.zero = stored.zero;
+  s.fixed_zero = middle(s.bits) - (middle(stored.bits) - stored.fixed_zero);
+  if (s.width < s.bits) s.ratio = stored.ratio[s.width].index;
+  const Ratio whole, &ratio = s.width < s.bits ? stored.ratio[s.width] : whole;
+  std::copy(ratio.levels, ratio.levels + 16, s.ratios);
+  s.slots = count_groups(stored);
+  s.chunk_blocks = weight_.chunk_blocks;
+  s.chunk_shift = s.chunk_blocks / 2;
+  s.group_shift = stored.group_size == 0 ? 31 : stored.group_size == 256 ? 1 : 0;
+  if (!segments_.empty()) {
+    s.first_block = segments_.back().first_block + segments_.back().blocks;
+    s.first_chunk = segments_.back().first_chunk + segments_.back().chunks;
+  }
+  std::vector<Step> steps;
+  for (const Group* g = begin; g < end; ++g) {
+    for (int block = 0; block < g->blocks; block += s.chunk_blocks)
+      steps.push_back({g->part_block + block, g->slot, g->column + block});
+    s.blocks += g->blocks;
+  }
+  s.chunks = static_cast<int>(steps.size());
+  s.last_blocks = (end[-1].blocks - 1) % s.chunk_blocks + 1;
+  for (int i = 0; i < kAhead; ++i) {
+    Step next = steps[steps.size() - s.chunks];
+    next.block += begin->part_blocks;
+    steps.push_back(next);
+  }
+  steps_.push_back(std::move(steps));
+  s.steps = steps_.back().data();
+  segments_.push_back(s);
+}
+
+}  // namespace polybit
