@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from polybit.commands import train_spans
 from polybit.commands.models import EMBEDDED, open_model, resolve
 from polybit.core.runtime import PolybitError
 
@@ -25,6 +26,9 @@ class TrainConfig:
     """Names and precisions, with commas; a precision may also be the JSON file of a plan, as in B=plan.json."""
     data: str = "embedded"
     """What to train on: a .txt or .jsonl file, a SQuAD .json, a named set or a dataset id."""
+    head: Literal["lm", "span"] = "lm"
+    """lm = what is learnt is written word by word; span = a head that points at the answer in the text (SQuAD), trained
+    from a new one where the model has none."""
     method: Literal["cdt", "joint", "sp", "recursive", "independent"] = "cdt"
     """Who teaches: cdt = every more precise preset, the float model on top; sp = only the top; recursive = the next
     more precise; joint = the data alone; independent = one checkpoint per preset, each trained by itself."""
@@ -155,11 +159,19 @@ def build(name: str, config: TrainConfig, presets: Mapping[str, Any], out: Path,
     from polybit.hub.workspace import Workspace
     from polybit.train.latent import quantized_names
     from polybit.train.schedules import choose, widest_first
+    from polybit.train.spans import run_spans
     from polybit.train.switchable import run as train_run
 
     check_output(out, overwrite=config.overwrite)
-    model, tokenizer, parent, digest = prepare(name, config, presets)
-    lessons, held_out = material(config, model, tokenizer)
+    spans = config.head == "span"
+    lessons: Any
+    held_out: Any
+    if spans:
+        model, tokenizer, parent, digest, presets = train_spans.prepare(name, config, presets)
+        lessons, held_out = train_spans.material(config, model, tokenizer)
+    else:
+        model, tokenizer, parent, digest = prepare(name, config, presets)
+        lessons, held_out = material(config, model, tokenizer)
     with output_lock(out):
         store = Workspace(out, fingerprint(config, digest, presets), restart=config.restart)
         try:
@@ -170,16 +182,12 @@ def build(name: str, config: TrainConfig, presets: Mapping[str, Any], out: Path,
                 config.schedule, plans, layers, steps=config.steps, cycles=config.cycles, seed=config.seed
             )
             before = measure(model, held_out, ordered)
-            outcome = train_run(
-                model,
-                lessons,
-                objective(config, model),
-                ordered,
-                out=store.path / "run",
-                course=course(config),
-                schedule=schedule,
-                held_out=held_out,
-            )
+            learn = train_spans.objective(config) if spans else objective(config, model)
+            where: dict[str, Any] = {"out": store.path / "run", "course": course(config), "schedule": schedule}
+            if spans:
+                outcome = run_spans(model, lessons, held_out, learn, ordered, fill=tokenizer.pad_token_id or 0, **where)
+            else:
+                outcome = train_run(model, lessons, learn, ordered, held_out=held_out, **where)
             after = measure(model, held_out, ordered)
             saved = save_all(
                 model, tokenizer, plans, out, config, {"base_model": parent, "trained": noted(config, run)}
@@ -190,9 +198,9 @@ def build(name: str, config: TrainConfig, presets: Mapping[str, Any], out: Path,
     return {
         "presets": {p: {"plan": presets[p].to_json(), "start": before[p], "end": after[p]} for p in ordered},
         "float": before["float"],
-        "rows": len(lessons.rows),
-        "held_out": len(held_out.rows),
-        "too_long": lessons.too_long,
+        "rows": len(lessons if spans else lessons.rows),
+        "held_out": len(held_out if spans else held_out.rows),
+        "too_long": 0 if spans else lessons.too_long,
         "kept": "the last moment" if outcome.picker is None else outcome.picker.reason(),
         "training_seconds": round(outcome.seconds, 2),
         "saved": saved,
@@ -286,8 +294,11 @@ def course(config: TrainConfig):
 def measure(model, held_out, presets) -> dict[str, dict[str, float]]:
     """Held-out nats per token, share of wrong tokens and KL to the float model, at every preset and in float."""
     from polybit.train.cascade import FLOAT
+    from polybit.train.spans import SpanProbe, SpanScores
     from polybit.train.switchable import means, rows_of
 
+    if isinstance(held_out, list):
+        return {k: dict(v) for k, v in SpanProbe(held_out, (*presets, FLOAT), 0)(SpanScores(model)).items()}
     return {name: means(rows_of(model, held_out, name)) for name in (*presets, FLOAT)}
 
 

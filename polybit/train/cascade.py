@@ -19,6 +19,7 @@ from polybit.core.runtime import PolybitError
 
 Forward = Callable[[Mapping[str, Tensor], str], Tensor]
 Batch = Mapping[str, Tensor]
+Pose = Callable[[Batch], tuple[dict[str, Tensor], Tensor]]
 Method = Literal["cdt", "joint", "sp", "recursive", "independent"]
 Distance = Literal["kl", "mse"]
 FLOAT = "float"  # the preset name of the float model
@@ -53,7 +54,7 @@ class Cascade:
     beta: weight of a teacher beside the data · data: weight of the data. The distillation terms of a preset are
     averaged over its teachers with `average`, else added as in the paper. A preset's loss depends on the others through
     logits without gradient, so that presets may run one after another (`separable`): logits are kept while the batch is
-    the same.
+    the same. pose: what forward gets of a batch, and the right classes of the rows it gives (default: `answer_part`).
     """
 
     method: Method = "cdt"
@@ -63,6 +64,7 @@ class Cascade:
     teacher: bool = True
     average: bool = False
     separable: bool = True
+    pose: Pose | None = None
     batch: object = None
     said: dict[str, Tensor] = field(default_factory=dict)
 
@@ -70,7 +72,7 @@ class Cascade:
         """Sum of the presets' losses, and each preset's parts for the log."""
         if self.batch is not batch:
             self.batch, self.said = batch, {}
-        part, target_N = answer_part(batch)
+        part, target_N = (self.pose or answer_part)(batch)
         if self.teacher and self.method != "joint" and FLOAT not in self.said:
             with torch.no_grad():
                 self.said[FLOAT] = forward(part, FLOAT)
