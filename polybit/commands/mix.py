@@ -18,6 +18,7 @@ Files = Annotated[list[str], Parameter(consume_multiple=True)]
 CRITERIA = ("family", "literal", "aligned-diverse")
 VERIFY_STEP = {2: 0.25, 3: 0.5}  # distance of the mixtures that are quantized; 1 beyond, the sources by themselves
 HELD_OUT = 24  # windows of each text to measure on
+DRAWS = 4  # --verify reads this many times the windows it calibrates on, so that every seed draws others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def search(name: str, config: MixConfig) -> dict[str, Any]:
     model, tokenizer = load_float(resolve(name), trust_remote_code=config.trust_remote_code)
     chosen = targets(model)
     texts = read_texts(model, tokenizer, [*config.general, *config.tasks], config)
-    cut = {text: list(windows.split(4)) for text, (windows, _) in texts.items()}
+    cut = {text: list(windows[: config.samples].split(4)) for text, (windows, _) in texts.items()}
     family = {text: list(held_out.split(4)) for text, (_, held_out) in texts.items()}
     found = {}
     asked: Sequence[Any] = CRITERIA if config.verify else (config.criterion,)
@@ -119,16 +120,15 @@ def search(name: str, config: MixConfig) -> dict[str, Any]:
     return numbers
 
 
-def read_texts(model, tokenizer, sources: Sequence[str], config: Any) -> dict[str, tuple[Any, Any]]:
+def read_texts(model, tokenizer, sources: Sequence[str], config: MixConfig) -> dict[str, tuple[Any, Any]]:
     """Source -> windows to calibrate on and windows to measure on, [N, T] each, all of one length."""
     from polybit.commands.calibration import gather, window_length
 
     length = window_length(model, config.window)
+    samples = config.samples * (DRAWS if config.verify else 1)
     texts = {}
     for source in sources:
-        part = gather(
-            model, tokenizer, source, samples=config.samples, length=length, seed=config.seed, held_out=HELD_OUT
-        )
+        part = gather(model, tokenizer, source, samples=samples, length=length, seed=config.seed, held_out=HELD_OUT)
         texts[source] = part.windows_NT, part.held_out_MT
     return texts
 
@@ -149,10 +149,12 @@ def verify(
 
     windows = {source: cut for source, (cut, _) in texts.items()}
     held_out = {source: kept for source, (_, kept) in texts.items()}
-    samples = min(config.samples, *(len(cut) for cut in windows.values()))
+    shortest = min(len(cut) for cut in windows.values())
+    samples = min(config.samples, max(1, shortest // 2))
     if samples < config.samples:
         print(
-            f"polybit: warning: --verify calibrates on {samples} windows, the shortest text has no more",
+            f"polybit: warning: --verify calibrates on {samples} windows: the shortest text gives {shortest}, "
+            "and every seed must draw others",
             file=sys.stderr,
         )
     grid = [tuple(row) for row in simplex(len(windows), VERIFY_STEP.get(len(windows), 1.0)).tolist()]

@@ -116,11 +116,13 @@ def best_mixture(
     then draw calibration windows with `mix(windows, found.weights, count, seed=...)` and keep `found.to_json()` for
     the report. Criteria (after TASA, arXiv 2607.00908, which chooses argmax cos(h(D_α), h(D_target))):
 
-    literal: the target is the task pool itself. h is linear in α, so pure task text always wins: degenerate, kept for
-    comparison. family (default): unlike the paper, the target is the mean of the unit trace vectors of all texts that
-    will be evaluated (`family`: held-out batches of the same names; default: the sources), so that an optimum between
-    the ends exists. aligned-diverse: cos to the task pool plus DIVERSITY times the mean effective rank of the Hessians
-    relative to that of the general text, which is the collapse the paper describes.
+    literal: the target is the calibration task pool itself. h is linear in α, so pure task text always wins:
+    degenerate, kept for comparison.
+    family (default): unlike the paper, the target is the mean of the unit trace vectors of all texts that will be
+    evaluated (`family`: held-out batches of the same names; default: the sources), so that an optimum between the
+    ends exists.
+    aligned-diverse: cos to the task pool plus DIVERSITY times the mean effective rank of the Hessians relative to that
+    of the general text, which is the collapse the paper describes.
     Raises PolybitError for fewer than two sources, empty ones, unknown names or no task.
     """
     general = check_sources(sources, general)
@@ -134,7 +136,7 @@ def best_mixture(
     pool_S = pool(names, general)
     asked_PS = torch.cat([points_PS, pool_S[None]]) if criterion == "aligned-diverse" else None
     traces = collect_traces(model, sources, targets, erank_at=asked_PS)
-    wanted = collect_traces(model, family, targets) if family else traces
+    wanted = collect_traces(model, family, targets) if family and criterion == "family" else traces
     points = score_points(traces, points_PS, general, criterion, normalise, wanted)
     best = max(points, key=lambda p: p.score)
     return Mixture(names, general, criterion, normalise, best, tuple(points), traces.tokens)
@@ -242,14 +244,15 @@ def score_points(
     normalise: Normalise = "size",
     wanted: Traces | None = None,
 ) -> list[Point]:
-    """Score mixtures; `traces.erank_PL` belongs to these points, with the general pool as one more at the end."""
-    wanted = wanted or traces
-    vectors_SL, wanted_SL = traces.vectors(normalise), wanted.vectors(normalise)
-    tasks = [name for name in wanted.sources if name not in general]
+    """Score mixtures; `traces.erank_PL` belongs to these points, with the general pool as one more at the end.
+
+    wanted: traces of the texts that will be evaluated, the target of "family" (default: the sources' own).
+    """
+    vectors_SL = traces.vectors(normalise)
     if criterion == "family":
-        target_L = torch.nn.functional.normalize(wanted_SL, dim=1).mean(0)
+        target_L = torch.nn.functional.normalize((wanted or traces).vectors(normalise), dim=1).mean(0)
     else:
-        target_L = pool(wanted.sources, tasks) @ wanted_SL
+        target_L = pool(traces.sources, [name for name in traces.sources if name not in general]) @ vectors_SL
     alignment_P = torch.cosine_similarity(points_PS @ vectors_SL, target_L[None], dim=1, eps=1e-300)
     ratio_P = None
     if traces.erank_PL is not None:
