@@ -54,6 +54,7 @@ def build(name: str, config: AllocateConfig, widths: tuple[int, ...]) -> tuple[d
 
     model, tokenizer = load_float(resolve(name), trust_remote_code=config.trust_remote_code)
     model.requires_grad_(False)
+    everything = targets(model)
     chosen = inner_targets(model, name)
     quantizing = Quantizing(widths, config.method, config.group_size, "group" if config.asymmetric else "centre")
     check_budget(config.bits, chosen, quantizing)
@@ -99,14 +100,15 @@ def build(name: str, config: AllocateConfig, widths: tuple[int, ...]) -> tuple[d
         "group_size": config.group_size,
         "zero": quantizing.zero,
         "better_than_uniform": numbers["proof"]["better_than_uniform"],
-        "plan": plan_json(plan),
+        "plan": plan_json(plan, [t.name for t in everything if t.name not in plan]),
     }
     return document, {**numbers, "plan": document["plan"]}
 
 
-def plan_json(plan: Mapping[str, int]) -> dict[str, Any]:
+def plan_json(plan: Mapping[str, int], outside_blocks: Sequence[str]) -> dict[str, Any]:
     """The plan as it is written: every layer by name, no default, so that a layer left out is noticed."""
-    value = Plan(layers={layer: Precision(w=width) for layer, width in plan.items()}).to_json()
+    layers = {layer: Precision(w=width) for layer, width in plan.items()} | dict.fromkeys(outside_blocks, Precision())
+    value = Plan(layers=layers).to_json()
     value.pop("default")
     return value
 

@@ -48,6 +48,45 @@ def write_plan(path: Path, plan: Plan, remarks: Mapping[str, Any] | None = None)
         staged.write_text(text + "\n", encoding="utf-8")
 
 
+def check_document(path: Path, targets: Sequence[Any], group_size: int) -> list[str]:
+    """What the file says beside its plan must fit the model; returns warnings.
+
+    A plan without a default must name every layer (of those `polybit allocate` gives a width), so that one that was
+    lost while editing does not silently stay in float. `made_for` refuses the plan of another model.
+    """
+    from polybit.hub.files import read_json
+
+    value = read_json(path)
+    assert isinstance(value, Mapping)  # read_plan read it
+    made_for, inner = value.get("made_for"), value.get("plan", value)
+    named = set(inner.get("layers", {}))
+    known = {target.name: target for target in targets}
+    if isinstance(made_for, Mapping) and named and not named & set(known):
+        raise PolybitError(
+            f"--plan {path} was made for {made_for.get('model')!r:.80} and names none of this model's layers: use "
+            "the plan with the model it was made for"
+        )
+    missing = [name for name in known if name not in named]
+    if "default" not in inner and missing:
+        raise PolybitError(
+            f"--plan {path} leaves out {len(missing)} layer(s), first {missing[0]!r}: give each a width, or "
+            'add a default, as in "default": "w4"'
+        )
+    if isinstance(made_for, Mapping):
+        weights = sum(known[name].size for name in named & set(known))
+        if isinstance(made_for.get("weights"), int) and named <= set(known) and weights != made_for["weights"]:
+            raise PolybitError(
+                f"--plan {path} was made for {made_for.get('model')!r:.80} with {made_for['weights']} weights in these "
+                f"layers, this model has {weights}: use the plan with the model it was made for"
+            )
+    planned = value.get("group_size")
+    if isinstance(planned, int) and planned != group_size:
+        return [
+            f"the plan counted groups of {planned or 'a row'}; --group-size {group_size} changes its bits per weight"
+        ]
+    return []
+
+
 def check_plan(plan: Plan, targets: Sequence[Any], group_size: int) -> list[Any]:
     """The targets the plan gives a width, after checking every name and every column block; the rest stays in float."""
     plan.check_names(target.name for target in targets)

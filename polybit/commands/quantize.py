@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from polybit.commands.models import EMBEDDED, resolve
-from polybit.commands.plans import check_plan, read_plan
+from polybit.commands.plans import check_document, check_plan, read_plan
 from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT, check_width, parse_widths
 from polybit.core.runtime import PolybitError
@@ -153,7 +154,9 @@ def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
     chosen = targets(model, include_embeddings=config.include_embeddings)
     if not chosen:
         raise PolybitError(f"{name} has no weight that can be quantized: only embeddings, norms or unknown layers")
-    if recipe.plan is not None:
+    if recipe.plan is not None and config.plan is not None:
+        for warning in check_document(config.plan, chosen, config.group_size):
+            print(f"polybit: warning: {warning}", file=sys.stderr)
         chosen = check_plan(recipe.plan, chosen, config.group_size)
         recipe = narrowed(recipe, chosen)
     recipe = within_memory(recipe, sum(target.size for target in chosen))

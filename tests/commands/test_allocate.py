@@ -6,7 +6,26 @@ import pytest
 
 from polybit.cli import main
 
-WORDS = "the cat saw a red hat and ran to see who had left it there while the sun went down behind the old mill".split()
+WORDS = (
+    "the",
+    "cat",
+    "saw",
+    "a",
+    "red",
+    "hat",
+    "and",
+    "ran",
+    "to",
+    "see",
+    "who",
+    "had",
+    "left",
+    "it",
+    "there",
+    "while",
+)
+
+PARTS = [f"self_attn.{leaf}" for leaf in "qkvo"] + ["mlp.gate", "mlp.up", "mlp.down"]
 
 
 def story(n, seed):
@@ -64,6 +83,41 @@ def test_a_plan_from_end_to_end(tiny_llama, texts, tmp_path, capsys):
     _, later = run(tiny_llama, texts, tmp_path, "--free-groups", "--pin", "*.down_proj=5", bits="4.1")
     assert later["numbers"]["cost"]["measured_now"] == 0
     assert all(row["width"] == 5 for name, row in later["numbers"]["layers"].items() if "down_proj" in name)
+
+
+def quantized(tiny_llama, texts, plan, folder, *more):
+    """Quantize by a plan file, fast."""
+    arguments = ["quantize", str(tiny_llama), "--out", str(folder / "out"), "--plan", str(plan), "--group-size", "32"]
+    arguments += ["--calibration", str(texts / "general.txt"), "--samples", "4", "--window", "48", "--effort", "fast"]
+    main([*arguments, "--json", str(folder / "quantize.json"), "--overwrite", *more])
+    return json.loads((folder / "quantize.json").read_text())
+
+
+def test_the_plan_is_quantized_as_counted(tiny_llama, texts, tmp_path):
+    document, _ = run(tiny_llama, texts, tmp_path)
+    made = quantized(tiny_llama, texts, tmp_path / "plan.json", tmp_path)
+    assert made["numbers"]["sizes"]["plan"]["bits_per_weight"] == pytest.approx(document["bits_per_weight"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ((lambda d: d["plan"]["layers"].pop("model.layers.1.mlp.up_proj")), "leaves out 1 layer"),
+        ((lambda d: d["plan"]["layers"].update({"model.layers.9.mlp.up_proj": "w3"})), "does not have"),
+        ((lambda d: d["plan"]["layers"].update({"model.layers.1.mlp.up_proj": "w9"})), "9 bits"),
+        ((lambda d: d["plan"].update(layers={"h.0.attn": "w3"})), "none of this model's layers"),
+        ((lambda d: d["made_for"].update(weights=7)), "7 weights"),
+        ((lambda d: d["plan"].update(layers=[])), "layers"),
+    ],
+)
+def test_plans_spoilt_by_hand(tiny_llama, texts, tmp_path, capsys, change, sentence):
+    layers = {f"model.layers.{b}.{part}_proj": "w3" for b in range(3) for part in PARTS}
+    document = {"made_for": {"model": "tiny", "weights": 58752}, "plan": {"layers": layers}}
+    change(document)
+    (tmp_path / "bad.json").write_text(json.dumps(document))
+    with pytest.raises(SystemExit) as error:
+        quantized(tiny_llama, texts, tmp_path / "bad.json", tmp_path)
+    assert error.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_interrupted_measurements_go_on(tiny_llama, texts, tmp_path):
