@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from polybit.commands.models import EMBEDDED, resolve
+from polybit.commands.plans import LEAST_GROUP
 from polybit.core.runtime import PolybitError
 
 SEARCH_ROWS = 256  # output rows that stand for the whole layer while offsets are searched
@@ -64,6 +65,10 @@ def columns(model: str, /, *, config: Annotated[ColumnsConfig, Parameter(name="*
         raise PolybitError(
             f"--block {config.block} is no multiple of --group-size {config.group_size}: "
             "give for example --block 64 --group-size 32"
+        )
+    if config.group_size < LEAST_GROUP:
+        raise PolybitError(
+            f"--group-size {config.group_size} is too small for widths inside layers: give {LEAST_GROUP} or more"
         )
     from polybit.commands.plans import write_plan
     from polybit.core.records import Run

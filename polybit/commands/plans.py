@@ -12,6 +12,8 @@ from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT
 from polybit.core.runtime import PolybitError
 
+LEAST_GROUP = 32  # columns of the smallest group that can have a width of its own in a file (core/planes.py)
+
 
 def read_plan(path: Path) -> Plan:
     """The Plan of a JSON file: {"default", "layers", "columns"}, or any object that holds one under "plan".
@@ -93,6 +95,11 @@ def check_plan(plan: Plan, targets: Sequence[Any], group_size: int) -> list[Any]
     chosen = [target for target in targets if plan.at(target.name).w != FLOAT]
     if not chosen:
         raise PolybitError("the plan leaves every layer in float: give layers or the default a width such as w4")
+    if plan.columns and group_size < LEAST_GROUP:
+        raise PolybitError(
+            f"--group-size {group_size} is too small for widths inside layers, which are stored by groups of "
+            f"{LEAST_GROUP} columns and more: give --group-size {LEAST_GROUP}"
+        )
     for target in chosen:
         widths_G = plan.group_widths(target.name, target.columns, group_size)
         if widths_G is not None and max(widths_G) < 2:

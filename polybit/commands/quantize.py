@@ -286,7 +286,7 @@ def describe(
     for preset in presets:
         with at(model, preset):
             for key, layer in quantized_layers(model).items():
-                layers[key]["bytes"][preset] = bytes_read(layer.planes, layer.width)
+                layers[key]["bytes"][preset] = bytes_read(layer.planes, layer.reading)
     return {
         "widths": list(recipe.widths),
         "presets": presets,

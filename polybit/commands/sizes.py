@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polybit.core.planes import Planes, unpack
+from polybit.core.affine import group_lengths
+from polybit.core.planes import Planes, read_widths, unpack
 
 
 def quantized_layers(model) -> Mapping[str, Any]:
@@ -55,26 +56,32 @@ def preset_sizes(model, presets: Sequence[str]) -> dict[str, dict[str, float]]:
     found = {}
     for preset in presets:
         with at(model, preset):
-            read = {name: bytes_read(layer.planes, layer.width) for name, layer in layers.items()}
-            bits = sum(effective_bits(layer.planes, layer.width) for layer in layers.values())
+            read = {name: bytes_read(layer.planes, layer.reading) for name, layer in layers.items()}
+            bits = sum(effective_bits(layer.planes, layer.reading) for layer in layers.values())
         found[preset] = {"bytes": sum(read.values()), "bits_per_weight": bits / max(weights, 1)}
     return found
 
 
-def bytes_read(planes: Planes, width: int) -> int:
-    """Bytes a forward pass reads of one weight, padding included."""
-    return planes.nbytes(width)
+def bytes_read(planes: Planes, reading: int | Sequence[int]) -> int:
+    """Bytes a forward pass reads of one weight, padding included; reading: a width, or one per group."""
+    return planes.nbytes(reading)
 
 
-def effective_bits(planes: Planes, width: int) -> float:
-    """Bits of one weight read at `width`, without padding: codes, 16-bit scales, zero points, this width's ratios."""
+def effective_bits(planes: Planes, reading: int | Sequence[int]) -> float:
+    """Bits of one weight as it is read, without padding: codes, 16-bit scales, zero points, the ratios read.
+
+    reading: a width, or one per group. A width per group costs 8 bits a group once.
+    """
     rows, columns = planes.shape
-    groups = planes.scale.shape[1]
-    per_group = 16 + (0 if isinstance(planes.zero, float) else planes.bits)
-    table = planes.ratios.get(width)
-    per_group += 4 if table is not None and table.index is not None else 0
+    read_G = read_widths(planes, reading)
+    stored_G = planes.bits_G or (planes.bits,) * len(read_G)
+    codes = sum(b * n for b, n in zip(read_G, group_lengths(columns, planes.group_size).tolist(), strict=True))
+    zeros = 0 if isinstance(planes.zero, float) else sum(stored_G)
+    tables = {b for b, table in planes.ratios.items() if table.index is not None}
+    ratios = 4 * len(read_G) if tables & set(read_G) else 0
     column_scale = 0 if planes.column_scale is None else 16 * columns
-    return rows * (width * columns + per_group * groups) + column_scale
+    widths = 8 * len(read_G) if len(set(read_G)) > 1 else 0
+    return rows * (codes + 16 * len(read_G) + zeros + ratios) + column_scale + widths
 
 
 def stored_bits_per_weight(model) -> float:

@@ -93,6 +93,7 @@ def test_fixed_files_are_read_in_full():
         (["--bits", "1.5"], "--bits 1.5"),
         (["--bits", "3", "--block", "48"], "no multiple"),
         (["--bits", "3", "--group-size", "0"], "no multiple"),
+        (["--bits", "3", "--group-size", "16"], "too small"),
         (["--plan", "none.json", "--block", "64"], "no such file"),
         (["--plan", "list.json", "--block", "64"], "list.json"),
         (["--plan", "other.json", "--block", "64"], "does not have"),
@@ -112,8 +113,8 @@ def test_mistakes_are_one_sentence(tiny_llama, tmp_path, monkeypatch, capsys, fl
 def test_search_sort_and_quantize(tiny_llama, tmp_path, monkeypatch, capsys):
     """A user's path: a plan for a mean of 3.5 bits, and the file it makes."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--samples", "8", "--window", "32", "--group-size", "16"]
-    main(["columns", str(tiny_llama), "--bits", "3.5", "--block", "16", "--sort", "sorted", "--out", "p.json", *flags])
+    flags = ["--samples", "8", "--window", "32", "--group-size", "32"]
+    main(["columns", str(tiny_llama), "--bits", "3.5", "--block", "32", "--sort", "sorted", "--out", "p.json", *flags])
     assert "KL on held-out windows" in capsys.readouterr().out
     plan = read_plan(tmp_path / "p.json")
     sizes = {"model.layers.0.mlp.down_proj": 48 * 72, "model.layers.0.mlp.up_proj": 48 * 72}
@@ -121,4 +122,4 @@ def test_search_sort_and_quantize(tiny_llama, tmp_path, monkeypatch, capsys):
     main(["quantize", "sorted", "--plan", "p.json", "--out", "q", "--effort", "fast", "--json", "q.json", *flags])
     numbers = json.loads((tmp_path / "q.json").read_text())["numbers"]
     assert numbers["presets"] == ["plan"]
-    assert numbers["stored_bits_per_weight"] < 3.5 + 16 / 16 + 4 / 16 + 0.2
+    assert numbers["stored_bits_per_weight"] < 3.5 + 3 * 16 / 72 + 0.2
