@@ -77,15 +77,24 @@ def test_equals_the_literal_measurement(family):
 
 
 def test_takes_at_most_six_tenths_of_the_naive_forwards():
-    model = tiny_model("llama")
-    calls = []
-    _, modules = find_blocks(model, inside(model))
-    for module in modules:
-        module.register_forward_hook(lambda *_: calls.append(1))
-    readings = list(measure_layers(model, probes()[:1], inside(model), round_all))
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.families import GROUPED
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**GROUPED | {"num_hidden_layers": 5})).eval()
+    chosen = inside(model)
+    _, modules = find_blocks(model, chosen)
+    ran = []
+    for (
+        module
+    ) in modules:  # what really runs is seen by the layer that no cache ever replaces: the norm after attention
+        module.post_attention_layernorm.register_forward_hook(lambda *_: ran.append(1))
+    readings = list(measure_layers(model, probes()[:1], chosen, round_all))
     work, naive = sum(r.work for r in readings), sum(r.naive for r in readings)
-    assert naive == 2 * 2 * (1 + 1 + 7 * 2 + 7 * 2)  # 2 batches, 2 blocks; the float model, once per block
-    assert work <= 0.6 * naive or len(modules) < 3
+    assert naive == 2 * 5 * 5 * (1 + 7 * 2)  # batches, blocks, and for each block the float model and its candidates
+    assert work <= 0.6 * naive
+    assert len(ran) <= 0.65 * naive  # blocks entered, also those of which only a part was computed
 
 
 def test_blocks_can_be_shared_out_and_put_together():
