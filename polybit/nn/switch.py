@@ -26,6 +26,7 @@ from polybit.nn.adapters import wear, worn_by
 from polybit.nn.attention import asks_for_operands, attention_layers, operand_precisions, operands_of, ports
 from polybit.nn.draw import Rows, split_batches
 from polybit.nn.fields import check_columns
+from polybit.nn.fuse import fuse, unfuse
 from polybit.nn.linear import QuantWeight
 
 Wanted = str | int | Precision | Plan
@@ -208,11 +209,13 @@ def keep_decoded(model: nn.Module) -> Iterator[nn.Module]:
 
 def multiply_by(model: nn.Module, activations: ops.Activations | None = None) -> nn.Module:
     """Choose how every layer multiplies: "float" (exact, the default of a model), "int16", "int8", or None for the
-    fastest whose error stays below 1e-4 on this machine.
+    fastest whose error stays below 1e-4 on this machine. In the fast modes layers that share an input multiply in one
+    call (nn/fuse.py).
     """
+    chosen = activations or ops.best_mode()
     for layer in panel(model).layers.values():
-        layer.activations = activations or ops.best_mode()
-    return model
+        layer.activations = chosen
+    return unfuse(model) if chosen == "float" else fuse(model)
 
 
 def read(board: Panel, wanted: Wanted) -> Plan:
