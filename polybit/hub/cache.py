@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from polybit.core.precision import FLOAT
 from polybit.core.runtime import PolybitError
 from polybit.nn.attention import Operands, ports
-from polybit.nn.keyvalue import Store
 
 
 class PackedLayer(DynamicLayer):
@@ -39,7 +38,7 @@ class PackedLayer(DynamicLayer):
         self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
         if not self.seen and self.padding is not None:
             key_states = without_padding(key_states, self.padding)
-        found = take(self.key_store, key_states), take(self.value_store, value_states)
+        found = self.key_store.take(key_states), self.value_store.take(value_states)
         self.seen += key_states.shape[2]
         if self.sliding_window is not None and self.key_store.length >= self.sliding_window:
             # keys per channel go by whole blocks: tokens before the window that stay are masked by their position
@@ -119,14 +118,6 @@ def without_padding(x_BHTD: Tensor, padding_B: Tensor) -> Tensor:
     place_BT = torch.arange(x_BHTD.shape[2], device=x_BHTD.device).expand(len(x_BHTD), -1)
     index = torch.maximum(place_BT, padding_B.to(x_BHTD.device)[:, None].clamp_max(x_BHTD.shape[2] - 1))
     return x_BHTD.gather(2, index[:, None, :, None].expand_as(x_BHTD))
-
-
-def take(store: Store, x_BHTD: Tensor) -> Tensor:
-    """Append to a store; the past as stored, then the new tokens as the store shows them at first."""
-    before = store.read(x_BHTD.dtype)
-    store.append(x_BHTD)
-    fresh = store.fresh(x_BHTD)
-    return fresh if before is None else torch.cat([before, fresh], dim=2)
 
 
 class PackedCache(Cache):

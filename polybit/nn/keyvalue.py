@@ -54,6 +54,8 @@ def fields(bits: int) -> list[int]:
 def pack_rows(codes_RC: Tensor, bits: int) -> Tensor:
     """uint8 codes -> bytes [R, bits * ceil(C / 8)], nothing wasted but the padding to 8 channels."""
     padded = pad(codes_RC, (0, -codes_RC.shape[1] % 8))
+    if bits == 8:
+        return padded
     parts, left = [], bits
     for width in fields(bits):
         left -= width
@@ -66,6 +68,8 @@ def pack_rows(codes_RC: Tensor, bits: int) -> Tensor:
 
 def unpack_rows(bytes_RN: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of pack_rows, uint8 [R, columns]."""
+    if bits == 8:
+        return bytes_RN[:, :columns]
     eighths = -(-columns // 8)
     codes = torch.zeros(len(bytes_RN), eighths * 8, dtype=torch.uint8, device=bytes_RN.device)
     start = 0
@@ -131,8 +135,8 @@ class Store(Protocol):
         """Take further tokens in."""
         ...
 
-    def fresh(self, x_BHTD: Tensor) -> Tensor:
-        """Tokens as attention sees them in the call that brings them."""
+    def take(self, x_BHTD: Tensor) -> Tensor:
+        """Take further tokens in; all tokens as attention sees them in the call that brings these."""
         ...
 
     def read(self, dtype: torch.dtype) -> Tensor | None:
@@ -172,9 +176,11 @@ class FloatStore:
         """Take further tokens in."""
         self.held_BHTD = x_BHTD if self.held_BHTD is None else torch.cat([self.held_BHTD, x_BHTD], dim=2)
 
-    def fresh(self, x_BHTD: Tensor) -> Tensor:
-        """As they are."""
-        return x_BHTD
+    def take(self, x_BHTD: Tensor) -> Tensor:
+        """Take further tokens in and give all."""
+        self.append(x_BHTD)
+        assert self.held_BHTD is not None
+        return self.held_BHTD
 
     def read(self, dtype: torch.dtype) -> Tensor | None:
         """All tokens [B, H, T, D]."""
@@ -266,9 +272,12 @@ class TokenStore:
         new = code(channels_last(x_BHTD), self.bits, self.group)
         self.held = new if self.held is None else self.held.join(new)
 
-    def fresh(self, x_BHTD: Tensor) -> Tensor:
-        """As they will be read later."""
-        return round_tokens(x_BHTD, self.bits, self.group)
+    def take(self, x_BHTD: Tensor) -> Tensor:
+        """Take further tokens in and give all, the new ones as they will be read later."""
+        self.append(x_BHTD)
+        whole = self.read(x_BHTD.dtype)
+        assert whole is not None
+        return whole
 
     def read(self, dtype: torch.dtype) -> Tensor | None:
         """All tokens [B, H, T, D]."""
@@ -344,8 +353,20 @@ class ChannelStore:
         if stop < whole_BTC.shape[1]:  # all of them came with this call
             self.recent.append(x_BHTD[:, :, stop - whole_BTC.shape[1] :])
 
+    def take(self, x_BHTD: Tensor) -> Tensor:
+        """Take further tokens in and give all, the new ones as waiting: a block's scale would know tokens to come."""
+        if self.length - self.full + x_BHTD.shape[2] < self.block:
+            self.append(x_BHTD)
+            whole = self.read(x_BHTD.dtype)
+            assert whole is not None
+            return whole
+        before = self.read(x_BHTD.dtype)
+        self.append(x_BHTD)
+        fresh = self.fresh(x_BHTD)
+        return fresh if before is None else torch.cat([before, fresh], dim=2)
+
     def fresh(self, x_BHTD: Tensor) -> Tensor:
-        """As waiting tokens, because a block's scale would know tokens to come."""
+        """Tokens as they wait."""
         return round_tokens(x_BHTD, max(RECENT_BITS, self.bits), self.group)
 
     def read(self, dtype: torch.dtype) -> Tensor | None:
