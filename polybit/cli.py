@@ -20,6 +20,7 @@ COMMANDS = {
     "mix": ("polybit.commands.mix:mix", "Find the mixture of texts to calibrate on."),
     "pairs": ("polybit.commands.pairs:pairs", "Answer prompts in float and quantized, and keep where they part."),
     "align": ("polybit.commands.align:align", "Teach a quantized model to answer as its float self."),
+    "study": ("polybit.commands.study:study", "Answer the questions about switchable precision for a model."),
     "frontier": ("polybit.commands.frontier:frontier", "Draw the best precision per layer at every cost."),
     "train": ("polybit.commands.train:train", "Train one model to be good at several precisions."),
     "eval": ("polybit.commands.evaluate:evaluate", "Measure what each width costs against the float model."),

@@ -52,6 +52,8 @@ class TrainConfig:
     """What a student is measured by against its teacher: kl of the tokens' distributions, or mse of the logits."""
     beta: float = 1.0
     """Weight of a teacher beside the data."""
+    teacher: bool = True
+    """The float model teaches too; --no-teacher where it has not learnt the task yet."""
     consistency: float = 0.0
     """Weight of the KL between presets."""
     alignment: float = 0.0
@@ -270,7 +272,7 @@ def objective(config: TrainConfig, model):
     """The objective the flags mean."""
     from polybit.train.cascade import Agreement, Cascade
 
-    cascade = Cascade(config.method, config.distance, config.beta)
+    cascade = Cascade(config.method, config.distance, config.beta, teacher=config.teacher)
     terms = (config.consistency, config.alignment, config.switchability)
     return Agreement(cascade, model, *terms) if any(terms) else cascade
 
