@@ -20,11 +20,14 @@ def read_plan(path: Path) -> Plan:
 
     `polybit allocate` may thus write further remarks beside the plan. A malformed one is refused with its key.
     """
-    from polybit.hub.files import read_json
+    from polybit.data.text import read_utf8
 
     if not path.is_file():
         raise PolybitError(f"--plan {path}: there is no such file; give the JSON file of a plan")
-    value = read_json(path)
+    try:
+        value = json.loads(read_utf8(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise PolybitError(f"--plan {path} cannot be read as JSON ({error}): mend it at that place") from None
     inner = value.get("plan", value) if isinstance(value, Mapping) else value
     try:
         return Plan.from_json(inner)

@@ -96,11 +96,13 @@ def test_fixed_files_are_read_in_full():
         (["--bits", "3", "--group-size", "16"], "too small"),
         (["--plan", "none.json", "--block", "64"], "no such file"),
         (["--plan", "list.json", "--block", "64"], "list.json"),
+        (["--plan", "broken.json", "--block", "64"], "mend it"),
         (["--plan", "other.json", "--block", "64"], "does not have"),
     ],
 )
 def test_mistakes_are_one_sentence(tiny_llama, tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text("{")
     (tmp_path / "list.json").write_text('{"layers": [1]}')
     (tmp_path / "other.json").write_text('{"layers": {"model.layers.9.mlp.up_proj": "w3"}}')
     with pytest.raises(SystemExit) as caught:
