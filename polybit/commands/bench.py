@@ -56,6 +56,9 @@ class BenchConfig:
     """Attention heads of the random model."""
     kv_heads: int = 4
     """Key and value heads of the random model."""
+    ends: int = 8
+    """Bits of the random model's embedding and output head; 0 = those of its blocks, and llama.cpp's files then hold
+    one type throughout."""
     chart: Path | None = None
     """Write the figure there (SVG)."""
     json: Path | None = None
@@ -106,6 +109,8 @@ def check(what: str, model: str | None, config: BenchConfig) -> None:
         raise PolybitError(f"bench linear times one random matrix, not {model!r}: use bench generate {model}")
     if config.device == "cuda" and what != "linear":
         raise PolybitError(f"--device cuda is for bench linear only, not for bench {what}: leave it out")
+    if config.ends and not 2 <= config.ends <= 8:
+        raise PolybitError(f"--ends {config.ends} is not possible: give 2 to 8 bits, or 0 for the width of the blocks")
     if max(parse_widths(config.widths)) > 8:
         raise PolybitError(f"--widths {config.widths} asks for more than 8 bits: choose from 8 down to 1")
 
@@ -200,9 +205,13 @@ def switching(model: str | None, config: BenchConfig) -> dict[str, Any]:
 def open_quantized(model: str | None, config: BenchConfig) -> Any:
     """The polybit model to time."""
     if model is None:
-        from polybit.hub.random_model import random_quantized
+        from polybit.commands.ends import end_targets, hold_ends
+        from polybit.hub.random_model import random_quantized, skeleton
 
-        return random_quantized(random_shape(config))
+        made = random_quantized(random_shape(config))
+        names = [target.name for target in end_targets(skeleton(random_shape(config)))] if config.ends else []
+        hold_ends(made, names, config.ends, parse_widths(config.widths))
+        return made
     from polybit.commands.sizes import quantized_layers
     from polybit.hub.load import load
 
@@ -245,7 +254,7 @@ def peers(model: str | None, config: BenchConfig, prompt: Any) -> list[Any]:
         cache = cache_directory() / "gguf"
         cache.mkdir(parents=True, exist_ok=True)
         threads = torch.get_num_threads()
-        files = llama.random_files(random_shape(config), list(GGUF_TYPES), cache, threads=threads)
+        files = llama.random_files(random_shape(config), list(GGUF_TYPES), cache, threads=threads, pure=not config.ends)
     ids = prompt[0].tolist()
     for name, path in files.items():
         jobs += llama.jobs(path, name, threads=torch.get_num_threads(), prompt=ids, tokens=config.tokens)

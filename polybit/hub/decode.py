@@ -7,72 +7,84 @@ written in place. The prompt is read by the model's own forward pass. Any other 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear as dense
 
-from polybit.core.planes import ROWS
+from polybit.core.precision import FLOAT
 from polybit.kernels import ops, step
-from polybit.nn.linear import QuantEmbedding, QuantLinear, QuantWeight, TiedHead, slice_rows
+from polybit.kernels.cpu import TYPES
+from polybit.kernels.prepared import DIGITS, Bundle
+from polybit.nn.linear import QuantEmbedding, QuantWeight, TiedHead, slice_rows
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 STEADY_ROTATIONS = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length of the text
 
 
+Call = Callable[[], Any]
+
+
 @dataclass(slots=True)
 class Block:
-    """What one decoder block is made of, as the step calls it."""
+    """What one decoder block does, as calls from fixed memory into fixed memory; the products are put in by `bind`."""
 
-    q: Callable[[Tensor], Tensor]
-    k: Callable[[Tensor], Tensor]
-    v: Callable[[Tensor], Tensor]
-    o: Callable[[Tensor], Tensor]
-    gate: Callable[[Tensor], Tensor]
-    up: Callable[[Tensor], Tensor]
-    down: Callable[[Tensor], Tensor]
+    norm_in: Call
     attend: Any  # the compiled attention over this block's keys and values
-    norm_in: int  # addresses of the weights of both norms
-    norm_mlp: int
+    norm_mlp: Call
     keys: Tensor  # [kv heads, room, head size]
     values: Tensor
+    products: tuple[Call, Call, Call, Call] | None = None  # q k v · o · gate up · down
 
 
 class Decoder:
     """Reads one sequence of at most `room` tokens; `supported` must have said yes.
 
-    Switching the model's precision between steps is allowed: layers are read as they are at the moment of the call.
+    Switching the model's precision between steps is allowed: what layers are read at is looked up in every step.
     """
 
     def __init__(self, model: nn.Module, room: int) -> None:
         inner: Any = model.model
         config: Any = model.config
-        self.model, self.room, self.length = model, room, 0
-        self.hidden = int(config.hidden_size)
+        self.model, self.room, self.length, self.inner = model, room, 0, inner
+        self.lm_head: Any = model.lm_head
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.size = int(inner.layers[0].self_attn.head_dim)
         self.library = step.library()
         assert self.library is not None
-        probe = torch.zeros(1, 1, self.hidden)
-        cosine, sine = inner.rotary_emb(probe, torch.arange(room)[None])
+        wide, hidden, middle = self.heads * self.size, int(config.hidden_size), int(config.intermediate_size)
+        cosine, sine = inner.rotary_emb(torch.zeros(1, 1, hidden), torch.arange(room)[None])
         self.cosine_TD, self.sine_TD = cosine[0].float().contiguous(), sine[0].float().contiguous()
+        # The work space of one token: every block reads and writes the same memory.
+        self.hidden, self.normed, self.o, self.down = (torch.zeros(1, hidden) for _ in range(4))
+        self.q, self.mixed = (torch.zeros(1, wide) for _ in range(2))
+        self.k, self.v = (torch.zeros(1, self.kv_heads * self.size) for _ in range(2))
+        self.gate, self.up, self.gated = (torch.zeros(1, middle) for _ in range(3))
+        self.logits = torch.zeros(1, int(config.vocab_size))
         self.embed = embedder(inner.embed_tokens)
-        self.head = caller(model.lm_head)  # type: ignore[arg-type]
         self.eps = float(config.rms_norm_eps)
-        self.blocks = [self.block(layer) for layer in inner.layers]
-        self.norm_out = inner.norm.weight.data_ptr()
-        # Work space of one token; the products return their own.
-        self.normed = torch.empty(1, self.hidden)
-        self.mixed = torch.empty(1, self.heads * self.size)
-        self.gated = torch.empty(1, int(config.intermediate_size))
+        self.blocks = [self.block(layer, first=layer is inner.layers[0]) for layer in inner.layers]
+        self.norm_out = self.norm(inner.norm, self.down)
+        places = (self.gate, self.up, self.gated)
+        self.mix = partial(self.library.gate, *(t.data_ptr() for t in places), middle)
+        self.layers = [module for module in model.modules() if isinstance(module, QuantWeight)]
+        self.head: Call = lambda: None
+        self.bound: list[Any] | None = None
 
-    def block(self, layer: Any) -> Block:
-        """The callables and the cache of one block."""
-        attention, mlp = layer.self_attn, layer.mlp
+    def norm(self, norm: Any, more: Tensor | None) -> Call:
+        """hidden += more, normed = its norm."""
+        assert self.library is not None
+        hidden, normed = self.hidden, self.normed
+        added = 0 if more is None else more.data_ptr()
+        places = (hidden.data_ptr(), added, norm.weight.data_ptr(), normed.data_ptr())
+        return partial(self.library.norm, *places, hidden.shape[1], self.eps)
+
+    def block(self, layer: Any, *, first: bool) -> Block:
+        """The calls and the cache of one block."""
+        attention = layer.self_attn
         keys, values = (torch.zeros(self.kv_heads, self.room, self.size) for _ in range(2))
         q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         assert self.library is not None
@@ -82,10 +94,25 @@ class Decoder:
             0 if q_norm is None else q_norm.weight.data_ptr(), 0 if k_norm is None else k_norm.weight.data_ptr(),
             self.eps, keys.data_ptr(), values.data_ptr(),
         )  # fmt: skip
-        mixing = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        q, k, v, o, gate, up, down = map(caller, (*mixing, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        norms = (layer.input_layernorm.weight.data_ptr(), layer.post_attention_layernorm.weight.data_ptr())
-        return Block(q, k, v, o, gate, up, down, compiled, *norms, keys, values)
+        norm_in = self.norm(layer.input_layernorm, None if first else self.down)
+        return Block(norm_in, compiled, self.norm(layer.post_attention_layernorm, self.o), keys, values)
+
+    def bind(self) -> None:
+        """Make the products' calls for what the layers are read at now, unless nothing has changed."""
+        now = [(m.precision, m.activations, m.keep, m.offsets, getattr(m, "adapter", None)) for m in self.layers]
+        if now == self.bound:
+            return
+        for layer, block in zip(self.inner.layers, self.blocks, strict=True):
+            attention, mlp = layer.self_attn, layer.mlp
+            sources = [attention.q_proj, attention.k_proj, attention.v_proj]
+            block.products = (
+                product(sources, self.normed, [self.q, self.k, self.v]),
+                product([attention.o_proj], self.mixed, [self.o]),
+                product([mlp.gate_proj, mlp.up_proj], self.normed, [self.gate, self.up]),
+                product([mlp.down_proj], self.gated, [self.down]),
+            )
+        self.head = product([self.lm_head], self.normed, [self.logits])
+        self.bound = now
 
     @torch.inference_mode()
     def read(self, ids_1T: Tensor) -> Tensor:
@@ -101,51 +128,79 @@ class Decoder:
     @torch.inference_mode()
     def step(self, token: int) -> Tensor:
         """Read one more token; the logits [1, V] that follow it."""
-        assert self.library is not None and self.length < self.room
-        norm, gate, eps, width, place = self.library.norm, self.library.gate, self.eps, self.hidden, self.length
-        normed, mixed, gated = self.normed, self.mixed, self.gated
-        at_normed, at_mixed, at_gated, inner = normed.data_ptr(), mixed.data_ptr(), gated.data_ptr(), gated.shape[1]
-        turn = 4 * place * self.cosine_TD.shape[1]
-        cosine, sine = self.cosine_TD.data_ptr() + turn, self.sine_TD.data_ptr() + turn
-        hidden = self.embed(token)
-        at_hidden, more = hidden.data_ptr(), 0
+        assert self.length < self.room
+        self.bind()
+        place, turn = self.length, 4 * self.length * self.cosine_TD.shape[1]
+        turned = (self.cosine_TD.data_ptr() + turn, self.sine_TD.data_ptr() + turn, self.mixed.data_ptr(), place)
+        attended = (self.q.data_ptr(), self.k.data_ptr(), self.v.data_ptr(), *turned)
+        mix = self.mix
+        self.hidden.copy_(self.embed(token))
         for block in self.blocks:
-            norm(at_hidden, more, block.norm_in, at_normed, width, eps)
-            q, k, v = block.q(normed), block.k(normed), block.v(normed)
-            block.attend.step(q.data_ptr(), k.data_ptr(), v.data_ptr(), cosine, sine, at_mixed, place)
-            o = block.o(mixed)
-            norm(at_hidden, o.data_ptr(), block.norm_mlp, at_normed, width, eps)
-            g, u = block.gate(normed), block.up(normed)
-            gate(g.data_ptr(), u.data_ptr(), at_gated, inner)
-            down = block.down(gated)
-            more = down.data_ptr()
-        norm(at_hidden, more, self.norm_out, at_normed, width, eps)
+            assert block.products is not None
+            qkv, o, gate_up, down = block.products
+            block.norm_in()
+            qkv()
+            block.attend.step(*attended)
+            o()
+            block.norm_mlp()
+            gate_up()
+            mix()
+            down()
+        self.norm_out()
+        self.head()
         self.length += 1
-        return self.head(normed)
+        return self.logits.clone()
 
 
-def caller(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A layer as a function of its input, past nn.Module's own call, which costs as much as a small product."""
-    if type(module) is QuantLinear:
-        return lambda x: module.multiply(x, module.bias)
-    if type(module) is TiedHead:
-        return lambda x: module.source[0].multiply(x, module.bias)
-    if type(module) is nn.Linear:
-        return lambda x: dense(x, module.weight, module.bias)
-    return module
+def product(modules: Sequence[nn.Module], x: Tensor, ys: Sequence[Tensor]) -> Call:
+    """A call that writes x times every module into its y: straight to the compiled kernels where they can."""
+    compiled = compiled_product(modules, x, ys)
+    if compiled is not None:
+        return compiled
+
+    def call() -> None:
+        for module, y in zip(modules, ys, strict=True):
+            if type(module) is nn.Linear and module.bias is None:
+                torch.mm(x, module.weight.T, out=y)
+            else:
+                y.copy_(module(x))
+
+    return call
+
+
+def compiled_product(modules: Sequence[nn.Module], x: Tensor, ys: Sequence[Tensor]) -> Call | None:
+    """The same as one call of the compiled kernels, or None where a layer is not read by them alone."""
+    weights: list[Any] = [m.source[0] if type(m) is TiedHead else m for m in modules]
+    if not all(isinstance(w, QuantWeight) and w.is_fast(x) and w.precision.a == FLOAT for w in weights):
+        return None
+    prepared = [weight.prepared() for weight in weights]
+    biases: list[Any] = [module.bias for module in modules]
+    good = all(p.layer is not None and (b is None or p.takes_bias(b)) for p, b in zip(prepared, biases, strict=True))
+    modes = {weight.activations for weight in weights}
+    if not good or len(modes) > 1 or not Bundle.fits(prepared):
+        return None
+    adapters: list[Any] = [getattr(weight, "adapter", None) for weight in weights]
+    factors = [None if adapter is None else adapter.for_kernels() for adapter in adapters]
+    numbers = [p.number(weight.reading) for p, weight in zip(prepared, weights, strict=True)]
+    places = [0 if bias is None else bias.data_ptr() for bias in biases]
+    types = [0 if bias is None else TYPES[bias.dtype] for bias in biases]
+    fixed = (DIGITS[modes.pop()], 1, TYPES[x.dtype], x.data_ptr())
+    outs = [y.data_ptr() for y in ys]
+    if len(prepared) == 1:
+        return partial(prepared[0].layer.multiply, numbers[0], *fixed, outs[0], places[0], types[0], factors[0])
+    return partial(Bundle(prepared).bundle.multiply, numbers, *fixed, outs, places, types, factors)
 
 
 def embedder(module: nn.Module) -> Callable[[int], Tensor]:
-    """The embedding of one token as a fresh float32 [1, D]; of a quantized one only its block of rows is decoded."""
+    """The embedding of one token, float32 [1, D]; of a quantized one only its block of rows is decoded."""
     if type(module) is QuantEmbedding and not module.keep:
 
         def one(token: int) -> Tensor:
             part, skipped = slice_rows(module.planes, token, token + 1)
-            assert skipped < ROWS
-            return ops.decode(part, module.width)[skipped : skipped + 1].clone()
+            return ops.decode(part, module.reading)[skipped : skipped + 1]
 
         return one
-    return lambda token: module(torch.tensor([token])).float().clone()
+    return lambda token: module(torch.tensor([token]))
 
 
 def supported(model: nn.Module) -> bool:

@@ -97,20 +97,23 @@ def jobs(path: Path, name: str, *, threads: int, prompt: list[int], tokens: int)
     ]
 
 
-def random_files(shape: Shape, names: list[str], cache: Path, *, threads: int) -> dict[str, Path]:
-    """GGUF files of a random Llama, every matrix of one type; kept in `cache` for the next run."""
+def random_files(shape: Shape, names: list[str], cache: Path, *, threads: int, pure: bool) -> dict[str, Path]:
+    """GGUF files of a random Llama, kept in `cache` for the next run.
+
+    Types are mixed as llama.cpp does by itself (the smallest mixture of that name), or `pure`: one type throughout.
+    """
     found = {}
     for name in names:
         if name not in TYPES:
             raise PolybitError(f"llama.cpp type {name!r} is not known here: choose from {', '.join(TYPES)}")
-        path = cache / f"{label(shape)}-{name}.gguf"
+        path = cache / f"{label(shape)}-{name}{'-pure' if pure else ''}.gguf"
         if not path.is_file():
             source = cache / f"{label(shape)}-F16.gguf"
             if not source.is_file():
                 with atomic_path(source) as staged:
                     write_random(shape, staged)
             with atomic_path(path) as staged:
-                quantize(source, staged, TYPES[name], threads)
+                quantize(source, staged, TYPES[name], threads, pure=pure)
         found[name] = path
     (cache / f"{label(shape)}-F16.gguf").unlink(missing_ok=True)
     return found
@@ -170,10 +173,10 @@ def write_random(shape: Shape, path: Path) -> None:
     writer.close()
 
 
-def quantize(source: Path, path: Path, kind: int, threads: int) -> None:
-    """A float GGUF file in one type throughout, by llama.cpp itself."""
+def quantize(source: Path, path: Path, kind: int, threads: int, *, pure: bool) -> None:
+    """A float GGUF file in another type, by llama.cpp itself."""
     llama = library()
     options = llama.llama_model_quantize_default_params()
-    options.ftype, options.nthread, options.pure = kind, threads, True
+    options.ftype, options.nthread, options.pure = kind, threads, pure
     if llama.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(options)):
         raise PolybitError(f"llama.cpp could not quantize {source}: leave llama.cpp out with --no-peers")
