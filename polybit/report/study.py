@@ -141,8 +141,8 @@ def page(facts: Json) -> str:
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Switchable {name}</title><style>{STYLE}</style>',
         f"<h1>Switchable {name}</h1><p>{scores['questions']} questions, {scores['seeds']} seed(s) of training; "
-        "brackets are 95 % bootstrap intervals over questions, differences are paired. Predictions were frozen before an "
-        "answer was read.</p>",
+        "brackets are 95 % bootstrap intervals over questions, differences are paired. "
+        "Predictions were frozen before an answer was read.</p>",
     ]
     for title, body, sentences in sections(facts):
         said = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
