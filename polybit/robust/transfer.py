@@ -10,9 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from polybit.core.runtime import PolybitError
+from polybit.data.batches import pad
 from polybit.hub.lm import LocalLM
 from polybit.nn.draw import draw
 from polybit.robust.cases import Case
+from polybit.robust.embeddings import ascend
+from polybit.robust.gradients import Target, embedding_matrix, nudged
 
 ADAPTIVE = "all widths"  # the attacker who averages gradients over the precisions the defender draws from (EOT)
 NOISE = "random tokens"  # what the attackers start from
@@ -79,3 +82,50 @@ class Game:
         rows_DN = self.right_ADN[self.attackers.index(attacker)]
         picks = draw(len(self.defenders), rows_DN.shape[1], torch.Generator().manual_seed(seed))
         return rows_DN[picks, np.arange(rows_DN.shape[1])]
+
+
+def embedding_game(
+    lm: LocalLM, cases: Sequence[Case], presets: Sequence[str], *, epsilon: float, iterations: int = 10, seed: int = 0
+) -> Game:
+    """The game in embedding space: PGD at each precision, and at all, then every precision on the moved embeddings.
+
+    This is the transfer experiment of Double-Win Quant (figure 1) with embeddings in place of pixels: every token of a
+    prompt moves by at most `epsilon` times the mean length of an embedding. An answer counts as right when every one
+    of its tokens, EOS included, is the likeliest after the right ones before it.
+    """
+    with torch.no_grad():
+        radius = epsilon * float(embedding_matrix(lm.model).norm(dim=1).mean())
+    rows, _ = pad([[*case.ids, *case.answer] for case in cases], lm.pad_token())
+    free_BT = torch.zeros(rows.shape, dtype=torch.bool)
+    for row, case in enumerate(cases):
+        free_BT[row, : len(case.ids)] = True
+    attackers = {preset: [preset] for preset in presets} | {ADAPTIVE: list(presets)}
+    found = [[right_at(lm, cases, preset, None) for preset in presets]]
+    for looked_at in attackers.values():
+
+        def loss(looked_at: Sequence[str] = looked_at) -> torch.Tensor:
+            total = torch.zeros(())
+            for preset in looked_at:
+                target = Target(lm, [preset])
+                with target.at(preset):
+                    total = total + target.nll(cases).sum() / len(looked_at)
+            return total
+
+        delta_BTD = ascend(lm.model, loss, free_BT, radius=radius, iterations=iterations, seed=seed)
+        found.append([right_at(lm, cases, preset, delta_BTD) for preset in presets])
+    return Game(("nobody", *attackers), tuple(presets), np.array(found))
+
+
+@torch.no_grad()
+def right_at(lm: LocalLM, cases: Sequence[Case], preset: str, delta_BTD: torch.Tensor | None) -> Array:
+    """1 for each case whose right answer a precision would say, token by token, on moved embeddings."""
+    ids_BT, mask_BT = pad([[*case.ids, *case.answer] for case in cases], lm.pad_token())
+    moved = torch.zeros(()) if delta_BTD is None else delta_BTD
+    target = Target(lm, [preset])
+    with target.at(preset), nudged(lm.model, moved):
+        said_BT = lm.model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits.argmax(-1)
+    right = []
+    for row, case in enumerate(cases):
+        start, stop = len(case.ids) - 1, len(case.ids) + len(case.answer) - 1
+        right.append(float(said_BT[row, start:stop].tolist() == list(case.answer)))
+    return np.array(right)

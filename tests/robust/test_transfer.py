@@ -6,7 +6,7 @@ import pytest
 from polybit.core.runtime import PolybitError
 from polybit.nn.switch import random_precision
 from polybit.robust.cases import build_cases
-from polybit.robust.transfer import Game, answer, answer_at_every
+from polybit.robust.transfer import ADAPTIVE, Game, answer, answer_at_every, embedding_game
 from tests.robust.models import chat, questions
 
 
@@ -56,3 +56,20 @@ def test_a_draw_equals_random_precision_while_running():
 
     picks = draw(3, 6, torch.Generator().manual_seed(2))
     assert [running[n] for n in order] == [said["nobody", presets[p]][n] for p, n in zip(picks, order, strict=True)]
+
+
+def test_embeddings_move_the_game_too():
+    lm = chat()
+    cases = build_cases(lm.tokenizer, *questions(8), place="swap")
+    found = embedding_game(lm, cases, ("w8", "w3"), epsilon=0.5, iterations=4)
+    assert found.attackers == ("nobody", "w8", "w3", ADAPTIVE) and found.right_ADN.shape == (4, 2, 8)
+    assert found.cell("nobody", "w8").mean() > 0.7
+    assert found.cell("w8", "w8").mean() < found.cell("nobody", "w8").mean()
+    still = embedding_game(lm, cases, ("w8", "w3"), epsilon=1e-6, iterations=1)
+    assert np.array_equal(still.right_ADN[1], still.right_ADN[0])
+    # saying the answer freely is the same as saying it token by token after the right ones
+    with lm.at("w8"):
+        said = answer(lm, cases)
+    _, answers = questions(8)
+    spoken = [float(text == answers[case.id][0].text) for text, case in zip(said, cases, strict=True)]
+    assert spoken == found.cell("nobody", "w8").tolist()
