@@ -15,7 +15,7 @@ from polybit.core.precision import check_width
 from polybit.core.runtime import PolybitError
 
 Files = Annotated[list[str], Parameter(consume_multiple=True)]
-CRITERIA = ("family", "literal", "aligned-diverse")
+CRITERIA = ("family", "literal", "aligned-diverse", "rank-kept")
 VERIFY_STEP = {2: 0.25, 3: 0.5}  # distance of the mixtures that are quantized; 1 beyond, the sources by themselves
 HELD_OUT = 24  # windows of each text to measure on
 DRAWS = 4  # --verify reads this many times the windows it calibrates on, so that every seed draws others
@@ -29,8 +29,9 @@ class MixConfig:
     """General text: .txt or .jsonl files, named sets or dataset ids."""
     tasks: Files
     """Text of the tasks that matter: .txt or .jsonl files, named sets or dataset ids."""
-    criterion: Literal["family", "literal", "aligned-diverse"] = "family"
-    """What makes a mixture good (literal always chooses pure task text and is there to compare)."""
+    criterion: Literal["family", "literal", "aligned-diverse", "rank-kept"] = "family"
+    """What makes a mixture good: family = like all held-out texts, literal = like the tasks (always pure task text,
+    there to compare), aligned-diverse and rank-kept = like the tasks without losing rank."""
     normalise: Literal["size", "layer"] = "size"
     """How layers are made comparable; layer = every layer counts alike, for models with massive activations."""
     step: float | None = None
@@ -90,7 +91,7 @@ def check(config: MixConfig) -> None:
 def search(name: str, config: MixConfig) -> dict[str, Any]:
     """Load, read the texts, search, and verify when asked."""
     from polybit.hub.load import load_float
-    from polybit.measure.mixture import best_mixture
+    from polybit.measure.mixture import search_mixtures
     from polybit.nn.convert import targets
 
     model, tokenizer = load_float(resolve(name), trust_remote_code=config.trust_remote_code)
@@ -98,24 +99,22 @@ def search(name: str, config: MixConfig) -> dict[str, Any]:
     texts = read_texts(model, tokenizer, [*config.general, *config.tasks], config)
     cut = {text: list(windows[: config.samples].split(4)) for text, (windows, _) in texts.items()}
     family = {text: list(held_out.split(4)) for text, (_, held_out) in texts.items()}
-    found = {}
     asked: Sequence[Any] = CRITERIA if config.verify else (config.criterion,)
-    for criterion in asked:
-        found[criterion] = best_mixture(
-            model,
-            cut,
-            chosen,
-            general=config.general,
-            criterion=criterion,
-            normalise=config.normalise,
-            family=family,
-            step=config.step,
-        )
+    found = search_mixtures(
+        model,
+        cut,
+        chosen,
+        general=config.general,
+        criteria=asked,
+        normalise=config.normalise,
+        family=family,
+        step=config.step,
+    )
     numbers: dict[str, Any] = {"mixture": found[config.criterion].to_json()}
     if config.verify:
         numbers["others"] = {c: m.to_json()["best"] for c, m in found.items() if c != config.criterion}
         numbers["curves"] = {criterion: m.to_json()["curve"] for criterion, m in found.items()}
-        picks = {criterion: m.best.weights for criterion, m in found.items()}
+        picks: dict[str, tuple[float, ...]] = {criterion: m.best.weights for criterion, m in found.items()}
         numbers["verified"] = verify(name, model, chosen, texts, picks, config)
     return numbers
 

@@ -20,11 +20,13 @@ from polybit.measure.blocks import Block, find_blocks, run_blocks
 from polybit.measure.stats import watch
 from polybit.nn.convert import Target
 
-Criterion = Literal["family", "literal", "aligned-diverse"]
+Criterion = Literal["family", "literal", "aligned-diverse", "rank-kept"]
 Normalise = Literal["size", "layer"]
 STEPS = {2: 0.05, 3: 0.1, 4: 0.1}  # distance of neighbouring shares on the grid, by number of sources; 0.2 beyond
 ERANK_COLUMNS = 1024  # larger Hessians are judged by this many evenly spaced columns
-DIVERSITY = 0.5  # λ: worth of the effective rank beside the alignment
+DIVERSITY = 0.5  # λ of aligned-diverse: worth of the effective rank beside the alignment
+LEAST_RANK = 0.9  # of rank-kept: share of the general text's effective rank a mixture must keep
+RANKED = ("aligned-diverse", "rank-kept")  # criteria that need the Hessians' eigenvalues
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,24 +124,46 @@ def best_mixture(
     evaluated (`family`: held-out batches of the same names; default: the sources), so that an optimum between the
     ends exists.
     aligned-diverse: cos to the task pool plus DIVERSITY times the mean effective rank of the Hessians relative to that
-    of the general text, which is the collapse the paper describes.
+    of the general text, which is the collapse the paper describes. rank-kept: the largest cos to the task pool among
+    the mixtures that keep LEAST_RANK of that rank.
     Raises PolybitError for fewer than two sources, empty ones, unknown names or no task.
     """
+    return search_mixtures(
+        model, sources, targets, general=general, criteria=[criterion], normalise=normalise, family=family, step=step
+    )[criterion]
+
+
+def search_mixtures(
+    model,
+    sources: Mapping[str, Sequence[Tensor]],
+    targets: Sequence[Target],
+    *,
+    general: Sequence[str],
+    criteria: Sequence[Criterion],
+    normalise: Normalise = "size",
+    family: Mapping[str, Sequence[Tensor]] | None = None,
+    step: float | None = None,
+) -> dict[Criterion, Mixture]:
+    """`best_mixture` by several criteria, from the same forward passes."""
     general = check_sources(sources, general)
-    if criterion not in get_args(Criterion) or normalise not in get_args(Normalise):
+    unknown = [criterion for criterion in criteria if criterion not in get_args(Criterion)]
+    if unknown or normalise not in get_args(Normalise):
         raise PolybitError(
-            f"mixture criterion {criterion!r} with normalisation {normalise!r} is not known: choose one of "
-            f"{', '.join(get_args(Criterion))} and one of {', '.join(get_args(Normalise))}"
+            f"mixture criterion {(unknown or criteria)[0]!r} with normalisation {normalise!r} is not known: choose one "
+            f"of {', '.join(get_args(Criterion))} and one of {', '.join(get_args(Normalise))}"
         )
     names = tuple(sources)
     points_PS = simplex(len(names), step)
-    pool_S = pool(names, general)
-    asked_PS = torch.cat([points_PS, pool_S[None]]) if criterion == "aligned-diverse" else None
+    ranked = any(criterion in RANKED for criterion in criteria)
+    asked_PS = torch.cat([points_PS, pool(names, general)[None]]) if ranked else None
     traces = collect_traces(model, sources, targets, erank_at=asked_PS)
-    wanted = collect_traces(model, family, targets) if family and criterion == "family" else traces
-    points = score_points(traces, points_PS, general, criterion, normalise, wanted)
-    best = max(points, key=lambda p: p.score)
-    return Mixture(names, general, criterion, normalise, best, tuple(points), traces.tokens)
+    wanted = collect_traces(model, family, targets) if family and "family" in criteria else traces
+    found = {}
+    for criterion in criteria:
+        points = score_points(traces, points_PS, general, criterion, normalise, wanted)
+        best = max(points, key=lambda p: p.score)
+        found[criterion] = Mixture(names, general, criterion, normalise, best, tuple(points), traces.tokens)
+    return found
 
 
 def check_sources(sources: Mapping[str, Sequence[Tensor]], general: Sequence[str]) -> tuple[str, ...]:
@@ -254,12 +278,13 @@ def score_points(
     else:
         target_L = pool(traces.sources, [name for name in traces.sources if name not in general]) @ vectors_SL
     alignment_P = torch.cosine_similarity(points_PS @ vectors_SL, target_L[None], dim=1, eps=1e-300)
-    ratio_P = None
-    if traces.erank_PL is not None:
-        ratio_P = (traces.erank_PL[:-1] / traces.erank_PL[-1]).mean(1)
-    score_P = (
-        alignment_P + DIVERSITY * ratio_P if criterion == "aligned-diverse" and ratio_P is not None else alignment_P
-    )
+    ratio_P = None if traces.erank_PL is None else (traces.erank_PL[:-1] / traces.erank_PL[-1]).mean(1)
+    score_P = alignment_P
+    if criterion in RANKED:
+        assert ratio_P is not None, "the traces were collected without effective ranks"
+        # a cosine is at most 1: a mixture that lost too much rank comes after all that did not
+        kept_P = -2.0 * (ratio_P < LEAST_RANK)
+        score_P = alignment_P + (DIVERSITY * ratio_P if criterion == "aligned-diverse" else kept_P)
     return [
         Point(
             tuple(shares_S.tolist()),

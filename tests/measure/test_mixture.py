@@ -14,6 +14,7 @@ from polybit.measure.mixture import (
     mix,
     pool,
     score_points,
+    search_mixtures,
     simplex,
     whole_shares,
 )
@@ -182,3 +183,16 @@ def test_bad_sources():
         mix({"a": torch.zeros(3, 4), "b": torch.zeros(9, 5)}, {"a": 1.0, "b": 1.0}, 2)
     with pytest.raises(PolybitError, match="does not divide"):
         simplex(2, 0.3)
+
+
+def test_rank_kept_is_the_most_aligned_that_keeps_the_rank(model):
+    dull = {"stories": SOURCES["stories"], "sums": [torch.full((3, 10), 50)]}
+    found = search_mixtures(
+        model, dull, targets(model), general=["stories"], criteria=["rank-kept", "literal"], step=0.05
+    )
+    points = found["rank-kept"].points
+    kept = [point for point in points if point.erank_ratio >= 0.9]
+    assert found["rank-kept"].best == max(kept, key=lambda point: point.alignment)
+    assert 0 < len(kept) < len(points) and found["literal"].best.weights == (0.0, 1.0)
+    with pytest.raises(PolybitError, match="'odd'"):
+        search_mixtures(model, dull, targets(model), general=["stories"], criteria=["odd"])
