@@ -1,11 +1,11 @@
 """Robustness on the embedded model: weights against activations, and adversarial training at a drawn precision (RPT).
 
     python benchmarks/robustness.py grid CHECKPOINT [--items 100] [--seeds 0,1,2] [--json FILE]
-    python benchmarks/robustness.py pgd CHECKPOINT [--items 64] [--seeds 0,1,2] [--epsilons 0.1,0.2,0.4] [--json FILE]
+    python benchmarks/robustness.py pgd CHECKPOINT [--items 64] [--seeds 0,1,2] [--epsilons 0.01,0.02,0.05] [--json FILE]
     python benchmarks/robustness.py rpt [--seeds 0,1,2] [--steps 40] [--json FILE]
 
 grid: exact match on the reading task, answers frozen before a reference is read, and perplexity, for every pair of
-weight and activation widths of a nested checkpoint. pgd: the transfer matrix in embedding space. rpt: the embedded model
+weight and activation widths of a nested checkpoint. pgd: the transfer matrix in embedding space. rpt: the model
 trained on the reading task for a few steps - not at all, against attacks at a fixed width, against attacks at a width
 drawn per step - and then attacked by token swaps at every width and at all of them; equal updates, data and attack
 strength. The transfer matrix of token swaps is `polybit attack CHECKPOINT --seeds 0,1,2`.
@@ -181,8 +181,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--epsilon", type=float, default=0.3)
-    parser.add_argument("--epsilons", default="0.1,0.2,0.4")
+    parser.add_argument("--epsilon", type=float, default=0.05)
+    parser.add_argument("--epsilons", default="0.01,0.02,0.05")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.seeds = [int(seed) for seed in options.seeds.split(",")]

@@ -71,7 +71,7 @@ class Adversarial:
 
     inner: Objective
     model: nn.Module
-    epsilon: float = 0.3
+    epsilon: float = 0.05
     iterations: int = 3
     clean: float = 0.5
     seed: int = 0
