@@ -35,7 +35,11 @@ class PlanConfig:
     window: int | None = None
     """Tokens per window."""
     include_embeddings: bool = False
-    """Quantize the token embedding and the output head too."""
+    """Quantize the token embedding and the output head as all other layers, at every width."""
+    ends: int | None = None
+    """Bits of the token embedding and the output head whatever the width, 16 = float (default: 8 for a large head)."""
+    threads: int | None = None
+    """Threads the speed is predicted for (default: those torch takes)."""
     dry_run: bool = True
     """Quantize one random matrix of the model's commonest shape here, to tell the time the whole will take."""
     json: Path | None = None
@@ -49,6 +53,8 @@ def plan(model: str, /, *, config: Annotated[PlanConfig, Parameter(name="*")] = 
     asked = {key: getattr(config, key) for key in ("widths", "bits", "method", "group_size", "asymmetric")}
     recipe = recipe_of(QuantizeConfig(out=Path("unused"), **asked))
     from polybit.commands.calibration import window_length
+    from polybit.commands.ends import end_bits, end_targets
+    from polybit.core.precision import FLOAT
     from polybit.core.records import Run
     from polybit.hub.skeleton import load_skeleton
     from polybit.nn.convert import left_in_float, targets
@@ -57,15 +63,19 @@ def plan(model: str, /, *, config: Annotated[PlanConfig, Parameter(name="*")] = 
     with run.timed():
         skeleton = load_skeleton(resolve(model), trust_remote_code=config.trust_remote_code)
         chosen = targets(skeleton, include_embeddings=config.include_embeddings)
+        bits_of_ends = FLOAT if config.include_embeddings else end_bits(skeleton, config.ends)
+        ends = end_targets(skeleton) if bits_of_ends != FLOAT else []
         tokens = config.samples * window_length(skeleton, config.window)
-        numbers = {
+        numbers: dict[str, Any] = {
             "parameters": sum(p.numel() for p in skeleton.parameters()),
             "quantized": sum(t.size for t in chosen),
             "layers": len(chosen),
-            "left_in_float": [asdict(row) for row in left_in_float(skeleton, chosen)],
+            "ends": {"bits": bits_of_ends, "weights": sum(t.size for t in ends)},
+            "left_in_float": [asdict(row) for row in left_in_float(skeleton, [*chosen, *ends])],
             "sizes": sizes(chosen, recipe),
-            "memory": memory(skeleton, chosen, tokens),
+            "memory": memory(skeleton, [*chosen, *ends], tokens),
         }
+        numbers["speed"] = speed(skeleton, numbers["sizes"], ends, bits_of_ends, config)
         if config.dry_run and chosen:
             numbers["dry_run"] = dry_run(chosen, recipe)
     run.numbers = numbers
@@ -101,6 +111,40 @@ def memory(skeleton, chosen: Sequence[Any], tokens: int) -> dict[str, int]:
         "quantizing_adds": STATISTICS_COPIES * 4 * widest**2 + 3 * 4 * tokens * hidden,
         "float_part_at_rest": 4 * (parameters - sum(t.size for t in chosen)),
     }
+
+
+def speed(
+    skeleton, widths: Mapping[str, Mapping[str, float]], ends: Sequence[Any], bits: int, config: PlanConfig
+) -> dict[str, Any] | None:
+    """Tokens per second of one sequence at each width, from the constants `polybit bench` kept; None without them."""
+    import torch
+
+    from polybit.core.precision import FLOAT
+    from polybit.hub.decode import FAMILIES
+    from polybit.measure.machine import PLAIN_BLOCK_SECONDS, recall
+    from polybit.nn.convert import ends as ends_of
+    from polybit.nn.convert import targets
+
+    constants = recall(config.threads or torch.get_num_threads())
+    if constants is None:
+        return None
+    _, head = ends_of(skeleton)
+    vocabulary = sum(p.numel() for p in head.parameters()) if head is not None else 0
+    overhead = 1 + 16 / (8 * config.group_size if config.group_size else 1 << 20)
+    head_bytes = vocabulary * 4.0 if bits == FLOAT else vocabulary * bits / 8 * overhead
+    if config.include_embeddings:
+        head_bytes = 0.0  # counted with the blocks
+    blocks = int(getattr(skeleton.config.get_text_config(), "num_hidden_layers", 0) or 0)
+    calls = len(targets(skeleton)) * 4 / 7 + 1  # products that share an input are one call
+    between = None if skeleton.config.model_type in FAMILIES else PLAIN_BLOCK_SECONDS
+    found = {}
+    for name, row in widths.items():
+        quantized, floats = (row["bytes"], head_bytes) if bits == FLOAT else (row["bytes"] + head_bytes, 0.0)
+        width = int(name[1:])
+        found[name] = 1 / constants.seconds_per_token(
+            width, quantized=quantized, floats=floats, calls=round(calls), blocks=blocks, block_seconds=between
+        )
+    return {"tokens_per_second": found, "threads": constants.threads, "measured": constants.measured}
 
 
 def dry_run(chosen: Sequence[Any], recipe) -> dict[str, Any]:
@@ -147,6 +191,10 @@ def print_plan(model: str, recipe, numbers: Mapping[str, Any]) -> None:
         for name, row in numbers["sizes"].items()
     ]
     print(aligned(["width", "bits/weight", "bytes read", "of 16-bit"], rows))
+    ends = numbers["ends"]
+    if ends["weights"]:
+        print(f"\nembedding and output head: {ends['weights']:,} weights, {ends['bits']} bits at every width")
+    print_speed(numbers["speed"])
     print("\nstays in float:")
     for row in numbers["left_in_float"]:
         print(f"  {percent(row['share']):>7}  {row['name']} ({row['reason']})")
@@ -162,3 +210,19 @@ def print_plan(model: str, recipe, numbers: Mapping[str, Any]) -> None:
             f"time: one {preview['shape'][0]}x{preview['shape'][1]} layer took {preview['seconds']:.2f} s here, "
             f"all layers about {preview['all_layers_seconds']:.0f} s{more}"
         )
+
+
+def print_speed(found: Mapping[str, Any] | None) -> None:
+    """Predicted tokens per second, or how to get them."""
+    if found is None:
+        print(
+            "\nspeed: not measured on this machine yet; `polybit bench linear` measures it once, then it is told here"
+        )
+        return
+    from polybit.report.tables import number
+
+    each = ", ".join(f"{name} {number(value)}" for name, value in found["tokens_per_second"].items())
+    print(
+        f"\nexpected tokens per second, one sequence, {found['threads']} threads: {each} "
+        f"(from what `polybit bench linear` measured here on {found['measured']})"
+    )

@@ -13,6 +13,8 @@ from polybit.core.records import processor_name
 from polybit.core.runtime import write_json
 
 FILE = "machine.json"
+BLOCK_SECONDS = 20e-6  # of a decoder block beside its products, on the fast path (hub/decode.py)
+PLAIN_BLOCK_SECONDS = 330e-6  # the same through transformers' generate
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +33,24 @@ class Constants:
     bandwidth: float
     efficiency: Mapping[int, float]
     call_seconds: float
-    block_seconds: float = 25e-6
     int8_peak: float = 0.0
-    model_factor: float = 1.0
     notes: Mapping[str, str] = field(default_factory=dict)
 
-    def seconds_per_token(self, width: int, *, quantized: float, floats: float, calls: int, blocks: int) -> float:
+    def seconds_per_token(
+        self,
+        width: int,
+        *,
+        quantized: float,
+        floats: float,
+        calls: int,
+        blocks: int,
+        block_seconds: float | None = None,
+    ) -> float:
         """Predicted seconds of one decoding step: bytes at the speed this width reaches, calls, blocks."""
         known = sorted(self.efficiency)
         nearest = min(known, key=lambda b: abs(b - width))
         read = quantized / (self.bandwidth * self.efficiency[nearest]) + floats / self.bandwidth
-        return (read + calls * self.call_seconds + blocks * self.block_seconds) * self.model_factor
+        return read + calls * self.call_seconds + blocks * (BLOCK_SECONDS if block_seconds is None else block_seconds)
 
 
 def cache_directory() -> Path:

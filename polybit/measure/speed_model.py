@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polybit.hub.decode import Decoder, supported
+from polybit.kernels import ops
 from polybit.measure.timing import Job, percentile
 from polybit.nn import switch
 from polybit.nn.convert import ends
 
 
-def polybit_jobs(model: nn.Module, presets: Sequence[str], *, prompt: Tensor, tokens: int, plain: bool) -> list[Job]:
-    """Decoding by the fast path and, with `plain`, by transformers' generate; reading the prompt; at every preset."""
+def polybit_jobs(
+    model: nn.Module,
+    presets: Sequence[str],
+    *,
+    prompt: Tensor,
+    tokens: int,
+    modes: Sequence[ops.Activations] = ("int16",),
+) -> list[Job]:
+    """At every preset: decoding by the fast path with activations of each mode; transformers' generate and reading the
+    prompt with those of the first mode.
+    """
     room = prompt.shape[1] + tokens
     decoder = Decoder(model, room) if supported(model) else None
     jobs = []
     for preset in presets:
         size, bits = bytes_per_token(model, preset)
 
-        def at_preset(work: Callable[[], Any], preset: str = preset) -> Callable[[int], Any]:
+        def at_preset(
+            work: Callable[[], Any], mode: ops.Activations = modes[0], preset: str = preset
+        ) -> Callable[[int], Any]:
             def call(_: int) -> Any:
-                switch.use(model, preset)
+                switch.multiply_by(switch.use(model, preset), mode)
                 return work()
 
             return call
 
+        def job(name: str, work: Callable[[int], Any], bits: float = bits, size: int = size) -> Job:
+            return Job(name, "polybit", work, 1, size * tokens, bits=bits, unit=tokens)
+
         if decoder is not None:
-            work = at_preset(lambda: decode(decoder, tokens))
-            jobs.append(Job(f"polybit {preset}", "polybit", work, 1, size * tokens, bits=bits, unit=tokens))
-        if plain or decoder is None:
-            work = at_preset(lambda: continue_by_transformers(model, prompt, tokens))
-            name = f"transformers generate {preset}"
-            jobs.append(Job(name, "polybit", work, 1, size * tokens, bits=bits, unit=tokens))
-        work = at_preset(lambda: read(model, prompt))
-        jobs.append(Job(f"prompt {preset}", "polybit prompt", work, 1, 0, bits=bits, unit=prompt.shape[1]))
+            work = partial(decode, decoder, tokens)
+            jobs += [job(f"polybit {preset} {mode}", at_preset(work, mode)) for mode in modes]
+        jobs.append(job(f"transformers {preset}", at_preset(partial(continue_by_transformers, model, prompt, tokens))))
+        reading = at_preset(partial(read, model, prompt))
+        jobs.append(Job(f"prompt {preset}", "polybit prompt", reading, 1, 0, bits=bits, unit=prompt.shape[1]))
     return jobs
 
 
