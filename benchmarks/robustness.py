@@ -1,7 +1,7 @@
 """Robustness on the embedded model: weights against activations, and adversarial training at a drawn precision (RPT).
 
     python benchmarks/robustness.py grid CHECKPOINT [--items 100] [--seeds 0,1,2] [--json FILE]
-    python benchmarks/robustness.py pgd CHECKPOINT [--items 64] [--seeds 0,1,2] [--epsilons 0.01,0.02,0.05] [--json FILE]
+    python benchmarks/robustness.py pgd CHECKPOINT [--items 64] [--seeds 0,1,2] [--epsilons E,E] [--json FILE]
     python benchmarks/robustness.py rpt [--seeds 0,1,2] [--steps 40] [--json FILE]
 
 grid: exact match on the reading task, answers frozen before a reference is read, and perplexity, for every pair of
