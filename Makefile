@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.polybit-ready
+TRITON := .venv/.triton-ready
 
 .PHONY: setup demo test check slow benchmark clean
 
@@ -16,10 +17,15 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard polybit/kerne
 demo: setup
 	$(BIN)/python -m polybit.demo
 
-test: setup
+# The GPU kernels are tested without a GPU, by triton's interpreter and compiler; where there is no wheel they are skipped.
+$(TRITON): $(STAMP)
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --only-binary :all: triton
+	touch $(TRITON)
+
+test: setup $(TRITON)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-slow: setup
+slow: setup $(TRITON)
 	$(BIN)/python -m pytest -m slow
 
 check: setup

@@ -23,9 +23,8 @@ def kernel():
     del os.environ["TRITON_INTERPRET"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("activations", ["int8", "int16"])
-@pytest.mark.parametrize("group_size", [0, 32, 128])
+@pytest.mark.parametrize(("kind", "group_size"), list(zip(KINDS, (0, 32, 128, 64), strict=True)))
 def test_interpreted_equals_the_slow_twin(kernel, kind, activations, group_size):
     p = random_planes(20, 200, 8, group_size, **KINDS[kind])
     x, bias = random_input(2, 200), random_input(20, seed=2)
