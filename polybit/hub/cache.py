@@ -184,7 +184,12 @@ def give_cache(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     empty = type(cache) is DynamicCache and not cache.get_seq_length() and not cache.offloading
     if not (absent or empty):
         return None
-    return args, {**kwargs, "past_key_values": PackedCache(model, kwargs.get("attention_mask"))}
+    made = PackedCache(model, kwargs.get("attention_mask"))
+    if cache is None:
+        return args, {**kwargs, "past_key_values": made}
+    # whoever made the empty cache may hold on to it, so it is the same object that becomes a packed one
+    cache.layers, cache.layer_class_to_replicate, cache.packs = made.layers, None, True
+    return None
 
 
 def reads_in_blocks(model: nn.Module) -> int:
