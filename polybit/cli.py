@@ -6,30 +6,31 @@ import errno
 import sys
 from pathlib import Path
 
-from cyclopts import App
+from cyclopts import App, Group
 from cyclopts.config import Toml
 
 from polybit import __version__
 
+QUANTIZE, MEASURE, TRAIN, STUDY = "Quantize", "Run and measure", "Train", "Study"  # the groups of --help, in order
 COMMANDS = {
-    "plan": ("polybit.commands.plan:plan", "Say what quantizing would give and cost, before running it."),
-    "allocate": ("polybit.commands.allocate:allocate", "Spend a budget of bits on the layers where it matters."),
-    "quantize": ("polybit.commands.quantize:quantize", "Turn a model into one checkpoint that runs at many widths."),
-    "columns": ("polybit.commands.columns:columns", "Search widths inside layers and write them as a plan."),
-    "sweep": ("polybit.commands.sweep:sweep", "Quantize and measure under every combination of some flags."),
-    "mix": ("polybit.commands.mix:mix", "Find the mixture of texts to calibrate on."),
-    "pairs": ("polybit.commands.pairs:pairs", "Answer prompts in float and quantized, and keep where they part."),
-    "align": ("polybit.commands.align:align", "Teach a quantized model to answer as its float self."),
-    "study": ("polybit.commands.study:study", "Answer the questions about switchable precision for a model."),
-    "frontier": ("polybit.commands.frontier:frontier", "Draw the best precision per layer at every cost."),
-    "train": ("polybit.commands.train:train", "Train one model to be good at several precisions."),
-    "eval": ("polybit.commands.evaluate:evaluate", "Measure what each width costs against the float model."),
-    "judge": ("polybit.commands.judge:judge", "Have answers judged by an endpoint, or offline by fidelity."),
-    "generate": ("polybit.commands.generate:generate", "Answer a prompt at a chosen width."),
-    "bench": ("polybit.commands.bench:bench", "Measure how fast this machine runs every width, beside its rivals."),
-    "cost": ("polybit.commands.cost:cost", "Say what a token costs: bit operations, bytes read, measured time."),
-    "attack": ("polybit.commands.attack:attack", "Attack a checkpoint at each width and answer at every other."),
-    "report": ("polybit.commands.report:report", "Write one self-contained HTML page from measured numbers."),
+    "plan": ("polybit.commands.plan:plan", QUANTIZE, "Say what quantizing would give and cost, before running it."),
+    "quantize": ("polybit.commands.quantize:quantize", QUANTIZE, "Turn a model into one checkpoint of many widths."),
+    "allocate": ("polybit.commands.allocate:allocate", QUANTIZE, "Spend a budget of bits where it matters."),
+    "mix": ("polybit.commands.mix:mix", QUANTIZE, "Find the mixture of texts to calibrate on."),
+    "columns": ("polybit.commands.columns:columns", QUANTIZE, "Search widths inside layers and write them as a plan."),
+    "generate": ("polybit.commands.generate:generate", MEASURE, "Answer a prompt at a chosen width."),
+    "eval": ("polybit.commands.evaluate:evaluate", MEASURE, "Measure what each width costs against the float model."),
+    "judge": ("polybit.commands.judge:judge", MEASURE, "Have answers judged by an endpoint, or offline by fidelity."),
+    "bench": ("polybit.commands.bench:bench", MEASURE, "Measure how fast this machine runs every width."),
+    "cost": ("polybit.commands.cost:cost", MEASURE, "Say what a token costs: bit operations, bytes, milliseconds."),
+    "report": ("polybit.commands.report:report", MEASURE, "Write one self-contained HTML page from measured numbers."),
+    "pairs": ("polybit.commands.pairs:pairs", TRAIN, "Answer prompts in float and quantized; keep where they part."),
+    "align": ("polybit.commands.align:align", TRAIN, "Teach a quantized model to answer as its float self."),
+    "train": ("polybit.commands.train:train", TRAIN, "Train one model to be good at several precisions."),
+    "sweep": ("polybit.commands.sweep:sweep", STUDY, "Quantize and measure under every combination of some flags."),
+    "frontier": ("polybit.commands.frontier:frontier", STUDY, "Draw the best precision per layer at every cost."),
+    "attack": ("polybit.commands.attack:attack", STUDY, "Attack a checkpoint at each width and answer at every other."),
+    "study": ("polybit.commands.study:study", STUDY, "Answer the questions about switchable precision for a model."),
 }
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 
@@ -45,8 +46,9 @@ def build_app(config_file: Path | None = None) -> App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for name, (target, summary) in COMMANDS.items():
-        app.command(target, name=name, help=summary)
+    groups = {title: Group(title, sort_key=rank) for rank, title in enumerate((QUANTIZE, MEASURE, TRAIN, STUDY))}
+    for rank, (name, (target, group, summary)) in enumerate(COMMANDS.items()):
+        app.command(target, name=name, help=summary, group=groups[group], sort_key=rank)
     return app
 
 
