@@ -1,10 +1,11 @@
 """What a quantized key/value cache costs and saves: bytes held, perplexity through the cache itself, time per token.
 
-    python benchmarks/kv_cache.py MODEL TEXT [--windows 32] [--length 256] [--seeds 0,1,2] [--json FILE]
+    python benchmarks/kv_cache.py MODEL TEXT [--windows 32] [--length 256] [--seeds 0,1,2] [--literal] [--json FILE]
 
 MODEL is a float model (tinychat for the embedded one), so that weights add nothing; TEXT a file or a named set. Text is
-read token by token through the packed cache, as generation does. Perplexity is compared with the float cache on the
-same windows; each seed reads other windows. Bytes are those held at the end, over those of a bf16 cache.
+read through the packed cache in blocks of keys, so that every token sees what it would see while decoding (--literal
+reads token by token). Perplexity is compared with the float cache on the same windows; each seed reads other windows.
+Bytes are those held at the end, over those of a bf16 cache.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from polybit.core.plan import Plan
 from polybit.data.text import read_windows
 from polybit.evals.scoring import bootstrap
 from polybit.hub.cache import PackedCache, cache_bytes
-from polybit.nn.attention import arrange, use_operands
+from polybit.nn.attention import arrange, ports, use_operands
 
+BLOCK = 32  # tokens of a block of keys, and read at a time
 SETTINGS = [
     ("float", "token", 64, 32),
     *[(f"k{k}v{v}", "channel", 64, 32) for k, v in ((8, 8), (8, 4), (4, 8), (4, 4), (4, 2), (2, 4))],
@@ -36,23 +38,37 @@ SETTINGS = [
 
 
 @torch.inference_mode()
-def read_through(model: Any, windows_NT: Tensor) -> tuple[np.ndarray, float, float]:
-    """(mean nats per token of each window, cache bytes over a bf16 cache's, median ms of a step of the batch)."""
-    cache, total, seconds = PackedCache(model), torch.zeros(len(windows_NT)), []
-    for token in range(windows_NT.shape[1] - 1):
+def read_through(model: Any, windows_NT: Tensor, portion: int) -> tuple[np.ndarray, float]:
+    """(mean nats per token of each window, cache bytes over a bf16 cache's), read `portion` tokens at a time."""
+    cache, total, steps = PackedCache(model), torch.zeros(len(windows_NT)), windows_NT.shape[1] - 1
+    for start in range(0, steps, portion):
+        stop = min(steps, start + portion)
+        out = model(windows_NT[:, start:stop], past_key_values=cache, use_cache=True)
+        logp_NTV = out.logits.float().log_softmax(-1)
+        total -= logp_NTV.gather(2, windows_NT[:, start + 1 : stop + 1, None]).sum((1, 2))
+    return (total / steps).numpy(), cache_bytes(cache) / bf16_bytes(model, len(windows_NT) * steps)
+
+
+def bf16_bytes(model: Any, tokens: int) -> int:
+    """Bytes of keys and values of so many tokens in bf16, from a float cache of one token."""
+    precisions = {name: port.precision for name, port in ports(model).items()}
+    use_operands(model, Plan())
+    held = cache_bytes(model(torch.ones(1, 1, dtype=torch.int64), use_cache=True).past_key_values)
+    for name, port in ports(model).items():
+        port.precision = precisions[name]
+    return held * 2 // next(model.parameters()).element_size() * tokens
+
+
+@torch.inference_mode()
+def step_ms(model: Any, ids_1T: Tensor, steps: int = 30) -> float:
+    """Median milliseconds of a decoding step after a prompt."""
+    cache, seconds = PackedCache(model), []
+    model(ids_1T, past_key_values=cache, use_cache=True)
+    for _ in range(steps):
         started = time.perf_counter()
-        out = model(windows_NT[:, token : token + 1], past_key_values=cache, use_cache=True)
+        model(ids_1T[:, :1], past_key_values=cache, use_cache=True)
         seconds.append(time.perf_counter() - started)
-        logp_NV = out.logits[:, -1].float().log_softmax(-1)
-        total -= logp_NV.gather(1, windows_NT[:, token + 1 : token + 2])[:, 0]
-    steps = windows_NT.shape[1] - 1
-    config = model.config.get_text_config()
-    heads = (
-        getattr(config, "num_key_value_heads", None) or getattr(config, "num_heads", None) or config.num_attention_heads
-    )
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    plain = 2 * 2 * len(cache.layers) * len(windows_NT) * steps * heads * size
-    return (total / steps).numpy(), cache_bytes(cache) / plain, 1000 * statistics.median(seconds)
+    return 1000 * statistics.median(seconds)
 
 
 def main() -> None:
@@ -62,6 +78,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--literal", action="store_true", help="read token by token, as decoding does")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model, tokenizer = open_model(options.model)
@@ -76,7 +93,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for precision, keys, group, block in SETTINGS:
         use_operands(arrange(model, keys=keys, group=group, block=block), Plan.uniform(precision))
-        nats, share, ms = read_through(model, torch.cat(parts))
+        nats, share = read_through(model, torch.cat(parts), 1 if options.literal else BLOCK)
+        ms = step_ms(model, parts[0][:1, : options.length - 31])
         nll = np.split(nats, np.cumsum([len(part) for part in parts])[:-1])
         reference = reference or nll
         change = bootstrap(np.concatenate(nll), paired_with=np.concatenate(reference))
