@@ -126,13 +126,14 @@ def build(name: str, config: ColumnsConfig) -> tuple[Any, dict[str, Any]]:
 def starting_plan(config: ColumnsConfig, every: Sequence[Any]) -> tuple[Any, dict[str, float]]:
     """The plan without columns, and the mean bits of every layer it quantizes."""
     from polybit.allocate.columns import base_width
-    from polybit.commands.plans import check_plan, read_plan
+    from polybit.commands.plans import check_document, check_plan, read_plan
     from polybit.core.plan import Plan
 
     if config.plan is None:
         assert config.bits is not None
         return Plan.uniform(f"w{base_width(config.bits)}"), {target.name: config.bits for target in every}
     plan = read_plan(config.plan)
+    check_document(config.plan, every, config.group_size)
     chosen = check_plan(plan, every, config.group_size)
     return replace(plan, columns={}), {t.name: plan.bits_of(t.name, t.columns) for t in chosen}
 

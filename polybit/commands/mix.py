@@ -283,17 +283,26 @@ def print_result(name: str, config: MixConfig, numbers: Mapping[str, Any]) -> No
 
 def print_verified(verified: Mapping[str, Any]) -> None:
     """Measured KL per mixture and text, and the regret of every criterion."""
-    from polybit.report.tables import aligned, estimate
+    from polybit.report.tables import aligned, estimate, percent
 
-    texts = list(verified["best"])
+    texts = list(verified["worst_kl"]["best"])
     rows = [
         [
             " + ".join(f"{weight:.2f}" for weight in row["weights"].values()),
             *(estimate(row["kl"][text]) for text in texts),
             estimate(row["worst_kl"]),
+            estimate(row["worst_share"], percent),
         ]
         for row in verified["points"]
     ]
-    print(aligned(["shares", *(f"KL {Path(text).name}" for text in texts), "worst KL"], rows))
-    for criterion, regret in verified["regret"].items():
-        print(f"regret of {criterion}: {estimate(regret)} nats per token (noise over seeds {verified['noise']:.4f})")
+    print(aligned(["shares", *(f"KL {Path(text).name}" for text in texts), "worst KL", "worst rise"], rows))
+    print(
+        "Worst rise: of the text that loses most against its own best mixture. Regret: the choice less the best point."
+    )
+    for criterion in verified["worst_kl"]["regret"]:
+        plain, share = verified["worst_kl"], verified["worst_share"]
+        print(
+            f"regret of {criterion}: {estimate(plain['regret'][criterion])} nats per token "
+            f"(noise {plain['noise']:.4f}); "
+            f"{estimate(share['regret'][criterion], percent)} (noise {percent(share['noise'])})"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -84,43 +85,60 @@ def worst(domains: Mapping[str, list[Harm]]) -> list[float]:
     return [max(harms[seed].kl for harms in domains.values()) for seed in range(len(next(iter(domains.values()))))]
 
 
+def worst_share(domains: Mapping[str, list[Harm]], least: Mapping[str, float]) -> list[float]:
+    """Of the domain that loses most against its own best mixture, KL over KL there, less 1; one value per seed.
+
+    A model strange to the task has a high KL there whatever the calibration; this asks which mixture is fair to both.
+    """
+    seeds = range(len(next(iter(domains.values()))))
+    return [max(harms[seed].kl / least[name] for name, harms in domains.items()) - 1 for seed in seeds]
+
+
 def judge(
     sources: Sequence[str],
     found: Mapping[tuple[float, ...], dict[str, list[Harm]]],
     picks: Mapping[str, tuple[float, ...]],
 ) -> dict[str, Any]:
-    """The measured table, the true best point (least worst-domain KL, mean over seeds), and the regret of each pick.
+    """The measured table, and under two measures the true best point (mean over seeds) and the regret of each pick.
 
-    regret: worst-domain KL at the pick less that at the best point, paired by seed, nats per token. `noise` is the
-    standard deviation over seeds at the best point: a regret below it means nothing. `spread` is the difference
-    between the worst and the best point.
+    Measures: `worst_kl`, the worst domain's KL in nats per token, and `worst_share` (see there). Each has `best`,
+    `spread` (worst point less best point), `noise` (standard deviation over seeds at the best point: a regret below it
+    means nothing) and `regret` (the pick less the best point, paired by seed).
     """
     unknown = [name for name, point in picks.items() if point not in found]
     if unknown:
         raise PolybitError(f"the pick of {unknown[0]!r} was not measured: measure its mixture too")
-    rows = []
-    for point, domains in found.items():
-        row: dict[str, Any] = {"weights": dict(zip(sources, point, strict=True))}
-        row["kl"] = {name: over_seeds([h.kl for h in harms]).to_json() for name, harms in domains.items()}
-        row["nll"] = {name: over_seeds([h.nll for h in harms]).to_json() for name, harms in domains.items()}
-        row["worst_kl"] = over_seeds(worst(domains)).to_json()
-        row["per_seed"] = {name: [h.kl for h in harms] for name, harms in domains.items()}
-        rows.append(row)
-    means = {point: over_seeds(worst(domains)) for point, domains in found.items()}
-    best = min(means, key=lambda point: means[point].value)
-    best_KL = worst(found[best])
-    middle = means[best].value
-    noise = (sum((x - middle) ** 2 for x in best_KL) / max(len(best_KL) - 1, 1)) ** 0.5
-    return {
-        "points": rows,
-        "best": dict(zip(sources, best, strict=True)),
-        "noise": noise,
-        "spread": max(m.value for m in means.values()) - middle,
-        "regret": {
-            name: {
-                "weights": dict(zip(sources, point, strict=True)),
-                **over_seeds(worst(found[point]), paired_with=best_KL).to_json(),
-            }
-            for name, point in picks.items()
-        },
+    domains = list(next(iter(found.values())))
+    least = {d: min(over_seeds([h.kl for h in rows[d]]).value for rows in found.values()) for d in domains}
+    measures = {
+        "worst_kl": {point: worst(rows) for point, rows in found.items()},
+        "worst_share": {point: worst_share(rows, least) for point, rows in found.items()},
     }
+    table = []
+    for point, rows in found.items():
+        row: dict[str, Any] = {"weights": dict(zip(sources, point, strict=True))}
+        row["kl"] = {name: over_seeds([h.kl for h in harms]).to_json() for name, harms in rows.items()}
+        row["nll"] = {name: over_seeds([h.nll for h in harms]).to_json() for name, harms in rows.items()}
+        row |= {name: over_seeds(values[point]).to_json() for name, values in measures.items()}
+        row["per_seed"] = {name: [[h.kl, h.nll] for h in harms] for name, harms in rows.items()}
+        table.append(row)
+    verdicts = {name: verdict(sources, values, picks) for name, values in measures.items()}
+    return {"points": table, **verdicts}
+
+
+def verdict(
+    sources: Sequence[str], values: Mapping[tuple[float, ...], list[float]], picks: Mapping[str, tuple[float, ...]]
+) -> dict[str, Any]:
+    """Best point of one measure, its noise, the spread over points, and the regret of every pick."""
+    means = {point: over_seeds(per_seed).value for point, per_seed in values.items()}
+    best = min(means, key=means.__getitem__)
+    noise = stdev(values[best]) if len(values[best]) > 1 else 0.0
+    regret = {
+        name: {
+            "weights": dict(zip(sources, point, strict=True)),
+            **over_seeds(values[point], paired_with=values[best]).to_json(),
+        }
+        for name, point in picks.items()
+    }
+    spread = max(means.values()) - means[best]
+    return {"best": dict(zip(sources, best, strict=True)), "noise": noise, "spread": spread, "regret": regret}

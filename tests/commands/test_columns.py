@@ -97,14 +97,16 @@ def test_fixed_files_are_read_in_full():
         (["--plan", "none.json", "--block", "64"], "no such file"),
         (["--plan", "list.json", "--block", "64"], "list.json"),
         (["--plan", "broken.json", "--block", "64"], "mend it"),
+        (["--plan", "short.json", "--block", "64"], "leaves out 20 layer(s)"),
         (["--plan", "other.json", "--block", "64"], "does not have"),
     ],
 )
 def test_mistakes_are_one_sentence(tiny_llama, tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.json").write_text('{"bits": 3.5, "plan": {"layers": {"model.layers.0.mlp.up_proj": "w3"}}}')
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "list.json").write_text('{"layers": [1]}')
-    (tmp_path / "other.json").write_text('{"layers": {"model.layers.9.mlp.up_proj": "w3"}}')
+    (tmp_path / "other.json").write_text('{"default": "w4", "layers": {"model.layers.9.mlp.up_proj": "w3"}}')
     with pytest.raises(SystemExit) as caught:
         main(["columns", str(tiny_llama), "--out", "o.json", "--samples", "2", "--window", "16", *flags])
     assert caught.value.code not in (0, None)

@@ -80,10 +80,15 @@ def test_regret_of_a_known_case():
         (1.0, 0.0): {"g": [Harm(0.2, 0.1), Harm(0.2, 0.1)], "t": [Harm(0.9, 0.0), Harm(0.9, 0.0)]},
     }
     result = judge(["g", "t"], found, {"literal": (0.0, 1.0), "family": (0.5, 0.5)})
-    assert result["best"] == {"g": 0.5, "t": 0.5}
-    assert result["regret"]["literal"]["value"] == pytest.approx(0.2)
-    assert result["regret"]["literal"]["low"] == pytest.approx(0.2)
-    assert result["regret"]["family"]["value"] == 0.0
-    assert result["noise"] == pytest.approx(0.02**0.5) and result["spread"] == pytest.approx(0.5)
+    plain = result["worst_kl"]
+    assert plain["best"] == {"g": 0.5, "t": 0.5}
+    assert plain["regret"]["literal"]["value"] == pytest.approx(0.2)
+    assert plain["regret"]["literal"]["low"] == pytest.approx(0.2)
+    assert plain["regret"]["family"]["value"] == 0.0
+    assert plain["noise"] == pytest.approx(0.02**0.5) and plain["spread"] == pytest.approx(0.5)
+    # shares: g is best at pure g (0.2), t at pure t (0.15); half and half costs g 0.4 / 0.2 - 1 = 1 on the mean
+    shares = [row["worst_share"]["value"] for row in result["points"]]
+    assert shares == pytest.approx([2.0, 1.0, 5.0])
+    assert result["worst_share"]["best"] == {"g": 0.5, "t": 0.5}
     with pytest.raises(PolybitError, match="not measured"):
         judge(["g", "t"], found, {"odd": (0.25, 0.75)})
