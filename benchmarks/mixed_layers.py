@@ -1,7 +1,7 @@
 """Time what a layer may be beside one width for all: widths per block of columns, weights in one call, an adapter.
 
-Interleaved and paired with a read-bandwidth probe as in bench_kernels.py, whose columns these are. `bytes` is what the
-call reads, so that a layer of 3.5 bits is held against the bytes of 3.5 bits.
+Interleaved and paired with a read-bandwidth probe as `polybit bench linear` is. `bytes` is what the call reads, so that
+a layer of 3.5 bits is held against the bytes of 3.5 bits.
 
     python benchmarks/mixed_layers.py --rounds 30 --threads 2
 """
@@ -11,18 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import bench_kernels
 import torch
 
 from polybit.core.affine import QWeight, centre
 from polybit.core.planes import Planes, pack, read_widths
 from polybit.core.records import machine
+from polybit.hub.random_model import random_planes
 from polybit.kernels.adapter import Adapter
 from polybit.kernels.prepared import Bundle, Prepared
+from polybit.measure.timing import Job, Probe, clock_for, time_rounds
 
 GROUP = 64
 BLOCK = 128  # columns that share a width
@@ -52,7 +52,7 @@ def ragged(rows: int, columns: int, bits_G: tuple[int, ...], seed: int) -> Plane
 def column_jobs(rows: int, columns: int, copies: int, mode: str) -> Jobs:
     """Uniform widths beside means of two, stored so (ragged) or read so from a nested weight (elastic)."""
     x, jobs = torch.randn(1, columns), {}
-    nested = [Prepared(bench_kernels.random_planes(rows, columns, i)) for i in range(copies)]
+    nested = [Prepared(random_planes(rows, columns, i)) for i in range(copies)]
     for width in (2, 3, 4):
         jobs[f"{width} bits"] = (reader(nested, x, width, mode), copies, nested[0].planes.nbytes(width))
     for low, high, order in ((3, 4, "halves"), (3, 4, "scattered"), (2, 4, "scattered"), (2, 3, "scattered")):
@@ -77,7 +77,7 @@ def shared_jobs(hidden: int, copies: int, width: int, mode: str) -> Jobs:
     """q/k/v and gate/up of a Llama: separate calls, one call, and one call with an adapter of rank 16 on each."""
     x, jobs = torch.randn(1, hidden), {}
     for name, shapes in (("q/k/v", (hidden, hidden // 4, hidden // 4)), ("gate/up", (hidden * 11 // 4,) * 2)):
-        sets = [[Prepared(bench_kernels.random_planes(n, hidden, i)) for n in shapes] for i in range(copies)]
+        sets = [[Prepared(random_planes(n, hidden, i)) for n in shapes] for i in range(copies)]
         bundles = [Bundle(members) for members in sets]
         adapters = [Adapter(torch.randn(16, hidden), torch.randn(n, 16)) for n in shapes]
         size, none = sum(p.planes.nbytes(width) for p in sets[0]), (None,) * len(shapes)
@@ -109,15 +109,16 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.set_grad_enabled(False)
-    bench_kernels.clock = time.thread_time if given.threads == 1 else time.perf_counter
+    clock = clock_for(given.threads)
     rows, columns = map(int, given.shape.split("x"))
     jobs = column_jobs(rows, columns, 8, given.mode)
     for width in (2, 4):
         jobs |= shared_jobs(given.hidden, 12, width, given.mode)
-    found = bench_kernels.time_rounds(jobs, given.rounds, bench_kernels.Probe())
+    work = [Job(name, "polybit", *job) for name, job in jobs.items()]
+    found = time_rounds(work, given.rounds, Probe(clock), clock)
     print(f"{'job':48} {'us':>8} {'MB':>6} {'GB/s':>6} {'of probe':>8}")
     for name, (_, _, size) in jobs.items():
-        seconds, share = statistics.median(found[name]["seconds"]), statistics.median(found[name]["share"])
+        seconds, share = statistics.median(found[name].seconds), statistics.median(found[name].share)
         print(f"{name:48} {seconds * 1e6:8.1f} {size / 1e6:6.2f} {size / seconds / 1e9:6.1f} {share:8.0%}")
         if given.json:
             row = {"job": name, "microseconds": round(seconds * 1e6, 1), "bytes": size, "paired": round(share, 3)}

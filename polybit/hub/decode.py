@@ -157,15 +157,14 @@ def product(modules: Sequence[nn.Module], x: Tensor, ys: Sequence[Tensor]) -> Ca
     compiled = compiled_product(modules, x, ys)
     if compiled is not None:
         return compiled
-
-    def call() -> None:
-        for module, y in zip(modules, ys, strict=True):
-            if type(module) is nn.Linear and module.bias is None:
-                torch.mm(x, module.weight.T, out=y)
-            else:
-                y.copy_(module(x))
-
-    return call
+    if len(modules) > 1:
+        each = [product([module], x, [y]) for module, y in zip(modules, ys, strict=True)]
+        return lambda: [call() for call in each]
+    module, y = modules[0], ys[0]
+    if type(module) is nn.Linear and module.bias is None:
+        return lambda: torch.mm(x, module.weight.T, out=y)
+    # a tensor of its own: layers may remember by its identity what they computed, and x is written behind torch's back
+    return lambda: y.copy_(module(x.clone()))
 
 
 def compiled_product(modules: Sequence[nn.Module], x: Tensor, ys: Sequence[Tensor]) -> Call | None:
