@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from polybit.core.runtime import PolybitError
+from polybit.train.forward import logits_of
 
 Forward = Callable[[Mapping[str, Tensor], str], Tensor]
 Batch = Mapping[str, Tensor]
@@ -55,6 +56,7 @@ class Cascade:
     averaged over its teachers with `average`, else added as in the paper. A preset's loss depends on the others through
     logits without gradient, so that presets may run one after another (`separable`): logits are kept while the batch is
     the same. pose: what forward gets of a batch, and the right classes of the rows it gives (default: `answer_part`).
+    source: the float model as a model of its own, needed when what its preset shares with the others is trained too.
     """
 
     method: Method = "cdt"
@@ -65,6 +67,7 @@ class Cascade:
     average: bool = False
     separable: bool = True
     pose: Pose | None = None
+    source: nn.Module | None = None
     batch: object = None
     said: dict[str, Tensor] = field(default_factory=dict)
 
@@ -75,7 +78,7 @@ class Cascade:
         part, target_N = (self.pose or answer_part)(batch)
         if self.teacher and self.method != "joint" and FLOAT not in self.said:
             with torch.no_grad():
-                self.said[FLOAT] = forward(part, FLOAT)
+                self.said[FLOAT] = forward(part, FLOAT) if self.source is None else logits_of(self.source, part)
         total = torch.zeros(())
         logs: dict[str, float] = {}
         for name in presets:

@@ -50,13 +50,15 @@ class Freedom:
 
     codes: one elastic code for all widths, or own ones per width (None: own with nested adapters, else shared) ·
     scales: learned, frozen, or recomputed from the latent weights · base: train the latent weights themselves, not only
-    adapters · others: train embeddings, norms and biases too · rank: of the adapter at its narrowest width.
+    adapters · others: train embeddings, norms and biases too, or only norms and biases ("norms"); the float preset is
+    then no longer the model it was made from, so a teacher is a model of its own · rank: of the adapter at its
+    narrowest width.
     """
 
     codes: Codes | None = None
     scales: Scales = "learned"
     base: bool = True
-    others: bool = False
+    others: bool | Literal["norms"] = False
     rank: int = 16
 
 
@@ -144,7 +146,8 @@ def make_trainable(
             'use codes "own", or adapter "lora" or "none"'
         )
     for parameter in model.parameters():
-        parameter.requires_grad_(freedom.others and parameter.is_floating_point())
+        chosen = parameter.ndim == 1 if freedom.others == "norms" else bool(freedom.others)
+        parameter.requires_grad_(chosen and parameter.is_floating_point())
     made = {}
     for name, (target, weight_OI, stored) in track(list(layers.items()), "preparing", total=len(layers)):
         widths = sorted({plan.at(name).w for plan in presets.values()}, reverse=True)
@@ -157,7 +160,7 @@ def make_trainable(
             layer.loras[preset] = Lora(target.rows, target.columns, freedom.rank, weight_OI)
         layer.latent_OI.requires_grad_(freedom.base)
         if layer.bias is not None:
-            layer.bias.requires_grad_(freedom.others)
+            layer.bias.requires_grad_(bool(freedom.others))
         place(model, name, layer)
         made[name] = layer
     known = {name: trimmed(plan, made) for name, plan in presets.items()}
