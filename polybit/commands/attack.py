@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from cyclopts import Parameter
 from polybit.commands.models import open_model
 from polybit.commands.sizes import stored_widths
 from polybit.commands.squad import EMBEDDED, open_file
-from polybit.core.runtime import PolybitError, atomic_path
+from polybit.core.runtime import PolybitError, atomic_path, write_json
 
 METHODS = ("greedy", "hotflip", "random", "characters", "words")
 GRADIENT_FREE = ("characters", "words")
@@ -49,6 +50,8 @@ class AttackConfig:
     """Write all numbers there."""
     report: Path | None = None
     """Write a page with the heat map there."""
+    restart: bool = False
+    """Forget what an interrupted run with the same --json left."""
 
 
 def attack(target: str, /, *, config: Annotated[AttackConfig, Parameter(name="*")] = AttackConfig()) -> None:
@@ -108,23 +111,64 @@ def measure(target: str, config: AttackConfig, seeds: Sequence[int]) -> dict[str
     presets = [name.strip() for name in (config.precision or "").split(",") if name.strip()]
     presets = presets or [f"w{bits}" for bits in widths][:MOST_WIDTHS]
     lm = LocalLM(model, tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        return play(lm, presets, config, seeds, Path(folder))
+    store = None if config.json is None else open_store(target, config, presets)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            found = play(lm, presets, config, seeds, Path(folder), store)
+        if store is not None:
+            store.discard()
+        return found
+    finally:
+        if store is not None:
+            store.close()
 
 
-def play(lm: Any, presets: Sequence[str], config: AttackConfig, seeds: Sequence[int], folder: Path) -> dict[str, Any]:
+def open_store(target: str, config: AttackConfig, presets: Sequence[str]) -> Any:
+    """Where finished attacks are kept until all are, so that an interrupted run goes on."""
+    from polybit.core.runtime import sha256_file
+    from polybit.hub.workspace import Workspace
+
+    decided = {k: v for k, v in plain(config).items() if k not in ("json", "report", "restart", "max_tokens")}
+    manifest = Path(target) / "manifest.json"
+    digest = sha256_file(manifest) if manifest.is_file() else ""
+    assert config.json is not None
+    fingerprint = {"verb": "attack", **decided, "precision": list(presets), "model": digest}
+    return Workspace(config.json, fingerprint, restart=config.restart)
+
+
+def remembered(store: Any, name: str, make: Callable[[], list[Any]], like: Sequence[Any]) -> list[Any]:
+    """Cases an earlier, interrupted run found, else those `make` finds, which are then kept; `like` gives the rest."""
+    if store is None:
+        return make()
+    path = store.file(name).with_suffix(".json")
+    if path.is_file():
+        rows = json.loads(path.read_text())
+        return [replace(case, ids=tuple(ids)) for case, ids in zip(like, rows, strict=True)]
+    found = make()
+    write_json(path, [list(case.ids) for case in found])
+    return found
+
+
+def play(
+    lm: Any,
+    presets: Sequence[str],
+    config: AttackConfig,
+    seeds: Sequence[int],
+    folder: Path,
+    store: Any = None,
+) -> dict[str, Any]:
     """Attack and answer for every seed, pool the questions, and sum up."""
     import numpy as np
 
     from polybit.robust.transfer import Game
 
-    games = [one_seed(lm, presets, replace(config, seeds=str(seed)), folder) for seed in seeds]
+    games = [one_seed(lm, presets, replace(config, seeds=str(seed)), folder, store) for seed in seeds]
     right_ADN = np.concatenate([game.right_ADN for game in games], axis=2)
     game = Game(games[0].attackers, games[0].defenders, right_ADN)
     return summarize(game, config) | {"source": config.squad, "seeds": list(seeds)}
 
 
-def one_seed(lm: Any, presets: Sequence[str], config: AttackConfig, folder: Path) -> Any:
+def one_seed(lm: Any, presets: Sequence[str], config: AttackConfig, folder: Path, store: Any = None) -> Any:
     """Every attacker against every width, on the questions of one seed."""
     import numpy as np
 
@@ -139,7 +183,7 @@ def one_seed(lm: Any, presets: Sequence[str], config: AttackConfig, folder: Path
     asked = questions[-config.items :] if config.squad == EMBEDDED else choose(questions, config.items, seed)
     gold = file.answers()  # the attacker knows what is right; the answering model never sees it
     asked = [one for one in asked if gold[one.id]]
-    prompts = attacked_prompts(lm, presets, config, asked, gold)
+    prompts = attacked_prompts(lm, presets, config, asked, gold, store)
     said = answer_at_every(lm, prompts, presets, max_tokens=config.max_tokens)
     right = np.zeros((len(prompts), len(presets), len(asked)))
     for a, attacker in enumerate(prompts):
@@ -150,7 +194,9 @@ def one_seed(lm: Any, presets: Sequence[str], config: AttackConfig, folder: Path
     return Game(tuple(prompts), tuple(presets), right)
 
 
-def attacked_prompts(lm: Any, presets: Sequence[str], config: AttackConfig, asked: Sequence[Any], gold: Any) -> Any:
+def attacked_prompts(
+    lm: Any, presets: Sequence[str], config: AttackConfig, asked: Sequence[Any], gold: Any, store: Any
+) -> Any:
     """attacker -> cases: nobody, random tokens, each width by itself, and all widths at once."""
     from polybit.robust.cases import allowed_tokens, build_cases
     from polybit.robust.gradients import Target
@@ -173,7 +219,11 @@ def attacked_prompts(lm: Any, presets: Sequence[str], config: AttackConfig, aske
     search = Search(config.method, config.steps, config.tries, changes=config.tokens if place == "swap" else 0)  # type: ignore[arg-type]
     allowed = allowed_tokens(lm.tokenizer)
     for name, looked_at in attackers.items():
-        found[name] = search_swaps(Target(lm, looked_at), cases, search, allowed, seed=seed)
+
+        def make(looked_at: Sequence[str] = looked_at) -> list[Any]:
+            return search_swaps(Target(lm, looked_at), cases, search, allowed, seed=seed)
+
+        found[name] = remembered(store, f"{seed} {name}", make, cases)
     return found
 
 

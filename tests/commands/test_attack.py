@@ -40,6 +40,31 @@ def test_attack_gives_a_matrix_a_verdict_and_a_page(checkpoint, tmp_path, capsys
     assert numbers["verdict"] in page.replace("&#x27;", "'") and "http" not in page
 
 
+def test_an_interrupted_attack_goes_on(checkpoint, tmp_path, monkeypatch, capsys):
+    from polybit.robust import swaps
+
+    out = tmp_path / "a.json"
+    command = ["attack", checkpoint, "--items", "2", "--steps", "1", "--tries", "2", "--precision", "w8,w3", "--json"]
+    calls, real = [], swaps.attack
+
+    def failing(target, *rest, **named):
+        calls.append(target.presets)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(target, *rest, **named)
+
+    monkeypatch.setattr(swaps, "attack", failing)
+    with pytest.raises(SystemExit) as stop:
+        main([*command, str(out)])
+    assert stop.value.code == 130 and not out.exists()
+    main([*command, str(out)])
+    assert calls == [["w8"], ["w3"], ["w3"], ["w8", "w3"]]
+    again = json.loads(out.read_text())["numbers"]
+    assert not (tmp_path / "a.json.partial").exists()
+    main([*command, str(tmp_path / "b.json")])
+    assert json.loads((tmp_path / "b.json").read_text())["numbers"]["matrix"] == again["matrix"]
+
+
 @pytest.mark.parametrize("method", ["hotflip", "random", "characters", "words"])
 def test_every_method(checkpoint, method, capsys):
     few = ["--items", "2", "--steps", "1", "--tries", "2", "--precision", "w8,w3"]
