@@ -52,8 +52,10 @@ def speed_against_bits(rows: Sequence[Mapping[str, Any]], unit: str) -> str:
                         for r in rows if r["engine"] == engine and r["bytes"])  # fmt: skip
         if not points:
             continue
-        joined = "-" if engine == "polybit" and len({p[0] for p in points}) == len(points) else ""
-        axes.plot([p[0] for p in points], [p[1] for p in points], mark + joined, color=colour, label=engine)
+        axes.plot([p[0] for p in points], [p[1] for p in points], mark, color=colour, label=engine)
+        if engine == "polybit":
+            best = {p[0]: p[1] for p in points}  # the fastest of every width, since points are in ascending order
+            axes.plot(list(best), list(best.values()), "-", color=colour, linewidth=1)
         other.plot(
             [p[0] for p in points], [p[2] / 1e6 for p in points], mark, color=colour, fillstyle="none", alpha=0.5
         )
