@@ -36,39 +36,36 @@ class Lora(nn.Module):
 
 @dataclass(slots=True)
 class Socket:
-    """The adapters of one quantized layer, applied by a forward hook; which one depends on the preset in use."""
+    """A quantized layer that has adapters, and the preset whose adapter is in use."""
 
-    loras: Mapping[str, Lora]
+    layer: QuantLinear
     preset: str | None = None
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The layer's output with the preset's adapter, or as it is when the preset has none."""
-        lora = self.loras.get(self.preset or "")
-        return output if lora is None else output + lora(inputs[0])
 
 
 def plug(model: nn.Module, adapters: Mapping[str, Mapping[str, Lora]]) -> None:
     """Attach adapters (layer name -> preset -> adapter) to the quantized layers of a model.
 
     They are no part of the model's own state: the checkpoint stays a pure quantized one, adapters are files beside it.
+    The layer adds the adapter in the same call as its product (`QuantLinear.set_adapter`).
     """
     sockets = model.__dict__.setdefault("polybit_sockets", {})
     for name, loras in adapters.items():
         layer = model.get_submodule(name)
         if not isinstance(layer, QuantLinear):
             raise PolybitError(f"an adapter is meant for {name!r:.120}, which is no quantized layer: use its own model")
-        for lora in loras.values():
+        for preset, lora in loras.items():
             wanted, found = (layer.rows, layer.columns), (lora.up_OR.shape[0], lora.down_RI.shape[1])
             if wanted != found:
                 raise PolybitError(f"the adapter of {name!r:.120} is for shape {found}, the layer has {wanted}")
-        sockets[name] = Socket(loras)
-        layer.register_forward_hook(sockets[name])
+            layer.set_adapter(preset, lora.down_RI, lora.up_OR, lora.alpha / len(lora.down_RI))
+        sockets[name] = Socket(layer)
 
 
 def wear(model: nn.Module, preset: str | None) -> None:
     """Let every layer use the adapter of a preset; None or a preset without adapters: none."""
     for socket in model.__dict__.get("polybit_sockets", {}).values():
         socket.preset = preset
+        socket.layer.wear(preset)
 
 
 def worn_by(model: nn.Module) -> str | None:

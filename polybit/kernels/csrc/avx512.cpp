@@ -69,7 +69,7 @@ struct Avx512 {
     const __m256i packed = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(index)));
     const __m512i both =
         _mm512_inserti64x4(_mm512_castsi256_si512(packed), _mm256_srli_epi32(packed, 4), 1);
-    return _mm512_permutexvar_ps(both, _mm512_load_ps(table));  // uses the low four bits of each index
+    return _mm512_permutexvar_ps(both, _mm512_loadu_ps(table));  // uses the low four bits of each index
   }
 
   static constexpr int multiply_operations = 128;

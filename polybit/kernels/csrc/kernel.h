@@ -14,14 +14,13 @@ namespace {
 
 // Fetches what is read some blocks later: the processor's own prefetching stops at every page and follows few streams.
 // Distances and levels are the best of those tried on Zen 4; narrow widths need their lines in the first level.
-constexpr int distance_ahead(int width) { return width <= 2 || width > 4 ? 32 : 8; }  // in blocks
-
-template <int B, int M>
+template <int B, int M, bool Mixed>
 POLYBIT_INLINE void fetch_ahead(const uint8_t* block, size_t stride) {
+  constexpr int distance = Mixed ? 512 : B <= 2 || B > 4 ? 2048 : 512;
   POLYBIT_UNROLL
   for (int p = 0; p < B; ++p) {
-    const uint8_t* ahead = block + p * stride;
-    if constexpr (B <= 2 && M <= 2) {
+    const uint8_t* ahead = block + p * stride + distance;
+    if constexpr (B <= 2 && M <= 2 && !Mixed) {
       __builtin_prefetch(ahead, 0, 0);
     } else if constexpr (B <= 4) {
       __builtin_prefetch(ahead, 0, 3);
@@ -84,93 +83,56 @@ POLYBIT_INLINE float centre(int bits) { return static_cast<float>((1 << bits) - 
 //   factor * activation scale * (D + shift * S),   factor = s * 2^(B-b) * r / unit,
 //   shift = unit * ((c_B - z) / (2^(B-b) * r) - c_b).
 // D and S are exact, and so is the bracket up to one rounding wherever r = 1.
-template <class I>
+template <class I, int Unit>
 struct Affine {
   using Floats = typename I::Floats;
-  alignas(64) float factors[16];
-  alignas(64) float inverses[16];
+  const Segment& w;
   float unit_centre;
   float stored_centre;
-  float uniform_shift;  // where it is the same for all groups
+  float uniform_factor;  // where they are the same for all groups
+  float uniform_shift;
   bool uniform;
 
-  POLYBIT_INLINE Affine(const Segment& w, int code_unit) {
-    const float step = static_cast<float>(1 << (w.bits - w.width)), unit = static_cast<float>(code_unit);
-    unit_centre = unit * centre(w.width);
-    stored_centre = centre(w.bits);
-    for (int i = 0; i < (w.ratio ? 16 : 1); ++i) {
-      // a ratio of (nearly) zero leaves the offset alone, which must survive the division
-      const float r = w.ratios[i] < 1e-20f && w.ratios[i] > -1e-20f ? 1e-20f : w.ratios[i];
-      factors[i] = step * r / unit;
-      inverses[i] = unit / (step * r);
-    }
-    uniform = !w.zero && !w.ratio;
-    uniform_shift = (stored_centre - w.fixed_zero) * inverses[0] - unit_centre;
-  }
+  POLYBIT_INLINE explicit Affine(const Segment& segment)
+      : w(segment), unit_centre(Unit * centre(segment.width)), stored_centre(centre(segment.bits)),
+        uniform_factor(segment.factors[0] * (1.0f / Unit)), uniform_shift(segment.offset * Unit - unit_centre),
+        uniform(!segment.zero && !segment.ratio) {}
 
-  POLYBIT_INLINE void at(const Segment& w, size_t group, int part, Floats& factor, Floats& shift) const {
+  POLYBIT_INLINE void at(size_t group, int part, Floats& factor, Floats& shift) const {
     const Floats scale = I::load_half(w.scale + group * kRows + part * I::rows);
     if (__builtin_expect(uniform, 1)) {
-      factor = I::multiply(scale, I::set(factors[0]));
+      factor = I::multiply(scale, I::set(uniform_factor));
       shift = I::set(uniform_shift);
       return;
     }
     Floats inverse;
-    if (__builtin_expect(w.ratio != nullptr, 0)) {
-      factor = I::multiply(scale, I::lookup(factors, w.ratio + group * 8, part));
-      inverse = I::lookup(inverses, w.ratio + group * 8, part);
+    if (w.ratio) {
+      const Floats own = I::multiply(I::lookup(w.factors, w.ratio + group * 8, part), I::set(1.0f / Unit));
+      factor = I::multiply(scale, own);
+      inverse = I::multiply(I::lookup(w.inverses, w.ratio + group * 8, part), I::set(float(Unit)));
     } else {
-      factor = I::multiply(scale, I::set(factors[0]));
-      inverse = I::set(inverses[0]);
+      factor = I::multiply(scale, I::set(uniform_factor));
+      inverse = I::set(w.inverses[0] * Unit);
     }
     const Floats zero = w.zero ? I::load_byte(w.zero + group * kRows + part * I::rows) : I::set(w.fixed_zero);
     shift = I::fma(I::subtract(I::set(stored_centre), zero), inverse, I::set(-unit_centre));
   }
 };
 
-// Walks the chunks of one row block of a segment.
-class Walk {
- public:
-  POLYBIT_INLINE Walk(const Segment& s, int row_block, size_t offset)
-      : s_(s), row_(s.planes + row_block * s.row_stride + offset), first_slot_(static_cast<size_t>(row_block) * s.slots),
-        block(row_) {}
+POLYBIT_INLINE int blocks_of(const Segment& w, int chunk) {
+  return chunk + 1 < w.chunks ? w.chunk_blocks : w.last_blocks;
+}
 
-  // To the chunk: its first block, number of blocks, slot, and how many bytes further lies what to fetch meanwhile.
-  template <bool Plain = false>
-  POLYBIT_INLINE void to(int chunk, int distance) {
-    blocks = chunk + 1 < s_.chunks ? s_.chunk_blocks : s_.last_blocks;
-    ahead = distance * kBlockBytes;
-    if (Plain || s_.steps == nullptr) {
-      slot = first_slot_ + (chunk >> s_.group_shift);
-      return;
-    }
-    const Step& step = s_.steps[chunk];
-    block = row_ + static_cast<ptrdiff_t>(step.block) * kBlockBytes;
-    slot = first_slot_ + step.slot;
-    ahead = (s_.steps[chunk + (distance >> s_.chunk_shift)].block - step.block) * kBlockBytes;
-  }
-
- private:
-  const Segment& s_;
-  const uint8_t* row_;
-  size_t first_slot_;
-
- public:
-  const uint8_t* block;
-  size_t slot = 0;
-  int blocks = 0;
-  ptrdiff_t ahead = 0;
-};
-
-// Plain: all blocks in their order, the distance to what is fetched ahead a constant.
-template <class I, int B, int M, bool Plain>
+// Mixed: neighbouring segments have other widths, and all must fetch ahead by the same distance.
+template <class I, int B, int M, bool Mixed>
 void tile(const Segment& w, const Tokens& x, int row_block, float* out) {
   using S = Shape<I, B, M>;
   using Floats = typename I::Floats;
-  const Affine<I> affine(w, S::unit);
+  const Affine<I, S::unit> affine(w);
+  const size_t first_slot = static_cast<size_t>(row_block) * w.slots;
   for (int part = 0; part < kRows / I::rows; ++part) {
     float* total = out + part * I::rows;  // in memory: the registers belong to sums and codes
-    Walk walk(w, row_block, part * I::rows * 4);
+    const uint8_t* block = w.planes + row_block * w.row_stride + part * I::rows * 4;
     const int32_t* codes = x.codes;
     for (int chunk = 0; chunk < w.chunks; ++chunk) {
       typename I::Ints sum[M][S::slots];
@@ -179,15 +141,15 @@ void tile(const Segment& w, const Tokens& x, int row_block, float* out) {
         POLYBIT_UNROLL
         for (int s = 0; s < S::slots; ++s) sum[m][s] = I::zero();
       }
-      walk.template to<Plain>(chunk, distance_ahead(B));
-      for (int k = 0; k < walk.blocks; ++k, walk.block += kBlockBytes, codes += 8 * M) {
-        fetch_ahead<B, M>(walk.block + (Plain ? distance_ahead(B) * kBlockBytes : walk.ahead), w.plane_stride);
-        accumulate<I, B, M>(walk.block, w.plane_stride, codes, sum);
+      const int blocks = blocks_of(w, chunk);
+      for (int k = 0; k < blocks; ++k, block += kBlockBytes, codes += 8 * M) {
+        fetch_ahead<B, M, Mixed>(block, w.plane_stride);
+        accumulate<I, B, M>(block, w.plane_stride, codes, sum);
       }
       const float* scale = x.scale + static_cast<size_t>(chunk) * M;
       const float* code_sum = x.sum + static_cast<size_t>(chunk) * M;
       Floats factor, shift;
-      affine.at(w, walk.slot, part, factor, shift);
+      affine.at(first_slot + (chunk >> w.group_shift), part, factor, shift);
       POLYBIT_UNROLL
       for (int m = 0; m < M; ++m) {
         const Floats dot = I::to_float(fold<I, S::fields, S::copies>(sum[m]));
@@ -201,16 +163,13 @@ void tile(const Segment& w, const Tokens& x, int row_block, float* out) {
 
 template <class I, int B>
 void expand_row_block(const Segment& w, int row_block, uint8_t* codes) {
-  Walk walk(w, row_block, 0);
-  for (int chunk = 0; chunk < w.chunks; ++chunk) {
-    walk.to(chunk, distance_ahead(B));
-    for (int k = 0; k < walk.blocks; ++k, walk.block += kBlockBytes, codes += 8 * kBlockBytes) {
-      typename I::Bytes u[8];
-      fetch_ahead<B, 8>(walk.block + walk.ahead, w.plane_stride);
-      expand<I, B, 1>(walk.block, w.plane_stride, u);
-      POLYBIT_UNROLL
-      for (int i = 0; i < 8; ++i) I::store_bytes(codes + i * kBlockBytes, u[i]);
-    }
+  const uint8_t* block = w.planes + row_block * w.row_stride;
+  for (int k = 0; k < w.blocks; ++k, block += kBlockBytes, codes += 8 * kBlockBytes) {
+    typename I::Bytes u[8];
+    fetch_ahead<B, 8, false>(block, w.plane_stride);
+    expand<I, B, 1>(block, w.plane_stride, u);
+    POLYBIT_UNROLL
+    for (int i = 0; i < 8; ++i) I::store_bytes(codes + i * kBlockBytes, u[i]);
   }
 }
 
@@ -219,8 +178,8 @@ template <class I, int B>
 void panel(const Segment& w, const uint8_t* codes, size_t row_bytes, const Tokens& x, int row_block, float* out) {
   constexpr int M = kTileSizes[I::largest];
   using Floats = typename I::Floats;
-  const Affine<I> affine(w, Shape<I, B, M>::unit);
-  Walk walk(w, row_block, 0);
+  const Affine<I, Shape<I, B, M>::unit> affine(w);
+  const size_t first_slot = static_cast<size_t>(row_block) * w.slots;
   const int32_t* words = x.codes;
   for (int chunk = 0; chunk < w.chunks; ++chunk) {
     typename I::Ints sum[kPanel][M];
@@ -229,8 +188,7 @@ void panel(const Segment& w, const uint8_t* codes, size_t row_bytes, const Token
       POLYBIT_UNROLL
       for (int m = 0; m < M; ++m) sum[r][m] = I::zero();
     }
-    walk.to(chunk, 0);
-    for (int i = 0; i < walk.blocks * 8; ++i, codes += kBlockBytes, words += M) {
+    for (int i = 0, count = blocks_of(w, chunk) * 8; i < count; ++i, codes += kBlockBytes, words += M) {
       typename I::Bytes u[kPanel];
       POLYBIT_UNROLL
       for (int r = 0; r < kPanel; ++r) u[r] = I::load(codes + r * row_bytes);
@@ -246,7 +204,7 @@ void panel(const Segment& w, const uint8_t* codes, size_t row_bytes, const Token
     Floats factor[kPanel], shift[kPanel];
     POLYBIT_UNROLL
     for (int r = 0; r < kPanel; ++r)
-      affine.at(w, walk.slot + static_cast<size_t>(r) * w.slots, 0, factor[r], shift[r]);
+      affine.at(first_slot + static_cast<size_t>(r) * w.slots + (chunk >> w.group_shift), 0, factor[r], shift[r]);
     POLYBIT_UNROLL
     for (int m = 0; m < M; ++m) {
       const Floats one_scale = I::set(scale[m]), one_sum = I::set(code_sum[m]);
@@ -266,16 +224,15 @@ void decode(const Weight& whole, const Segment& w, int row_block, const float* c
   constexpr int unit_shift = B <= 4 ? 4 - B : 8 - B;
   const float step = static_cast<float>(1 << (w.bits - w.width));
   const int rows = whole.rows - row_block * kRows < kRows ? whole.rows - row_block * kRows : kRows;
-  Walk walk(w, row_block, 0);
+  const uint8_t* block = w.planes + row_block * w.row_stride;
   for (int chunk = 0; chunk < w.chunks; ++chunk) {
-    walk.to(chunk, 0);
-    const size_t slot = walk.slot;
-    const int first = w.steps ? w.steps[chunk].column : chunk * w.chunk_blocks;
-    for (int k = first; k < first + walk.blocks; ++k, walk.block += kBlockBytes) {
+    const size_t slot = static_cast<size_t>(row_block) * w.slots + (chunk >> w.group_shift);
+    const int first = w.columns[chunk], blocks = blocks_of(w, chunk);
+    for (int k = first; k < first + blocks; ++k, block += kBlockBytes) {
       alignas(64) uint8_t codes[8][kBlockBytes];
       for (int part = 0; part < kRows / I::rows; ++part) {
         typename I::Bytes u[8];
-        expand<I, B, 1>(walk.block + part * I::rows * 4, w.plane_stride, u);
+        expand<I, B, 1>(block + part * I::rows * 4, w.plane_stride, u);
         for (int i = 0; i < 8; ++i) std::memcpy(codes[i] + part * I::rows * 4, &u[i], I::rows * 4);
       }
       const int columns = whole.columns - k * kColumns < kColumns ? whole.columns - k * kColumns : kColumns;
@@ -319,10 +276,9 @@ uint64_t read_memory(const void* memory, size_t count) {
 
 template <class I, int B, int Size = 0>
 void fill(Kernels& k) {
-  // only few tokens wait for memory, and gain from a constant distance to what is fetched ahead
-  constexpr bool plain = I::panels && kTileSizes[Size] <= 2;
-  k.tile[0][B][Size] = tile<I, B, kTileSizes[Size], plain>;
-  k.tile[1][B][Size] = tile<I, B, kTileSizes[Size], false>;
+  constexpr bool apart = I::panels && kTileSizes[Size] <= 2;  // few tokens wait for memory, many do not
+  k.tile[0][B][Size] = tile<I, B, kTileSizes[Size], false>;
+  k.tile[1][B][Size] = tile<I, B, kTileSizes[Size], apart>;
   k.decode[B] = decode<I, B>;
   if constexpr (I::panels) {
     k.expand[B] = expand_row_block<I, B>;

@@ -89,7 +89,7 @@ std::vector<Tile> cut_tiles(int count, int largest) {
 
 // The rounded input in the order in which one or several members read it, laid out tile after tile.
 struct Pack {
-  const Step* places;
+  const Place* places;
   int32_t* codes;  // a tile begins at first * column_blocks * 8
   float* scale;    // a tile begins at first * chunks
   float* sum;
@@ -100,10 +100,12 @@ struct Pack {
   }
 };
 
+constexpr int kBatch = 16;  // row blocks whose sums are held at the same time
+
 size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-bool same_places(const Step* a, const Step* b, int chunks) {
-  return a == b || (a && b && std::memcmp(a, b, chunks * sizeof(Step)) == 0);
+bool same_places(const Place* a, const Place* b, int chunks) {
+  return a == b || (a && b && std::memcmp(a, b, chunks * sizeof(Place)) == 0);
 }
 
 // One call: its members, their input as it is rounded once, and how the work is cut.
@@ -164,7 +166,7 @@ void Call::lay_out(Scratch& scratch) {
   expanded_bytes_ = panels ? kPanel * words * kBlockBytes : 0;
   size_t ranks = 0;
   for (int i = 0; i < count_; ++i) {
-    const Step* places = members_[i].weight->places;
+    const Place* places = members_[i].weight->places;
     size_t pack = 0;
     while (pack < packs_.size() && !same_places(packs_[pack].places, places, w_.chunks)) ++pack;
     if (pack == packs_.size()) packs_.push_back({places, nullptr, nullptr, nullptr});
@@ -235,7 +237,7 @@ void Call::place(const Pack& pack, int row, const int8_t* digit, const float* sc
   for (int c = 0; c < w_.chunks; ++c) {
     const size_t first = c * chunk_words, count = std::min(chunk_words, words - first);
     const size_t to = pack.places ? static_cast<size_t>(pack.places[c].block) * 8 : first;
-    const size_t slot = pack.places ? pack.places[c].slot : c;
+    const size_t slot = pack.places ? pack.places[c].chunk : c;
     if (size == 1) {
       std::memcpy(codes + to, digit + 4 * first, 4 * count);
     } else {
@@ -281,13 +283,45 @@ void Call::write(int member, const Tile& tile, int row_block, const float* sums)
   }
 }
 
+// Runs ahead of the kernels over a weight whose neighbouring columns are read at several widths and fetches, where a
+// wider segment begins, the planes that not all segments read; the others are one stream, which the kernels and the
+// processor see to.
+class Scout {
+ public:
+  Scout(const Weight& w, int row_block) : w_(w), row_block_(row_block) {
+    for (int i = 0; i < w.segment_count; ++i) base_ = std::min(base_, w.segments[i].width);
+  }
+
+  // The kernels go on to read `blocks` blocks.
+  void pass(int blocks) {
+    while (lead_ < kLead && row_block_ < w_.row_blocks) {
+      const Segment& s = w_.segments[at_];
+      for (int p = base_; p < s.width; ++p) {
+        const uint8_t* line = s.planes + p * s.plane_stride + row_block_ * s.row_stride;
+        for (int k = 0; k < std::min(s.blocks, kBeginning); ++k) __builtin_prefetch(line + k * kBlockBytes, 0, 2);
+      }
+      lead_ += s.blocks;
+      if (++at_ == w_.segment_count) at_ = 0, ++row_block_;
+    }
+    lead_ -= blocks;
+  }
+
+ private:
+  static constexpr int kLead = 40, kBeginning = 16;  // blocks
+  const Weight& w_;
+  int row_block_;
+  int at_ = 0;
+  int lead_ = 0;
+  int base_ = 8;
+};
+
 // Some row blocks of one member, for all tokens.
 void Call::do_run(int index, int thread) const {
   int member = 0;
   for (; index >= runs_of(member); ++member) index -= runs_of(member);
   const Weight& w = *members_[member].weight;
   const Pack& pack = packs_[pack_of_[member]];
-  alignas(64) float sums[kPanel * 8 * kRows];
+  alignas(64) float sums[kBatch * 8 * kRows];
   const int begin = index * run_, end = std::min(w.row_blocks, begin + run_);
   uint8_t* expanded = expanded_ && end - begin == kPanel ? expanded_ + thread * expanded_bytes_ : nullptr;
   const size_t stride = expanded_bytes_ / kPanel;
@@ -306,11 +340,20 @@ void Call::do_run(int index, int thread) const {
       for (int r = 0; r < kPanel; ++r) write(member, tile, begin + r, sums + r * tile.size * kRows);
       continue;
     }
-    for (int row_block = begin; row_block < end; ++row_block) {
-      std::memset(sums, 0, tile.size * kRows * sizeof(float));
-      for (const Segment* s = w.segments; s < segments_end; ++s)
-        kernels_.tile[s->steps != nullptr][s->width][tile.kernel](*s, pack.of(tile, w, *s), row_block, sums);
-      write(member, tile, row_block, sums);
+    // Parts that lie apart are read for several row blocks in turn, so that each is a long run of memory.
+    const int batch = w.places ? kBatch : 1;
+    Scout scout(w, begin);
+    for (int first = begin; first < end; first += batch) {
+      const int rows = std::min(batch, end - first);
+      const size_t size = static_cast<size_t>(tile.size) * kRows;
+      std::memset(sums, 0, rows * size * sizeof(float));
+      for (const Segment* s = w.segments; s < segments_end; ++s) {
+        const Tokens tokens = pack.of(tile, w, *s);
+        const auto kernel = kernels_.tile[w.segment_count > 1][s->width][tile.kernel];
+        if (batch == 1 && w.segment_count > 1) scout.pass(s->blocks);
+        for (int r = 0; r < rows; ++r) kernel(*s, tokens, first + r, sums + r * size);
+      }
+      for (int r = 0; r < rows; ++r) write(member, tile, first + r, sums + r * size);
     }
   }
 }

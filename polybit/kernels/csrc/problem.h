@@ -12,38 +12,30 @@ constexpr int kColumns = 32;       // columns of a block
 constexpr int kBlockBytes = 64;    // bytes of a block in one plane
 constexpr int kTileSizes[] = {1, 2, 4, 8};  // tokens that pass a block together
 constexpr int kTiles = 4;
-constexpr int kAhead = 32;  // chunks by which memory is fetched ahead, at most
 constexpr int kPanel = 2;  // row blocks that meet a tile together once their codes are expanded
 
-// Where a chunk of columns lies: its first block in the planes of its row block, its slot among the row block's scales,
-// and the block of columns it stands for.
-struct Step {
-  int32_t block;
-  int32_t slot;
-  int32_t column;
-};
-
-// Columns of one weight that are stored and read alike: what a kernel is given. The value at width b of B stored bits is
+// Neighbouring columns of one weight, as stored, that are read alike: what a kernel is given. The value at width b of B
+// stored bits is
 //   s * (2^(B-b) * r * (p - (2^b-1)/2) + (2^B-1)/2 - z),  p = the b most significant bits of the code.
 // Columns are cut into chunks that share one activation scale; a group of columns (one s, z, r) is whole chunks.
 struct Segment {
-  const uint8_t* planes;  // [B][row_blocks][stored_blocks][64], most significant plane first; the first b are read
+  const uint8_t* planes;  // first block; [B][row_blocks][stored blocks][64], most significant plane first
   size_t plane_stride;    // bytes from one plane to the next
   size_t row_stride;      // bytes from one row block to the next
-  const uint16_t* scale;  // binary16 [row_blocks][slots][16]
+  const uint16_t* scale;  // binary16 [row_blocks][slots][16], from the segment's first group on
   const uint8_t* zero;    // [row_blocks][slots][16], or null: `fixed_zero` everywhere
   const uint8_t* ratio;   // [row_blocks][slots][8], nibbles of rows r and r+8, or null: `ratios[0]` everywhere
-  // Null: all blocks in their order, a slot per group. Else the `chunks` chunks read and, to be fetched ahead,
-  // kAhead more that run on into the next row block.
-  const Step* steps;
+  const int32_t* columns;  // block of the weight's columns at which each chunk begins
+  alignas(64) float ratios[16];
+  alignas(64) float factors[16];   // 2^(B-b) * r
+  alignas(64) float inverses[16];  // of the factors
   float fixed_zero;
-  float ratios[16];
-  int bits;   // B
-  int width;  // b
+  float offset;  // (c_B - fixed_zero) * inverses[0]
+  int bits;      // B
+  int width;     // b
   int slots;
-  int blocks;        // column blocks read
+  int blocks;
   int chunk_blocks;  // blocks in a chunk: 1, 2 or 4
-  int chunk_shift;   // its logarithm
   int last_blocks;   // blocks in the last chunk
   int group_shift;   // slot of a chunk = chunk >> group_shift
   int chunks;
@@ -51,11 +43,17 @@ struct Segment {
   int first_chunk;
 };
 
+// Where the activations of a chunk of columns go: first block, and number of the chunk.
+struct Place {
+  int32_t block;
+  int32_t chunk;
+};
+
 // One weight matrix as it is read now: its columns in segments, their activations one after another.
 struct Weight {
   const Segment* segments;
   int segment_count;
-  const Step* places;  // per chunk of columns its first block and its slot among the activations; null: their own order
+  const Place* places;  // of every chunk in the order of the columns; null: they stay where they are
   float gain;          // a power of two that multiplies every scale
   int rows;
   int columns;
@@ -76,7 +74,8 @@ struct Tokens {
 struct Kernels {
   const char* name;
   int largest;  // index in kTileSizes of the largest tile there is
-  // out[M][16] += one row block of a segment times M tokens, without gain; [has steps][width][index of M in kTileSizes]
+  // out[M][16] += one row block of a segment times M tokens, without gain; [has several segments][width][index of M
+  // in kTileSizes]
   void (*tile[2][9][kTiles])(const Segment&, const Tokens&, int row_block, float* out);
   // For many tokens: a row block's codes written out once as bytes [blocks][8][64], then `kPanel` such row blocks (the
   // first of them `row_block`, `codes_stride` bytes apart) times a tile of the largest size, out[kPanel][M][16] += that.

@@ -44,31 +44,25 @@ void Reading::fill(const Stored& stored, const std::vector<int>& widths) {
   w.column_blocks = blocks_up(stored.columns, kColumns);
   w.chunk_blocks = stored.group_size == 32 ? 1 : stored.group_size == 64 ? 2 : 4;
   w.chunks = blocks_up(w.column_blocks, w.chunk_blocks);
-  const bool plain = stored.group_bits.empty() && std::equal(widths.begin() + 1, widths.end(), widths.begin());
   const std::vector<Group> groups = sort_groups(stored, widths);
+  columns_.reserve(w.chunks);
   for (size_t begin = 0, end; begin < groups.size(); begin = end) {
     const auto alike = [&](const Group& g) { return g.stored == groups[begin].stored && g.read == groups[begin].read; };
     for (end = begin + 1; end < groups.size() && alike(groups[end]); ++end) {}
     add_segment(stored, groups.data() + begin, groups.data() + end);
   }
-  if (plain) {
-    segments_[0].steps = nullptr;
-    steps_.clear();
-  } else {
+  if (!stored.group_bits.empty()) {
     places_.resize(w.chunks);
-    for (size_t i = 0; i < segments_.size(); ++i) {
-      for (int c = 0; c < segments_[i].chunks; ++c)
-        // only the last chunk of a segment may be shorter
-        places_[steps_[i][c].column / w.chunk_blocks] = {segments_[i].first_block + c * w.chunk_blocks,
-                                                         segments_[i].first_chunk + c, 0};
-    }
+    for (const Segment& s : segments_)
+      for (int c = 0; c < s.chunks; ++c)  // only the last chunk of a segment may be shorter
+        places_[s.columns[c] / w.chunk_blocks] = {s.first_block + c * w.chunk_blocks, s.first_chunk + c};
     w.places = places_.data();
   }
   w.segments = segments_.data();
   w.segment_count = static_cast<int>(segments_.size());
 }
 
-// Groups by stored width and then by the width read, widest first.
+// Groups in the order they are stored.
 std::vector<Reading::Group> Reading::sort_groups(const Stored& stored, const std::vector<int>& widths) const {
   const int count = count_groups(stored), each = stored.group_size ? stored.group_size / kColumns : weight_.column_blocks;
   if (static_cast<int>(widths.size()) != count || (!stored.group_bits.empty() && stored.group_bits.size() != widths.size()))
@@ -92,9 +86,6 @@ std::vector<Reading::Group> Reading::sort_groups(const Stored& stored, const std
     for (size_t i = begin; i < end; ++i) groups[i].part_blocks = blocks;
     part += static_cast<size_t>(groups[begin].stored) * weight_.row_blocks * blocks * kBlockBytes;
   }
-  std::stable_sort(groups.begin(), groups.end(), [](const Group& a, const Group& b) {
-    return a.stored != b.stored ? a.stored > b.stored : a.read > b.read;
-  });
   return groups;
 }
 
@@ -103,37 +94,35 @@ void Reading::add_segment(const Stored& stored, const Group* begin, const Group*
   s.bits = begin->stored;
   s.width = begin->read;
   s.row_stride = static_cast<size_t>(begin->part_blocks) * kBlockBytes;
-  s.planes = stored.planes + begin->part;
+  s.planes = stored.planes + begin->part + static_cast<size_t>(begin->part_block) * kBlockBytes;
   s.plane_stride = stored.group_bits.empty() ? stored.plane_stride : s.row_stride * weight_.row_blocks;
-  s.scale = stored.scale;
-  s.zero = stored.zero;
+  const size_t slot = begin->slot;
+  s.scale = stored.scale + slot * kRows;
+  if (stored.zero) s.zero = stored.zero + slot * kRows;
   s.fixed_zero = middle(s.bits) - (middle(stored.bits) - stored.fixed_zero);
-  if (s.width < s.bits) s.ratio = stored.ratio[s.width].index;
   const Ratio whole, &ratio = s.width < s.bits ? stored.ratio[s.width] : whole;
-  std::copy(ratio.levels, ratio.levels + 16, s.ratios);
+  if (ratio.index) s.ratio = ratio.index + slot * (kRows / 2);
+  for (int i = 0; i < 16; ++i) {
+    s.ratios[i] = ratio.levels[i];
+    // a ratio of (nearly) zero leaves the offset alone, which must survive the division
+    const float r = s.ratios[i] < 1e-20f && s.ratios[i] > -1e-20f ? 1e-20f : s.ratios[i];
+    s.factors[i] = static_cast<float>(1 << (s.bits - s.width)) * r;
+    s.inverses[i] = 1.0f / s.factors[i];
+  }
+  s.offset = (middle(s.bits) - s.fixed_zero) * s.inverses[0];
   s.slots = count_groups(stored);
   s.chunk_blocks = weight_.chunk_blocks;
-  s.chunk_shift = s.chunk_blocks / 2;
   s.group_shift = stored.group_size == 0 ? 31 : stored.group_size == 256 ? 1 : 0;
   if (!segments_.empty()) {
     s.first_block = segments_.back().first_block + segments_.back().blocks;
     s.first_chunk = segments_.back().first_chunk + segments_.back().chunks;
   }
-  std::vector<Step> steps;
+  s.columns = columns_.data() + columns_.size();  // reserved whole, so that it stays where it is
   for (const Group* g = begin; g < end; ++g) {
-    for (int block = 0; block < g->blocks; block += s.chunk_blocks)
-      steps.push_back({g->part_block + block, g->slot, g->column + block});
+    for (int block = 0; block < g->blocks; block += s.chunk_blocks, ++s.chunks) columns_.push_back(g->column + block);
     s.blocks += g->blocks;
   }
-  s.chunks = static_cast<int>(steps.size());
   s.last_blocks = (end[-1].blocks - 1) % s.chunk_blocks + 1;
-  for (int i = 0; i < kAhead; ++i) {
-    Step next = steps[steps.size() - s.chunks];
-    next.block += begin->part_blocks;
-    steps.push_back(next);
-  }
-  steps_.push_back(std::move(steps));
-  s.steps = steps_.back().data();
   segments_.push_back(s);
 }
 

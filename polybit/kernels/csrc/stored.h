@@ -51,8 +51,8 @@ class Reading {
 
   Weight weight_{};
   std::vector<Segment> segments_;
-  std::vector<std::vector<Step>> steps_;
-  std::vector<Step> places_;
+  std::vector<int32_t> columns_;
+  std::vector<Place> places_;
 };
 
 int count_groups(const Stored& stored);
