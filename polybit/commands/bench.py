@@ -48,7 +48,7 @@ class BenchConfig:
     """Hidden size of the random model."""
     layers: int = 24
     """Blocks of the random model."""
-    intermediate: int = 3456
+    intermediate: int = 3584
     """Inner size of the random model's blocks."""
     vocabulary: int = 32000
     """Tokens the random model knows."""

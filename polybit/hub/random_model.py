@@ -18,11 +18,11 @@ from polybit.nn.fields import Fields, tensors_of
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a Llama; the default has 0.46 billion weights."""
+    """Sizes of a Llama; the default has half a billion weights."""
 
     hidden: int = 1280
     layers: int = 24
-    intermediate: int = 3456
+    intermediate: int = 3584
     vocabulary: int = 32000
     heads: int = 20
     kv_heads: int = 4
