@@ -189,7 +189,9 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
         bench = Bench(args, seed)
         quantizing = Quantizing(WIDTHS, "gptq", args.group_size, "centre", FAST)
         signals, bank, seconds, share = bench.measure(quantizing)
-        cheap, _, cheap_seconds, _ = bench.measure(quantizing, how="gradient")
+        cheap, cheap_seconds = signals, 0.0
+        if not args.skip_gradient:
+            cheap, _, cheap_seconds, _ = bench.measure(quantizing, how="gradient")
         names = [probe.name for probe in bench.tasks]
         held = [
             text_probe("general", held_text(bench)),
@@ -216,10 +218,9 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
             ("tasks only", 1.0),
         ):
             plans[label] = solve(choices_of(bench.targets, tables[beta], quantizing, {}), groups, budget)
-        quick = tables_of(cheap, names)[0.7]
-        plans["both, beta 0.7, from gradients"] = solve(
-            choices_of(bench.targets, quick, quantizing, {}), groups, budget
-        )
+        if cheap is not signals:
+            quick = choices_of(bench.targets, tables_of(cheap, names)[0.7], quantizing, {})
+            plans["both, beta 0.7, from gradients"] = solve(quick, groups, budget)
         search = PlanLoss(bench.model, [bench.general, *bench.tasks], bench.targets, bank)
         base = {probe: r.kl for probe, r in search(plans["both, beta 0.7"]).items()}
 
@@ -374,6 +375,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=392)
     parser.add_argument("--calibration-windows", type=int, default=128)
+    parser.add_argument("--skip-gradient", action="store_true", help="exact sensitivities only")
     parser.add_argument("--work", default="allocation-work", help="directory for measured blocks")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
