@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,14 +41,14 @@ from polybit.train.switchable import Course, rows_of, run
 SETS = {"w": ("w8", "w6", "w4", "w3"), "wa": ("w8a8", "w4a4", "w3a4")}
 SHARED = "--widths 8,6,4,3 --group-size 0"
 LENGTH, TRAIN_ROWS = 256, 2000
-STEPS, BATCH, RATE = 60, 8, 1e-3
+STEPS, BATCH, RATE = 40, 4, 2e-4
 
 
 class Bench:
     """Models to start from, rows to train and to measure on, and the rows already measured."""
 
-    def __init__(self, work: Path, *, items: int) -> None:
-        self.work = work
+    def __init__(self, work: Path, *, items: int, rate: float = RATE, labels: float = 0.0, sets=tuple(SETS)) -> None:
+        self.work, self.rate, self.labels, self.sets = work, rate, labels, sets
         work.mkdir(parents=True, exist_ok=True)
         self.log = work / "rows.jsonl"
         self.done = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.is_file() else []
@@ -102,7 +103,7 @@ def fit(bench: Bench, model, objective, presets, *, seed: int, schedule=every, s
     course = Course(
         steps=steps,
         batch=further.pop("batch", BATCH),
-        learning_rate=further.pop("rate", RATE),
+        learning_rate=further.pop("rate", bench.rate),
         probes=0,
         seed=seed,
         balance=further.pop("balance", Balance()),
@@ -129,18 +130,28 @@ ARMS = {  # name -> (method, schedule, balance)
 def sets(bench: Bench, seeds: range, arms: list[str], steps: int) -> None:
     """One model for a set of presets against one model for each."""
     for seed in seeds:
-        for group, names in SETS.items():
+        for group, names in ((key, SETS[key]) for key in bench.sets):
             plans = {name: Plan.uniform(name) for name in names}
             for name in names if "independent" in arms else ():
-                key = {"part": "sets", "set": group, "arm": "independent", "preset": name, "seed": seed, "steps": steps}
+                key = {
+                    "part": "sets",
+                    "set": group,
+                    "arm": "independent",
+                    "preset": name,
+                    "seed": seed,
+                    "steps": steps,
+                    "rate": bench.rate,
+                }
                 if not bench.has(key):
                     flags = f"--bits {plans[name].default.w} --method gptq --group-size 0"
                     model = bench.trainable(flags, {name: plans[name]})
                     before = bench.measure(model, (name,)) if seed == seeds[0] else {}
-                    spent = fit(bench, model, Cascade("independent"), (name,), seed=seed, steps=steps)
+                    spent = fit(
+                        bench, model, Cascade("independent", data=bench.labels), (name,), seed=seed, steps=steps
+                    )
                     bench.write(key, {"cpu": spent, "start": before, "end": bench.measure(model, (name,))})
             for arm in [arm for arm in arms if arm != "independent"]:
-                key = {"part": "sets", "set": group, "arm": arm, "seed": seed, "steps": steps}
+                key = {"part": "sets", "set": group, "arm": arm, "seed": seed, "steps": steps, "rate": bench.rate}
                 if bench.has(key):
                     continue
                 method, schedule, balance = ARMS[arm]
@@ -148,26 +159,40 @@ def sets(bench: Bench, seeds: range, arms: list[str], steps: int) -> None:
                 before = bench.measure(model, (*names, "float")) if seed == seeds[0] else {}
                 chosen = {"all": every, "random": Drawn(seed), "sandwich": Sandwich(seed)}[schedule]
                 spent = fit(
-                    bench, model, Cascade(method), names, seed=seed, schedule=chosen, steps=steps,
+                    bench, model, objective_of(method, bench), names, seed=seed, schedule=chosen, steps=steps,
                     further={"balance": Balance(balance)},
                 )  # fmt: skip
                 bench.write(key, {"cpu": spent, "start": before, "end": bench.measure(model, names)})
 
 
-def recover(bench: Bench, seeds: range, steps: int) -> None:
-    """What training takes back of the loss post-training quantization made, one preset alone."""
+def objective_of(method: str, bench: Bench) -> Cascade:
+    """The objective of an arm; joint has nothing but the data."""
+    return Cascade(method, data=1.0 if method == "joint" else bench.labels)
+
+
+def recover(bench: Bench, seeds: range, steps: int, presets: list[str]) -> None:
+    """What training takes back of the loss post-training quantization made, one preset alone.
+
+    2 bits learn from the data and the float model. w4a4 learns from the float model alone, its norms too: what 4-bit
+    activations lose, weights alone cannot give back.
+    """
     rows = {
-        "w2": ("--bits 2 --method gptq --group-size 64", "learned"),
-        "w4a4": ("--bits 4 --method gptq --group-size 0", "learned"),
+        "w2": ("--bits 2 --method gptq --group-size 64", False, 1.0, 1e-3),
+        "w4a4": ("--bits 4 --method gptq --group-size 0", "norms", 0.0, 2e-4),
     }
     for seed in seeds:
-        for name, (flags, scales) in rows.items():
-            key = {"part": "recover", "preset": name, "seed": seed, "steps": steps}
+        for name in presets:
+            flags, others, labels, rate = rows[name]
+            key = {"part": "recover", "preset": name, "seed": seed, "steps": steps, "others": others}
             if bench.has(key):
                 continue
-            model = bench.trainable(flags, {name: Plan.uniform(name)}, freedom=Freedom(scales=scales))
-            before = bench.measure(model, (name,))
-            spent = fit(bench, model, Cascade("independent"), (name,), seed=seed, steps=steps)
+            teacher = load(embedded())[0] if others else None
+            model = bench.trainable(flags, {name: Plan.uniform(name)}, freedom=Freedom(others=others))
+            before = bench.measure(model, (name, "float"))
+            objective = Cascade("independent", data=labels, source=teacher)
+            spent = fit(
+                bench, model, objective, (name,), seed=seed, steps=steps, further={"rate": rate, "batch": 8}
+            )  # fmt: skip
             bench.write(key, {"cpu": spent, "start": before, "end": bench.measure(model, (name,))})
 
 
@@ -185,7 +210,7 @@ def cost(bench: Bench, repeats: int) -> None:
             for arm, schedule in (("all", every), ("sandwich", Sandwich(0))):
                 spent[arm] = fit(bench, model, Cascade("cdt"), names, seed=0, steps=6, schedule=schedule) / 6
             for name in names:
-                spent[name] = fit(bench, model, Cascade("independent"), (name,), seed=0, steps=6) / 6
+                spent[name] = fit(bench, model, Cascade("independent", data=bench.labels), (name,), seed=0, steps=6) / 6
             bench.write(key, {"cpu": spent})
 
 
@@ -234,24 +259,83 @@ def cycles(bench: Bench, seeds: range, steps: int) -> None:
             bench.write(key, {"cpu": spent, "forward_bitops": bitops, "end": bench.measure(model, (names[0], "w6a6"))})
 
 
+T95 = {1: float("nan"), 2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided 95 %, by number of seeds
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds and half the width of its 95 % interval."""
+    mean = statistics.fmean(values)
+    half = (
+        T95.get(len(values), 2.6) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    )
+    return mean, half
+
+
+def tables(logs: list[Path]) -> None:
+    """Markdown tables of everything measured: means over seeds, +- half a 95 % interval (Student's t over seeds)."""
+    rows = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    for group, names in SETS.items():
+        ours = [row for row in rows if row["part"] == "sets" and row["set"] == group]
+        if not ours:
+            continue
+        alone = {(r["preset"], r["seed"]): r for r in ours if r["arm"] == "independent"}
+        print(f"\n{group}: exact replies, % (share of the independent model's) | time over all independent runs\n")
+        print("| arm | " + " | ".join(names) + " | time |\n|" + "---|" * (len(names) + 2))
+        for arm in dict.fromkeys(row["arm"] for row in ours):
+            cells, times = [], []
+            for name in names:
+                mine = [r for r in ours if r["arm"] == arm and r.get("preset", name) == name]
+                exact = [100 * r["end"][name]["exact"] for r in mine]
+                nll = [r["end"][name]["nll"] for r in mine]
+                cell = "{:.1f} ± {:.1f}".format(*spread(exact))
+                pairs = [(r, alone.get((name, r["seed"]))) for r in mine if arm != "independent"]
+                shares = [100 * r["end"][name]["exact"] / a["end"][name]["exact"] for r, a in pairs if a]
+                cells.append(
+                    cell
+                    + (" ({:.1f} ± {:.1f} %)".format(*spread(shares)) if shares else "")
+                    + f" nll {statistics.fmean(nll):.4f}"
+                )
+            for row in [r for r in ours if r["arm"] == arm and arm != "independent"]:
+                total = [alone[name, row["seed"]]["cpu"] for name in names if (name, row["seed"]) in alone]
+                times += [row["cpu"] / sum(total)] if len(total) == len(names) else []
+            print(
+                f"| {arm} | "
+                + " | ".join(cells)
+                + " | "
+                + ("{:.2f} ± {:.2f}".format(*spread(times)) if times else "1")
+                + " |"
+            )
+        start = next((r["start"] for r in ours if r["arm"] == "cdt" and r["start"]), {})
+        print("start: " + ", ".join(f"{n} {100 * v['exact']:.1f} % nll {v['nll']:.4f}" for n, v in start.items()))
+    for row in [row for row in rows if row["part"] != "sets"]:
+        print(json.dumps(row))
+
+
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--part", choices=["sets", "recover", "cyclic", "cost"], required=True)
+    parser.add_argument("--part", choices=["sets", "recover", "cyclic", "cost", "tables"], required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--items", type=int, default=100)
+    parser.add_argument("--items", type=int, default=60)
+    parser.add_argument("--presets", nargs="+", default=["w2", "w4a4"], help="of the part recover")
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--rate", type=float, default=RATE)
+    parser.add_argument("--labels", type=float, default=0.0, help="weight of the data beside the teachers")
     parser.add_argument("--arms", nargs="+", default=["independent", *ARMS])
     knobs = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(knobs.work, items=knobs.items)
+    if knobs.part == "tables":
+        tables(sorted(knobs.work.glob("**/rows.jsonl")))
+        return
+    bench = Bench(knobs.work, items=knobs.items, rate=knobs.rate, labels=knobs.labels, sets=knobs.sets)
     seeds = range(knobs.first_seed, knobs.first_seed + knobs.seeds)
     if knobs.part == "sets":
         sets(bench, seeds, knobs.arms, knobs.steps or STEPS)
     elif knobs.part == "recover":
-        recover(bench, seeds, knobs.steps or 100)
+        recover(bench, seeds, knobs.steps or 100, knobs.presets)
     elif knobs.part == "cyclic":
         cycles(bench, seeds, knobs.steps or 240)
     else:

@@ -13,12 +13,12 @@ from polybit.core.runtime import PolybitError
 
 ARMS: dict[str, dict[str, Any]] = {  # what is trained: flags of `polybit train`
     "cdt": {"method": "cdt"},
-    "joint": {"method": "joint"},
+    "joint": {"method": "joint", "labels": 1.0},
     "sp": {"method": "sp"},
     "recursive": {"method": "recursive"},
     "agreeing": {"method": "cdt", "consistency": 0.5, "alignment": 0.5},
-    "cyclic": {"method": "joint", "schedule": "cyclic"},
-    "random": {"method": "joint", "schedule": "random"},
+    "cyclic": {"method": "joint", "schedule": "cyclic", "labels": 1.0},
+    "random": {"method": "joint", "schedule": "random", "labels": 1.0},
     "independent": {"method": "independent"},
 }
 
@@ -41,8 +41,10 @@ class StudyConfig:
     """Gradient steps of every run."""
     batch: int = 8
     """Rows per step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     """Peak learning rate."""
+    labels: float = 1.0
+    """Weight of the data beside the teachers, for the arms that have teachers."""
     rows: int | None = None
     """Rows of the data to use."""
     length: int | None = None

@@ -41,7 +41,7 @@ class TrainConfig:
     """Gradient steps."""
     batch: int = 8
     """Rows per step."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
     """Peak learning rate."""
     length: int | None = None
     """Longest row in tokens; longer ones are left out and counted, never cut (default: the model's context, at most
@@ -52,6 +52,8 @@ class TrainConfig:
     """What a student is measured by against its teacher: kl of the tokens' distributions, or mse of the logits."""
     beta: float = 1.0
     """Weight of a teacher beside the data."""
+    labels: float = 1.0
+    """Weight of the data itself; 0 = learn from teachers alone, best for a model that knows the data already."""
     teacher: bool = True
     """The float model teaches too; --no-teacher where it has not learnt the task yet."""
     consistency: float = 0.0
@@ -60,6 +62,9 @@ class TrainConfig:
     """Weight of the distance of hidden states to those of the most precise preset."""
     switchability: float = 0.0
     """Weight of the distance between the presets' adapters (with --adapter lora)."""
+    adversarial: float = 0.0
+    """Train against moved input embeddings, by at most this share of their mean length (0.05 is much); with --schedule
+    random it is random precision training. Presets are then taught by the data and the float model only."""
     balance: Literal["sum", "gradient", "project"] = "sum"
     """How gradients of the presets are put together: added, brought to equal length, or that without conflicts."""
     adapter: Literal["none", "nested", "lora"] = "none"
@@ -69,6 +74,8 @@ class TrainConfig:
     """Rank of the adapters at the narrowest width."""
     scales: Literal["learned", "frozen", "recomputed"] = "learned"
     """Scales of the grid."""
+    norms: bool = False
+    """Train norms and biases too, which all presets share; helps narrow activations."""
     group_size: int = 64
     """Weights that share a scale, where MODEL is a float model."""
     reference: str | None = None
@@ -115,12 +122,16 @@ def check(config: TrainConfig) -> None:
     for flag, least in (("steps", 1), ("batch", 1), ("rank", 1), ("probes", 0), ("cycles", 1)):
         if getattr(config, flag) < least:
             raise PolybitError(f"--{flag} {getattr(config, flag)} is not possible: give {least} or more")
+    if not config.labels and config.method == "joint":
+        raise PolybitError("--method joint learns from the data alone: leave --labels 0 out, or choose another method")
     if config.switchability and config.adapter != "lora":
         raise PolybitError("--switchability compares the presets' adapters: give --adapter lora with it")
     if config.schedule == "cyclic" and config.steps < config.cycles:
         raise PolybitError(
             f"a cycle of --cycles {config.cycles} is longer than the run: give --steps {config.steps} or fewer"
         )
+    if config.norms and config.head == "span":
+        raise PolybitError("--norms belongs to --head lm: leave it out")
     read_presets(config.presets)
 
 
@@ -184,7 +195,7 @@ def build(name: str, config: TrainConfig, presets: Mapping[str, Any], out: Path,
                 config.schedule, plans, layers, steps=config.steps, cycles=config.cycles, seed=config.seed
             )
             before = measure(model, held_out, ordered)
-            learn = train_spans.objective(config) if spans else objective(config, model)
+            learn = train_spans.objective(config) if spans else objective(config, model, parent)
             where: dict[str, Any] = {"out": store.path / "run", "course": course(config), "schedule": schedule}
             if spans:
                 outcome = run_spans(model, lessons, held_out, learn, ordered, fill=tokenizer.pad_token_id or 0, **where)
@@ -235,7 +246,7 @@ def prepare(name: str, config: TrainConfig, presets: Mapping[str, Any]):
         model, tokenizer = load_float(resolve(parent), trust_remote_code=config.trust_remote_code)
     elif config.reference is not None:
         raise PolybitError(f"--reference {config.reference}: {name} is itself a float model, leave it out")
-    freedom = Freedom(scales=config.scales, rank=config.rank)
+    freedom = Freedom(scales=config.scales, rank=config.rank, others="norms" if config.norms else False)
     make_trainable(model, presets, start=start, group_size=config.group_size, adapter=config.adapter, freedom=freedom)
     return model, tokenizer, parent, digest
 
@@ -268,13 +279,23 @@ def material(config: TrainConfig, model, tokenizer):
     return found.split(held_out, seed=config.seed)
 
 
-def objective(config: TrainConfig, model):
-    """The objective the flags mean."""
+def objective(config: TrainConfig, model, parent: str):
+    """The objective the flags mean; with --norms the float model teaches as a model of its own."""
     from polybit.train.cascade import Agreement, Cascade
 
-    cascade = Cascade(config.method, config.distance, config.beta, teacher=config.teacher)
+    source = None
+    if config.norms and config.teacher:
+        source, _ = open_model(parent, trust_remote_code=config.trust_remote_code)
+    cascade = Cascade(config.method, config.distance, config.beta, config.labels, teacher=config.teacher, source=source)
     terms = (config.consistency, config.alignment, config.switchability)
-    return Agreement(cascade, model, *terms) if any(terms) else cascade
+    found = Agreement(cascade, model, *terms) if any(terms) else cascade
+    if not config.adversarial:
+        return found
+    from polybit.robust.embeddings import Adversarial
+
+    if any(terms):
+        raise PolybitError("--adversarial attacks presets one by one: leave consistency, alignment, switchability out")
+    return Adversarial(found, model, epsilon=config.adversarial, seed=config.seed)
 
 
 def course(config: TrainConfig):

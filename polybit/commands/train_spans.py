@@ -90,4 +90,4 @@ def objective(config: Any):
 
     if config.consistency or config.alignment or config.switchability:
         raise PolybitError("--consistency, --alignment and --switchability belong to --head lm: leave them out")
-    return Cascade(config.method, config.distance, config.beta, teacher=config.teacher, pose=pose)
+    return Cascade(config.method, config.distance, config.beta, config.labels, teacher=config.teacher, pose=pose)

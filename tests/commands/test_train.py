@@ -10,7 +10,7 @@ from polybit.cli import main
 from polybit.hub.load import load
 from polybit.nn import switch
 
-TINY = ["--steps", "4", "--rows", "24", "--batch", "4", "--probes", "2", "--length", "96", "--group-size", "16"]
+TINY = ["--steps", "4", "--rows", "24", "--batch", "4", "--length", "96", "--group-size", "16"]
 
 
 def train(model, out, *more):
@@ -45,6 +45,15 @@ def test_it_goes_on_from_a_quantized_checkpoint(trained, tmp_path):
     assert again["numbers"]["float"]["nll"] == pytest.approx(first["numbers"]["float"]["nll"], rel=0.5)
 
 
+def test_norms_are_trained_and_stored_on_request(tiny_llama, tmp_path):
+    float_model, _ = load(tiny_llama)
+    wanted = float_model.model.norm.weight.detach()
+    for flags in (["--norms"], []):
+        out = tmp_path / f"out{len(flags)}"
+        train(tiny_llama, out, "--presets", "A=w8,B=w4a4", "--labels", "0", "--probes", "0", *flags)
+        assert torch.equal(load(out)[0].model.norm.weight, wanted) == (not flags)
+
+
 @pytest.mark.parametrize("method", ["independent", "nested"])
 def test_codes_of_their_own_give_a_checkpoint_each(tiny_llama, tmp_path, method):
     flags = ["--adapter", "nested"] if method == "nested" else ["--method", "independent"]
@@ -74,6 +83,7 @@ def test_adapters_are_saved_for_peft(tiny_llama, tmp_path):
         (["--length", "4096"], "longer than the model's context"),
         (["--data", "nowhere.txt"], "does not exist"),
         (["--steps", "0"], "--steps 0"),
+        (["--method", "joint", "--labels", "0"], "learns from the data alone"),
         (["--presets", "A=nowhere.json"], "no such file"),
     ],
 )
