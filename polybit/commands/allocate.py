@@ -53,8 +53,9 @@ class AllocateConfig:
     """Let layers that engines fuse (q/k/v, gate/up, w1/w3) have widths of their own."""
     pin: Texts | None = None
     """Layers with a fixed width: PATTERN=WIDTH, as in '*.down_proj=4'."""
-    refine: int = 60
-    """Whole plans to measure while improving the solution by exchanges; 0 = keep the solver's."""
+    refine: int = 0
+    """Whole plans to measure while improving the solution by exchanges, as in 60; for files without learned rounding
+    (--effort fast), which makes up for what the exchanges mend."""
     samples: int = 32
     """Windows of each general text to read sensitivities on."""
     items: int = 64
