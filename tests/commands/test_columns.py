@@ -127,3 +127,20 @@ def test_search_sort_and_quantize(tiny_llama, tmp_path, monkeypatch, capsys):
     numbers = json.loads((tmp_path / "q.json").read_text())["numbers"]
     assert numbers["presets"] == ["plan"]
     assert numbers["stored_bits_per_weight"] < 3.5 + 3 * 16 / 72 + 0.2
+
+
+@pytest.mark.slow
+def test_a_nested_file_is_read_by_the_plan(tiny_llama, tmp_path, monkeypatch):
+    """Offsets apply when the file is read: the plan's bits and output lie between those of the widths around it."""
+    monkeypatch.chdir(tmp_path)
+    up, down = (f"model.layers.1.mlp.{leaf}_proj" for leaf in ("up", "down"))
+    inside = {up: ColumnWidths(32, (1, -1)), down: ColumnWidths(32, (1, 0, -1))}
+    write_plan(tmp_path / "p.json", Plan(Precision(w=3), {}, inside))
+    flags = ["--samples", "4", "--window", "24", "--group-size", "32", "--json", "q.json"]
+    main(["quantize", str(tiny_llama), "--plan", "p.json", "--widths", "8,4,3,2", "--out", "q", *flags])
+    numbers = json.loads((tmp_path / "q.json").read_text())["numbers"]
+    assert numbers["presets"] == ["w8", "w4", "w3", "w2", "plan"]
+    sizes = {name: row["bits_per_weight"] for name, row in numbers["sizes"].items()}
+    assert sizes["w3"] < sizes["plan"] < sizes["w3"] + 0.1  # one more bit for 32 columns than for the short block
+    read = numbers["layers"][up]["bytes"]
+    assert read["w2"] < read["plan"] < read["w4"]
