@@ -241,7 +241,7 @@ def test_checkpoint_keeps_presets(tmp_path):
     for name in PRESETS:
         for each in (model, loaded):
             switch.use(each, name)
-        with torch.no_grad():
+        with torch.no_grad(), switch.keep_decoded(loaded), switch.keep_decoded(model):
             assert torch.equal(loaded(prompt()).logits, model(prompt()).logits)
 
 
