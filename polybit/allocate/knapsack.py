@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,17 +79,32 @@ def programme(rows: Sequence[Mapping[int, Choice]], budget_bits: float) -> list[
     cost = harm / scale + TIE * bits / bits.sum()
     one_each = sparse.csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))), (len(rows), len(owner)))
     within = sparse.csr_matrix(bits[None] / budget_bits)
-    found = milp(
-        cost * len(rows),
-        integrality=np.ones(len(owner)),
-        bounds=bounds(0, 1),
-        constraints=[constraint(one_each, 1, 1), constraint(within, -np.inf, 1)],
-        options={"mip_rel_gap": 0.0},
-    )
+    with silent_stdout():
+        found = milp(
+            cost * len(rows),
+            integrality=np.ones(len(owner)),
+            bounds=bounds(0, 1),
+            constraints=[constraint(one_each, 1, 1), constraint(within, -np.inf, 1)],
+            options={"mip_rel_gap": 0.0},
+        )
     assert found.x is not None, found.message  # the budget was checked: the narrowest widths are feasible
     chosen = [widths[at] for at in np.flatnonzero(found.x > 0.5)]
     assert len(chosen) == len(rows), "HiGHS left a layer without a width"
     return repaired(rows, chosen, budget_bits)
+
+
+@contextmanager
+def silent_stdout() -> Iterator[None]:
+    """Keep remarks that HiGHS prints past Python out of the program's output."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def repaired(rows: Sequence[Mapping[int, Choice]], chosen: list[int], budget_bits: float) -> list[int]:

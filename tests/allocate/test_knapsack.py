@@ -47,13 +47,15 @@ def test_equals_trying_everything(seed):
     assert harm == pytest.approx(try_everything(choices, groups, budget), rel=1e-7, abs=1e-12)
 
 
-def test_many_layers_in_a_second():
+def test_many_layers_in_a_second(capfd):
     choices = draw(random.Random(0), 224, range(2, 9))
     budget = sum(row[2].bits for row in choices.values()) * 1.6
     solve(choices, [[n] for n in choices], budget)  # scipy is imported
-    began = time.perf_counter()
+    began = time.process_time()
     solve(choices, [[n] for n in choices], budget)
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
+    print("still heard")
+    assert capfd.readouterr().out == "still heard\n"
 
 
 def test_tiny_harms_are_not_taken_for_rounding():
