@@ -124,6 +124,8 @@ def check(x: Tensor, planes: Planes, width: int | Sequence[int], bias: Tensor | 
         raise PolybitError(f"activations {activations!r} are not known: choose 'float', 'int8' or 'int16'")
     if bias is not None and (bias.shape != (rows,) or bias.dtype not in FLOATS):
         raise PolybitError(f"the bias is {bias.dtype} {tuple(bias.shape)}: give a float tensor of shape ({rows},)")
+    if bias is not None and bias.device != x.device:
+        raise PolybitError(f"the bias is on {bias.device}, the input on {x.device}: move one of them")
 
 
 def check_width(planes: Planes, width: int | Sequence[int]) -> None:

@@ -32,12 +32,12 @@ struct Exact {
 };
 
 // The bits of a code that are read, as one number, and where the group's scale is.
-struct Place {
+struct Spot {
   int code;
   size_t slot;
 };
 
-static Place place_of(const Stored& s, const std::vector<int>& widths, int row, int column) {
+static Spot place_of(const Stored& s, const std::vector<int>& widths, int row, int column) {
   const int rb = row / 16, r = row % 16, kb = column / 32, k = column % 32, i = k / 4, t = k % 4;
   const int row_blocks = (s.rows + 15) / 16, blocks = (s.columns + 31) / 32;
   const int each = s.group_size ? s.group_size / 32 : blocks, g = kb / each, groups = (blocks + each - 1) / each;
@@ -63,7 +63,7 @@ static Place place_of(const Stored& s, const std::vector<int>& widths, int row, 
 }
 
 static float value_of(const Stored& s, const std::vector<int>& widths, int row, int column) {
-  const Place place = place_of(s, widths, row, column);
+  const Spot place = place_of(s, widths, row, column);
   const int r = row % 16, g = s.group_size ? column / s.group_size : 0, read = widths[g];
   const int bits = s.group_bits.empty() ? s.bits : s.group_bits[g];
   const auto middle = [](int b) { return ((1 << b) - 1) / 2.0; };

@@ -233,6 +233,8 @@ def test_compiles_without_graph_breaks():
         ({"width": 0}, "choose 1 to 8"),
         ({"width": 9}, "choose 1 to 8"),
         ({"bias": torch.zeros(19)}, "shape \\(20,\\)"),
+        ({"bias": torch.zeros(20).int()}, "shape \\(20,\\)"),
+        ({"bias": torch.zeros(20, device="meta")}, "bias is on meta"),
         ({"activations": "int4"}, "'int8'"),
         ({"x": torch.zeros(2, 96, device="meta")}, "meta"),
     ],

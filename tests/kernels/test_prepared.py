@@ -121,6 +121,37 @@ def test_a_bundle_of_weights_that_scale_their_columns():
     assert not Bundle.fits([Prepared(random_planes(16, 96, group_size=16))] * 2)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("isa, name", ISAS)
+def test_a_spoiled_token_spoils_only_itself(isa, name, bad):
+    """In ragged weights, in one call for several weights, with adapters."""
+    members = [Prepared(pack(ragged_weight(53, 300, (4, 3, 8, 3, 1))), isa), Prepared(random_planes(37, 300), isa)]
+    arguments = ((3, (4, 3, 4, 5, 4)), (None, None), "int8", (random_adapter(53, 300), None))
+    for tokens in (5, 40):
+        x = random_input(tokens, 300)
+        clean = Bundle(members).linear(x, *arguments)
+        x[2, 70] = bad
+        for y, expected in zip(Bundle(members).linear(x, *arguments), clean, strict=True):
+            assert y[2].isnan().all()
+            keep = [i for i in range(tokens) if i != 2]
+            assert torch.equal(y[keep], expected[keep])
+
+
+def test_threads_do_not_change_the_result():
+    members = [Prepared(pack(ragged_weight(700, 320, (4, 3, 8, 3, 1)))), Prepared(random_planes(512, 320))]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for tokens in (1, 40):
+                x, adapters = random_input(tokens, 320), (random_adapter(700, 320), None)
+                results.append(Bundle(members).linear(x, (8, (4, 3, 4, 5, 4)), (None, None), "int16", adapters))
+    finally:
+        torch.set_num_threads(before)
+    for i in (0, 1):
+        assert all(torch.equal(a, b) for k in (2, 4) for a, b in zip(results[i], results[i + k], strict=True))
+
+
 def test_a_bundle_after_a_member_forgot_its_readings():
     members = [Prepared(random_planes(20, 192)), Prepared(random_planes(16, 192, seed=2))]
     bundle, x = Bundle(members), random_input(1, 192)
