@@ -5,11 +5,14 @@ import torch
 from transformers import DynamicCache
 
 from polybit.core.plan import Plan
+from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
 from polybit.hub.cache import PackedCache, PackedLayer, cache_bytes, keep_packed, logits_in_blocks
+from polybit.hub.checkpoint import save
 from polybit.hub.lm import LocalLM
-from polybit.nn.attention import arrange, use_operands
-from polybit.nn.switch import use
+from polybit.hub.load import load
+from polybit.nn.attention import arrange, operands_of, use_operands
+from polybit.nn.switch import set_presets, use
 from tests.families import FAMILIES, prompt, quantized, tiny_model
 
 
@@ -207,3 +210,17 @@ def test_a_view_of_a_model_uses_the_packed_cache():
     use_operands(model, Plan.uniform("k8v8"))
     lm.generate_tokens([[5, 6, 7], [8, 9]], max_tokens=3)
     assert set(seen) == {True}
+
+
+def test_presets_carry_operands_through_a_checkpoint(tmp_path):
+    model = quantized("llama")
+    plan = Plan(Precision(w=4, k=8, v=4), {"model.layers.0.self_attn": Precision(k=4, v=5)})
+    set_presets(model, {"A": plan, "B": Plan.uniform("w8k8v8")})
+    save(model, tmp_path / "m")
+    loaded, _ = load(tmp_path / "m")
+    use(model, "A"), use(loaded, "A")
+    assert [str(p) for p in operands_of(loaded).values()] == ["k4v5", "k8v4"]
+    with torch.no_grad():
+        assert torch.equal(loaded(prompt()).logits, model(prompt()).logits)
+    out = loaded.generate(prompt(), max_new_tokens=2, return_dict_in_generate=True, pad_token_id=0)
+    assert isinstance(out.past_key_values.layers[0], PackedLayer)
