@@ -165,19 +165,19 @@ def tables_of(signals: dict[str, Signal], tasks: list[str]):
     return {beta: combine(task, general, beta) for beta in (0.0, 0.3, 0.7, 1.0)}
 
 
-def random_plan(choices, groups, budget: float, rng: random.Random) -> dict[str, int]:
-    """Random widths that use up the budget: nothing fits any more."""
-    picked = [rng.choice(WIDTHS[:-1]) for _ in groups]
+def random_plan(choices, groups, budget: float, rng: random.Random, widths: tuple[int, ...]) -> dict[str, int]:
+    """Random ones of neighbouring widths that use up the budget: nothing fits any more."""
+    picked = [rng.choice(widths) for _ in groups]
 
     def bits() -> float:
         return sum(choices[n][w].bits for g, w in zip(groups, picked, strict=True) for n in g)
 
     while bits() > budget:
         at = rng.randrange(len(groups))
-        picked[at] = max(WIDTHS[0], picked[at] - 1)
+        picked[at] = max(widths[0], picked[at] - 1)
     for at in rng.sample(range(len(groups)), len(groups)) * 2:
         picked[at] += 1
-        if picked[at] > WIDTHS[-2] or bits() > budget:
+        if picked[at] > widths[-1] or bits() > budget:
             picked[at] -= 1
     return {name: width for group, width in zip(groups, picked, strict=True) for name in group}
 
@@ -235,12 +235,18 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
         rng = random.Random(seed)
         rows = {label: read(plan) for label, plan in plans.items()}
         uniform = {w: read(dict.fromkeys(bank, w)) for w in WIDTHS}
-        drawn = [read(random_plan(choices, groups, budget, rng)) for _ in range(args.random)]
+        least = sum(choices[n][WIDTHS[0]].bits for n in choices) / bench.total - WIDTHS[0]
+        near = (int(args.bits - least), int(args.bits - least) + 1)  # the two widths an even plan would mix
+        drawn, drawn_near = (
+            [read(random_plan(choices, groups, budget, rng, widths)) for _ in range(args.random)]
+            for widths in (WIDTHS[:-1], near)
+        )
         result = {
             "seed": seed,
             "rows": rows,
             "uniform": uniform,
             "random": drawn,
+            "random_near": drawn_near,
             "exact_seconds": seconds,
             "gradient_seconds": cheap_seconds,
             "share_of_naive": share,
@@ -274,16 +280,17 @@ def print_ablation(result: dict[str, Any]) -> None:
     )
     points = list(result["uniform"].values())
     for label, row in [*result["rows"].items(), *((f"uniform w{w}", r) for w, r in result["uniform"].items())]:
-        beaten = {k: np.mean([row[k] < other[k] for other in result["random"]]) for k in ("task", "general")}
+        beaten = {
+            k: [100 * np.mean([row[k] < other[k] for other in result[kind]]) for kind in ("random", "random_near")]
+            for k in ("task", "general")
+        }
         line = {k: even(row["bits"], [(p["bits"], p[k]) for p in points]) for k in ("task", "general")}
-        print(
-            f"| {label} | {row['bits']:.3f} | {row['task']:.4f} | {line['task']:.4f} | {100 * beaten['task']:.0f} % | "
-            f"{row['general']:.4f} | {line['general']:.4f} | {100 * beaten['general']:.0f} % |",
-            flush=True,
-        )
-    for key in ("task", "general"):
-        values = sorted(row[key] for row in result["random"])
-        print(f"random {key}: best {values[0]:.4f}, median {values[len(values) // 2]:.4f}", flush=True)
+        cells = [f"{row[k]:.4f} | {line[k]:.4f} | {beaten[k][0]:.0f} %, {beaten[k][1]:.0f} %" for k in beaten]
+        print(f"| {label} | {row['bits']:.3f} | {' | '.join(cells)} |", flush=True)
+    for kind in ("random", "random_near"):
+        for key in ("task", "general"):
+            values = sorted(row[key] for row in result[kind])
+            print(f"{kind} {key}: best {values[0]:.4f}, median {values[len(values) // 2]:.4f}", flush=True)
     for label, row in result["agreement"].items():
         print(f"tau {label}: {row['tau']}, halves {row['reliability']}", flush=True)
 
