@@ -130,7 +130,7 @@ def read_presets(value: Any, layers: Mapping[str, Fields]) -> dict[str, Plan]:
     presets = {}
     for name, entry in value.items():
         plan = Plan.from_json(entry)
-        # a plan may name the attention that owns a layer, for its q, k and v; the model itself is asked when it is built
+        # a plan may name the attention that owns a layer, for its q, k and v; the model is asked when it is built
         plan.check_names({*layers, *(layer.rpartition(".")[0] for layer in layers)})
         check_columns(plan, layers)
         for layer, fields in layers.items():
