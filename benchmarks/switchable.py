@@ -39,9 +39,10 @@ from polybit.train.schedules import Drawn, Sandwich, cyclic, every
 from polybit.train.switchable import Course, rows_of, run
 
 SETS = {"w": ("w8", "w6", "w4", "w3"), "wa": ("w8a8", "w4a4", "w3a4")}
-SHARED = "--widths 8,6,4,3 --group-size 0"
+SHARED = {"w": "--widths 8,6,4,3 --group-size 0", "wa": "--widths 8,4,3 --group-size 0"}
+FREEDOM = Freedom(others="norms", margin=0.5)
 LENGTH, TRAIN_ROWS = 256, 2000
-STEPS, BATCH, RATE = 40, 4, 2e-4
+STEPS, BATCH, RATE = 40, 4, 3e-4
 
 
 class Bench:
@@ -52,7 +53,7 @@ class Bench:
         work.mkdir(parents=True, exist_ok=True)
         self.log = work / "rows.jsonl"
         self.done = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.is_file() else []
-        _, self.tokenizer = load(embedded())
+        self.teacher, self.tokenizer = load(embedded())
         drawn = [item for task in synth.TASKS for item in synth.items(task, items, 77, split="test")]
         talks = [[*item.messages, {"role": "assistant", "content": item.answer}] for item in drawn]
         rows = [conversation_lesson([dict(m) for m in talk], self.tokenizer) for talk in talks]
@@ -65,7 +66,7 @@ class Bench:
             command = ["quantize", "tinychat", *flags.split(), "--samples", "64", "--no-measure", "--out", str(out)]
             subprocess.run([sys.executable, "-m", "polybit", *command], check=True, stdout=subprocess.DEVNULL)
         start = {name: unpack(layer.planes) for name, layer in panel(load(out)[0]).layers.items()}
-        return make_trainable(load(embedded())[0], plans, start=start, **more)
+        return make_trainable(load(embedded())[0], plans, start=start, **{"freedom": FREEDOM, **more})
 
     def lessons(self, seed: int) -> Lessons:
         """Conversations to train on, drawn anew for each seed."""
@@ -146,16 +147,14 @@ def sets(bench: Bench, seeds: range, arms: list[str], steps: int) -> None:
                     flags = f"--bits {plans[name].default.w} --method gptq --group-size 0"
                     model = bench.trainable(flags, {name: plans[name]})
                     before = bench.measure(model, (name,)) if seed == seeds[0] else {}
-                    spent = fit(
-                        bench, model, Cascade("independent", data=bench.labels), (name,), seed=seed, steps=steps
-                    )
+                    spent = fit(bench, model, objective_of("independent", bench), (name,), seed=seed, steps=steps)
                     bench.write(key, {"cpu": spent, "start": before, "end": bench.measure(model, (name,))})
             for arm in [arm for arm in arms if arm != "independent"]:
                 key = {"part": "sets", "set": group, "arm": arm, "seed": seed, "steps": steps, "rate": bench.rate}
                 if bench.has(key):
                     continue
                 method, schedule, balance = ARMS[arm]
-                model = bench.trainable(SHARED, plans)
+                model = bench.trainable(SHARED[group], plans)
                 before = bench.measure(model, (*names, "float")) if seed == seeds[0] else {}
                 chosen = {"all": every, "random": Drawn(seed), "sandwich": Sandwich(seed)}[schedule]
                 spent = fit(
@@ -167,7 +166,7 @@ def sets(bench: Bench, seeds: range, arms: list[str], steps: int) -> None:
 
 def objective_of(method: str, bench: Bench) -> Cascade:
     """The objective of an arm; joint has nothing but the data."""
-    return Cascade(method, data=1.0 if method == "joint" else bench.labels)
+    return Cascade(method, data=1.0 if method == "joint" else bench.labels, source=bench.teacher)
 
 
 def recover(bench: Bench, seeds: range, steps: int, presets: list[str]) -> None:
@@ -200,17 +199,19 @@ def cost(bench: Bench, repeats: int) -> None:
     """CPU seconds of a step over P presets against one step for each, interleaved."""
     for group, names in SETS.items():
         plans = {name: Plan.uniform(name) for name in names}
-        model = bench.trainable(SHARED, plans)
-        fit(bench, model, Cascade("cdt"), names, seed=0, steps=2)
+        model = bench.trainable(SHARED[group], plans)
+        fit(bench, model, objective_of("cdt", bench), names, seed=0, steps=2)
         for repeat in range(repeats):
             key = {"part": "cost", "set": group, "repeat": repeat}
             if bench.has(key):
                 continue
             spent = {}
             for arm, schedule in (("all", every), ("sandwich", Sandwich(0))):
-                spent[arm] = fit(bench, model, Cascade("cdt"), names, seed=0, steps=6, schedule=schedule) / 6
+                spent[arm] = (
+                    fit(bench, model, objective_of("cdt", bench), names, seed=0, steps=6, schedule=schedule) / 6
+                )
             for name in names:
-                spent[name] = fit(bench, model, Cascade("independent", data=bench.labels), (name,), seed=0, steps=6) / 6
+                spent[name] = fit(bench, model, objective_of("independent", bench), (name,), seed=0, steps=6) / 6
             bench.write(key, {"cpu": spent})
 
 

@@ -52,7 +52,9 @@ class Freedom:
     scales: learned, frozen, or recomputed from the latent weights · base: train the latent weights themselves, not only
     adapters · others: train embeddings, norms and biases too, or only norms and biases ("norms"); the float preset is
     then no longer the model it was made from, so a teacher is a model of its own · rank: of the adapter at its
-    narrowest width.
+    narrowest width · margin: distance a latent weight keeps at the start from the borders of its cell, in codes (up to
+    0.5 = the middle). Compensated codes lie across a border from their weight; without a margin the first steps undo
+    them at random.
     """
 
     codes: Codes | None = None
@@ -60,6 +62,7 @@ class Freedom:
     base: bool = True
     others: bool | Literal["norms"] = False
     rank: int = 16
+    margin: float = 0.0
 
 
 class LatentLinear(nn.Module):
@@ -186,6 +189,9 @@ def fill(layer: LatentLinear, widths: list[int], given: QWeight | None, grid: Gr
     layer.codes[str(given.bits)] = Code(given, freedom.scales, Grid(given.bits, given.group_size, grid.zero))
     if freedom.scales != "recomputed":
         scaled_OI = start_latents(given, weight_OI)
+        if freedom.margin:
+            codes_OI, room = given.codes_OI.float(), max(0.5 - freedom.margin, 0.0)
+            scaled_OI = torch.minimum(torch.maximum(scaled_OI, codes_OI - room), codes_OI + room)
         layer.latent_OI.data.copy_(in_weight_units(scaled_OI, given))
 
 
