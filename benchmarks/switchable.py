@@ -39,7 +39,7 @@ from polybit.train.schedules import Drawn, Sandwich, cyclic, every
 from polybit.train.switchable import Course, rows_of, run
 
 SETS = {"w": ("w8", "w6", "w4", "w3"), "wa": ("w8a8", "w4a4", "w3a4")}
-SHARED = {"w": "--widths 8,6,4,3 --group-size 0", "wa": "--widths 8,4,3 --group-size 0"}
+SHARED = "--widths 8,6,4,3 --group-size 0"
 FREEDOM = Freedom(others="norms", margin=0.5)
 LENGTH, TRAIN_ROWS = 256, 2000
 STEPS, BATCH, RATE = 40, 4, 3e-4
@@ -154,7 +154,7 @@ def sets(bench: Bench, seeds: range, arms: list[str], steps: int) -> None:
                 if bench.has(key):
                     continue
                 method, schedule, balance = ARMS[arm]
-                model = bench.trainable(SHARED[group], plans)
+                model = bench.trainable(SHARED, plans)
                 before = bench.measure(model, (*names, "float")) if seed == seeds[0] else {}
                 chosen = {"all": every, "random": Drawn(seed), "sandwich": Sandwich(seed)}[schedule]
                 spent = fit(
@@ -199,7 +199,7 @@ def cost(bench: Bench, repeats: int) -> None:
     """CPU seconds of a step over P presets against one step for each, interleaved."""
     for group, names in SETS.items():
         plans = {name: Plan.uniform(name) for name in names}
-        model = bench.trainable(SHARED[group], plans)
+        model = bench.trainable(SHARED, plans)
         fit(bench, model, objective_of("cdt", bench), names, seed=0, steps=2)
         for repeat in range(repeats):
             key = {"part": "cost", "set": group, "repeat": repeat}

@@ -246,7 +246,10 @@ def prepare(name: str, config: TrainConfig, presets: Mapping[str, Any]):
         model, tokenizer = load_float(resolve(parent), trust_remote_code=config.trust_remote_code)
     elif config.reference is not None:
         raise PolybitError(f"--reference {config.reference}: {name} is itself a float model, leave it out")
-    freedom = Freedom(scales=config.scales, rank=config.rank, others="norms" if config.norms else False)
+    # codes of a checkpoint make up for each other's errors, which latents at the borders of their cells would undo
+    margin = 0.0 if start is None else 0.5
+    others: Any = "norms" if config.norms else False
+    freedom = Freedom(scales=config.scales, rank=config.rank, others=others, margin=margin)
     make_trainable(model, presets, start=start, group_size=config.group_size, adapter=config.adapter, freedom=freedom)
     return model, tokenizer, parent, digest
 
