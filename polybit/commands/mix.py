@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -127,9 +128,19 @@ def read_texts(model, tokenizer, sources: Sequence[str], config: MixConfig) -> d
     samples = config.samples * (DRAWS if config.verify else 1)
     texts = {}
     for source in sources:
-        part = gather(model, tokenizer, source, samples=samples, length=length, seed=config.seed, held_out=HELD_OUT)
+        with about(source):
+            part = gather(model, tokenizer, source, samples=samples, length=length, seed=config.seed, held_out=HELD_OUT)
         texts[source] = part.windows_NT, part.held_out_MT
     return texts
+
+
+@contextmanager
+def about(source: str) -> Iterator[None]:
+    """Name the text in what is said against it: there are several."""
+    try:
+        yield
+    except PolybitError as error:
+        raise (error if source in str(error) else PolybitError(f"text {source!r}: {error}")) from None
 
 
 def verify(
@@ -248,11 +259,11 @@ def gather_mixture(model, tokenizer, spec: str, *, samples: int, length: int, se
 
     shares = read_mix(spec)
     counts = dict(zip(shares, whole_shares(list(shares.values()), samples), strict=True))
-    parts = {
-        source: gather(model, tokenizer, source, samples=count, length=length, seed=seed)
-        for source, count in counts.items()
-        if count
-    }
+    parts = {}
+    for source, count in counts.items():
+        if count:
+            with about(source):
+                parts[source] = gather(model, tokenizer, source, samples=count, length=length, seed=seed)
     short = [source for source, part in parts.items() if len(part.windows_NT) < counts[source]]
     if short:
         raise PolybitError(

@@ -18,6 +18,7 @@ def texts(tmp_path_factory):
     ]
     sums = [f"What is {a} plus {b}? It is {a + b}." for a in range(12, 30) for b in range(31, 39)]
     (directory / "stories.txt").write_text("<|endoftext|>".join(stories))
+    (directory / "few.txt").write_text("Tom went home.")
     rows = [{"question": row.split("?")[0] + "?", "answer": row.split("? ")[1]} for row in sums]
     (directory / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return directory
@@ -53,6 +54,7 @@ def test_shares_are_read():
         (["--general", "stories.txt", "--tasks", "stories.txt"], "given twice"),
         (["--general", "stories.txt", "--tasks", "sums.jsonl", "--samples", "0"], "--samples 0"),
         (["--general", "stories.txt", "--tasks", "nothing.txt"], "nothing.txt"),
+        (["--general", "stories.txt", "--tasks", "few.txt"], "few.txt"),
         (["--general", "stories.txt", "--tasks", "sums.jsonl", "--step", "0.3"], "does not divide"),
         (["--general", "stories.txt"], "tasks"),
     ],
