@@ -220,9 +220,5 @@ def test_presets_carry_operands_through_a_checkpoint(tmp_path):
     loaded, _ = load(tmp_path / "m")
     use(model, "A"), use(loaded, "A")
     assert [str(p) for p in operands_of(loaded).values()] == ["k4v5", "k8v4"]
-    with torch.no_grad():
-        assert torch.allclose(
-            loaded(prompt(), use_cache=False).logits, model(prompt(), use_cache=False).logits, atol=1e-5
-        )
     out = loaded.generate(prompt(), max_new_tokens=2, return_dict_in_generate=True, pad_token_id=0)
     assert isinstance(out.past_key_values.layers[0], PackedLayer)
