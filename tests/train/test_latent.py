@@ -83,6 +83,22 @@ def test_start_keeps_the_codes_it_is_given():
     assert not torch.equal(layer.latent_OI, start[name].dequantize())  # inside its cell a latent keeps its own place
 
 
+def test_a_margin_keeps_latents_from_the_borders_of_their_cells():
+    from polybit.core.planes import unpack
+
+    source = quantized("llama")
+    start = {name: unpack(layer.planes) for name, layer in switch.panel(source).layers.items()}
+    presets = {"wide": Plan.uniform("w8"), "low": Plan.uniform("w3")}
+    for margin, room in ((0.2, 0.3), (0.5, 0.0)):
+        model = make_trainable(tiny_model("llama"), presets, start=start, freedom=Freedom(margin=margin))
+        for name, layer in latent_layers(model).items():
+            q = layer.code(8).encode(layer.latent_OI)
+            assert torch.equal(q.codes_OI, start[name].codes_OI)
+            reach = (layer.latent_OI - q.dequantize()).abs()
+            cell = (q.scale_OG.abs().amax() * q.column_scale_I.max()) if q.column_scale_I is not None else 1.0
+            assert float(reach.detach().max()) <= room * float(cell) + 1e-5
+
+
 def test_float_is_the_model_it_was_made_from_and_is_not_trained():
     model = tiny_model("llama")
     with torch.no_grad():
