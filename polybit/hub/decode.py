@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from polybit.core.precision import FLOAT
+from polybit.hub.lm import longest_input
 from polybit.kernels import ops, step
 from polybit.kernels.cpu import TYPES
 from polybit.kernels.prepared import DIGITS, Bundle
@@ -85,7 +86,7 @@ class Decoder:
     def block(self, layer: Any, *, first: bool) -> Block:
         """The calls and the cache of one block."""
         attention = layer.self_attn
-        keys, values = (torch.zeros(self.kv_heads, self.room, self.size) for _ in range(2))
+        keys, values = (torch.empty(self.kv_heads, self.room, self.size) for _ in range(2))
         q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         assert self.library is not None
         compiled = self.library.Attention(
@@ -247,7 +248,8 @@ def continue_one(
     **_: Any,
 ) -> Tensor:
     """transformers' decoding loop for one sequence, given its processors and criteria; returns prompt and answer."""
-    decoder = Decoder(model, int(stopping_criteria.max_length))
+    longest = longest_input(model) or 1 << 16
+    decoder = Decoder(model, int(stopping_criteria.max_length or longest))
     logits_1V = decoder.read(input_ids)
     while True:
         scores_1V = logits_processor(input_ids, logits_1V)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from polybit.cli import main
 from polybit.hub.random_model import Shape, random_float, random_quantized
@@ -64,6 +65,11 @@ def test_switch_is_timed(capsys):
         (["linear", "--activations", "int7"], "int7"),
         (["linear", "--rounds", "0"], "--rounds 0"),
         (["generate", "--device", "cuda"], "--device cuda"),
+        pytest.param(
+            ["linear", "--device", "cuda"],
+            "needs an NVIDIA GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one"),
+        ),
         (["generate", "--hidden", "65"], "hidden size 65"),
         (["generate", "--ends", "9"], "--ends 9"),
         (["switch", "tinychat"], "is a float model"),
@@ -78,8 +84,6 @@ def test_what_cannot_be_is_one_sentence(flags, sentence, capsys):
 
 
 def test_a_random_model_writes_and_switches():
-    import torch
-
     shape = Shape(64, 2, 128, 256, 4, 2, 64)
     ids = torch.arange(5)[None]
     with torch.inference_mode():
@@ -87,6 +91,15 @@ def test_a_random_model_writes_and_switches():
         for one in (model, switch.use(model, 3), floating):
             logits = one(ids).logits
             assert logits.shape == (1, 5, 256) and logits.isfinite().all() and 0.01 < logits.std() < 100
+
+
+@pytest.mark.gpu
+def test_linear_on_a_gpu(tmp_path):
+    main(
+        ["bench", "linear", "--device", "cuda", "--shape", "1024x2048", "--rounds", "2", "--json", str(tmp_path / "g")]
+    )
+    rows = json.loads((tmp_path / "g").read_text())["numbers"]["rows"]
+    assert {"polybit w2 int8", "torch bf16"} <= {row["name"] for row in rows}
 
 
 @pytest.mark.slow
