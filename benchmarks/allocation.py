@@ -42,7 +42,6 @@ from polybit.measure.plan_loss import PlanLoss
 from polybit.measure.probe import Probe, answer_probe, text_probe
 from polybit.measure.refine import FINISH, finish_model
 from polybit.measure.signals import Signal, agreement, gather, kendall, scores
-from polybit.quant.table import QUANTIZERS
 
 WIDTHS = (2, 3, 4, 5, 6)
 FAST = {"descent_sweeps": 2}  # of gptq: a third of the seconds, the same ranking of layers
@@ -66,7 +65,7 @@ class Bench:
     def task(self, name: str, items: int, seed: int) -> Probe:
         """Items of one task as a probe."""
         found = read_task(name, count=items, seed=seed)
-        rows = encode_task(self.tokenizer, found, most=args_most(self.args))
+        rows = encode_task(self.tokenizer, found, most=self.args.window)
         return answer_probe(found.name, rows, padding=self.tokenizer.pad_token_id or 0)
 
     def measure(self, quantizing: Quantizing, how: str = "exact", probes: tuple[Probe, ...] | None = None):
@@ -98,11 +97,6 @@ class Bench:
         return gather(readings, {t.name: t.size for t in self.targets}), bank, seconds, share
 
 
-def args_most(args: argparse.Namespace) -> int:
-    """Longest item in tokens."""
-    return args.window
-
-
 def headline(args: argparse.Namespace) -> dict[str, Any]:
     """Learned rounding of allocated plans and of uniform widths."""
     bench = Bench(args, args.seeds[0])
@@ -127,8 +121,6 @@ def headline(args: argparse.Namespace) -> dict[str, Any]:
         )
         print_row(rows[-1])
     for width in args.uniform:
-        codes = QUANTIZERS["gptq"]
-        assert codes is not None
         rows.append(finish(bench, f"uniform w{width}", dict.fromkeys(bank, width), bank, judge, 0.0))
         print_row(rows[-1])
     return {"rows": rows, "share_of_naive": share, "sensitivity_seconds": seconds}
@@ -186,84 +178,86 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
     """Plans of equal bits from different signals, one result per seed."""
     seeds = []
     for seed in args.seeds:
-        bench = Bench(args, seed)
-        quantizing = Quantizing(WIDTHS, "gptq", args.group_size, "centre", FAST)
-        signals, bank, seconds, share = bench.measure(quantizing)
-        cheap, cheap_seconds = signals, 0.0
-        if not args.skip_gradient:
-            cheap, _, cheap_seconds, _ = bench.measure(quantizing, how="gradient")
-        names = [probe.name for probe in bench.tasks]
-        held = [
-            text_probe("general", held_text(bench)),
-            *(bench.task(name, args.held_items, HELD) for name in args.tasks),
-        ]
-        judge = PlanLoss(bench.model, held, bench.targets, bank)
-        tables = tables_of(signals, names)
-        choices = choices_of(bench.targets, tables[0.7], quantizing, {})
-        groups = fused_groups((t.name for t in bench.targets), free=args.plans == "free")
-        budget = args.bits * bench.total
-
-        def read(plan, judge=judge, names=names, choices=choices, bench=bench) -> dict[str, float]:
-            found = judge(plan)
-            task = [found[name].kl for name in names]
-            bits = sum(choices[n][w].bits for n, w in plan.items()) / bench.total
-            nll = float(np.mean([found[name].nll for name in names]))
-            return {"bits": bits, "general": found["general"].kl, "task": float(np.mean(task)), "task_nll": nll}
-
-        plans = {}
-        for label, beta in (
-            ("general only", 0.0),
-            ("both, beta 0.3", 0.3),
-            ("both, beta 0.7", 0.7),
-            ("tasks only", 1.0),
-        ):
-            plans[label] = solve(choices_of(bench.targets, tables[beta], quantizing, {}), groups, budget)
-        if cheap is not signals:
-            quick = choices_of(bench.targets, tables_of(cheap, names)[0.7], quantizing, {})
-            plans["both, beta 0.7, from gradients"] = solve(quick, groups, budget)
-        search = PlanLoss(bench.model, [bench.general, *bench.tasks], bench.targets, bank)
-        base = {probe: r.kl for probe, r in search(plans["both, beta 0.7"]).items()}
-
-        def loss(plan, search=search, base=base, names=names) -> float:
-            found = search(plan)
-            task = np.mean([found[name].kl / base[name] for name in names])
-            return float(0.7 * task + 0.3 * found["general"].kl / base["general"])
-
-        plans["both, beta 0.7, refined"] = improve(
-            plans["both, beta 0.7"], choices, groups, budget, loss, evaluations=args.refine
-        ).widths
-        rng = random.Random(seed)
-        rows = {label: read(plan) for label, plan in plans.items()}
-        uniform = {w: read(dict.fromkeys(bank, w)) for w in WIDTHS}
-        least = sum(choices[n][WIDTHS[0]].bits for n in choices) / bench.total - WIDTHS[0]
-        near = (int(args.bits - least), int(args.bits - least) + 1)  # the two widths an even plan would mix
-        drawn, drawn_near = (
-            [read(random_plan(choices, groups, budget, rng, widths)) for _ in range(args.random)]
-            for widths in (WIDTHS[:-1], near)
-        )
-        result = {
-            "seed": seed,
-            "rows": rows,
-            "uniform": uniform,
-            "random": drawn,
-            "random_near": drawn_near,
-            "exact_seconds": seconds,
-            "gradient_seconds": cheap_seconds,
-            "share_of_naive": share,
-            "gradient_rank_agreement": {
-                n: kendall(*(scores(s[n].mean(), s[n].widths, 3) for s in (signals, cheap))) for n in signals
-            },
-            "agreement": {
-                f"{n} {loss_name}": agreement(signals["general"], signals[n], width=3, loss=loss_name)  # type: ignore
-                for n in names
-                for loss_name in ("kl", "nll")
-            },
-        }
-        seeds.append(result)
-        print_ablation(result)
+        seeds.append(compare_plans(Bench(args, seed)))
+        print_ablation(seeds[-1])
         if args.json:
             write_json(args.json, json.loads(json.dumps({"config": settings(args), "seeds": seeds})))
     return {"seeds": seeds}
+
+
+def compare_plans(bench: Bench) -> dict[str, Any]:
+    """All plans of one seed, measured on the same text."""
+    args = bench.args
+    quantizing = Quantizing(WIDTHS, "gptq", args.group_size, "centre", FAST)
+    signals, bank, seconds, share = bench.measure(quantizing)
+    cheap, cheap_seconds = signals, 0.0
+    if not args.skip_gradient:
+        cheap, _, cheap_seconds, _ = bench.measure(quantizing, how="gradient")
+    names = [probe.name for probe in bench.tasks]
+    held = [text_probe("general", held_text(bench)), *(bench.task(name, args.held_items, HELD) for name in args.tasks)]
+    judge = PlanLoss(bench.model, held, bench.targets, bank)
+    groups = fused_groups((t.name for t in bench.targets), free=args.plans == "free")
+    plans, choices = solved_plans(bench, quantizing, groups, signals, cheap)
+    plans["both, beta 0.7, refined"] = exchanged(bench, bank, choices, groups, plans["both, beta 0.7"])
+
+    def read(plan: dict[str, int]) -> dict[str, float]:
+        found = judge(plan)
+        bits = sum(choices[n][w].bits for n, w in plan.items()) / bench.total
+        task, nll = (float(np.mean([getattr(found[n], loss) for n in names])) for loss in ("kl", "nll"))
+        return {"bits": bits, "general": found["general"].kl, "task": task, "task_nll": nll}
+
+    rng = random.Random(bench.seed)
+    least = sum(choices[n][WIDTHS[0]].bits for n in choices) / bench.total - WIDTHS[0]
+    near = (int(args.bits - least), int(args.bits - least) + 1)  # the two widths an even plan would mix
+    drawn, drawn_near = (
+        [read(random_plan(choices, groups, args.bits * bench.total, rng, widths)) for _ in range(args.random)]
+        for widths in (WIDTHS[:-1], near)
+    )
+    return {
+        "seed": bench.seed,
+        "rows": {label: read(plan) for label, plan in plans.items()},
+        "uniform": {w: read(dict.fromkeys(bank, w)) for w in WIDTHS},
+        "random": drawn,
+        "random_near": drawn_near,
+        "exact_seconds": seconds,
+        "gradient_seconds": cheap_seconds,
+        "share_of_naive": share,
+        "gradient_ranks": {n: kendall(*(scores(s[n].mean(), WIDTHS, 3) for s in (signals, cheap))) for n in signals},
+        "agreement": {
+            f"{n} {loss}": agreement(signals["general"], signals[n], width=3, loss=loss)  # type: ignore
+            for n in names
+            for loss in ("kl", "nll")
+        },
+    }
+
+
+def solved_plans(bench: Bench, quantizing: Quantizing, groups, signals, cheap) -> tuple[dict[str, Any], Any]:
+    """Plans by label, and the choices they were solved with."""
+    names, budget = [probe.name for probe in bench.tasks], bench.args.bits * bench.total
+    tables = tables_of(signals, names)
+    choices = {beta: choices_of(bench.targets, table, quantizing, {}) for beta, table in tables.items()}
+    labels = {"general only": 0.0, "both, beta 0.3": 0.3, "both, beta 0.7": 0.7, "tasks only": 1.0}
+    plans = {label: solve(choices[beta], groups, budget) for label, beta in labels.items()}
+    if cheap is not signals:
+        quick = choices_of(bench.targets, tables_of(cheap, names)[0.7], quantizing, {})
+        plans["both, beta 0.7, from gradients"] = solve(quick, groups, budget)
+    return plans, choices[0.7]
+
+
+def exchanged(bench: Bench, bank, choices, groups, start: dict[str, int]) -> dict[str, int]:
+    """A plan after exchanges measured on the text of the sensitivities."""
+    if not bench.args.refine:
+        return start
+    search = PlanLoss(bench.model, [bench.general, *bench.tasks], bench.targets, bank)
+    base = {probe: r.kl for probe, r in search(start).items()}
+
+    def loss(plan) -> float:
+        found = search(plan)
+        task = np.mean([found[probe.name].kl / base[probe.name] for probe in bench.tasks])
+        return float(0.7 * task + 0.3 * found["general"].kl / base["general"])
+
+    budget = bench.args.bits * bench.total
+    return improve(start, choices, groups, budget, loss, evaluations=bench.args.refine).widths
 
 
 def held_text(bench: Bench):
@@ -276,7 +270,7 @@ def print_ablation(result: dict[str, Any]) -> None:
     """One seed as Markdown: KL on tasks and general text, and how many random plans each beats."""
     print(
         f"\nseed {result['seed']}: exact {result['exact_seconds']:.0f} s, {result['share_of_naive']:.3f} of naive; "
-        f"gradients {result['gradient_seconds']:.0f} s, ranks {result['gradient_rank_agreement']}"
+        f"gradients {result['gradient_seconds']:.0f} s, ranks {result['gradient_ranks']}"
     )
     points = list(result["uniform"].values())
     for label, row in [*result["rows"].items(), *((f"uniform w{w}", r) for w, r in result["uniform"].items())]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,8 +54,8 @@ def write_plan(path: Path, plan: Plan, remarks: Mapping[str, Any] | None = None)
         staged.write_text(text + "\n", encoding="utf-8")
 
 
-def check_document(path: Path, targets: Sequence[Any], group_size: int) -> list[str]:
-    """What the file says beside its plan must fit the model; returns warnings.
+def check_document(path: Path, targets: Sequence[Any], group_size: int) -> None:
+    """What the file says beside its plan must fit the model; another group size is only warned of.
 
     A plan without a default must name every layer (of those `polybit allocate` gives a width), so that one that was
     lost while editing does not silently stay in float. `made_for` refuses the plan of another model.
@@ -86,10 +87,11 @@ def check_document(path: Path, targets: Sequence[Any], group_size: int) -> list[
             )
     planned = value.get("group_size")
     if isinstance(planned, int) and planned != group_size:
-        return [
-            f"the plan counted groups of {planned or 'a row'}; --group-size {group_size} changes its bits per weight"
-        ]
-    return []
+        print(
+            f"polybit: warning: the plan counted groups of {planned or 'a row'}; --group-size {group_size} changes its "
+            "bits per weight",
+            file=sys.stderr,
+        )
 
 
 def check_plan(plan: Plan, targets: Sequence[Any], group_size: int) -> list[Any]:
