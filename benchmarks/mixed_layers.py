@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from polybit.core.affine import QWeight, centre
+from polybit.core.memory import collapse
 from polybit.core.planes import Planes, pack, read_widths
 from polybit.core.records import machine
 from polybit.hub.random_model import random_planes
@@ -46,6 +47,7 @@ def ragged(rows: int, columns: int, bits_G: tuple[int, ...], seed: int) -> Plane
     bits = max(bits_G)
     p = pack(QWeight(codes, scale, torch.tensor(centre(bits)), bits, GROUP, {}, None, torch.tensor(bits_G)))
     p.planes.random_(0, 256, generator=draw)
+    collapse(p.planes)  # large pages, as the nested weights beside it
     return p
 
 
