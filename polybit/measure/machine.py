@@ -13,8 +13,8 @@ from polybit.core.records import processor_name
 from polybit.core.runtime import write_json
 
 FILE = "machine.json"
-BLOCK_SECONDS = 20e-6  # of a decoder block beside its products, on the fast path (hub/decode.py)
-PLAIN_BLOCK_SECONDS = 330e-6  # the same through transformers' generate
+BLOCK_SECONDS = 90e-6  # of a block on the fast path (hub/decode.py) beside its products, and what small ones lose
+PLAIN_BLOCK_SECONDS = 400e-6  # the same through transformers' generate
 
 
 @dataclass(frozen=True, slots=True)
