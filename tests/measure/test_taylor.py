@@ -27,7 +27,7 @@ def literally(model, probe, chosen, passes, seed):
             inputs, gives, handles = {}, {}, []
             for t in chosen:
 
-                def note(_m, args, out, name=t.name):
+                def note(_m, args, out, name=t.name, inputs=inputs, gives=gives):
                     inputs[name], gives[name] = args[0].detach(), out
 
                 handles.append(model.get_submodule(t.module_name).register_forward_hook(note))
