@@ -3,17 +3,8 @@
 import pytest
 import torch
 
-from polybit.nn.keyvalue import (
-    ChannelStore,
-    FloatStore,
-    TokenStore,
-    code_rows,
-    decode_rows,
-    pack_rows,
-    round_blocks,
-    round_tokens,
-    unpack_rows,
-)
+from polybit.nn.coding import code_rows, decode_rows, pack_rows, unpack_rows
+from polybit.nn.keyvalue import ChannelStore, FloatStore, TokenStore, round_blocks, round_tokens
 
 
 def states(tokens, batch=2, heads=3, size=8, seed=0):
