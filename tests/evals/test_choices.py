@@ -38,7 +38,7 @@ ROWS = {
     "winogrande": {"sentence": "Al saw Bo when _ ran.", "option1": "Al", "option2": "Bo", "answer": "2"},
     "generic": {"question": "Where?", "choices": ["x", "y"], "label": 1},
     "adapters": adapters("choose the correct answer to the question: Where?\n\nAnswer1: x Answer2: y", "answer2"),
-    "adapters piqa": adapters("choose the correct solution to the question: G\n\nSolution1: x Solution2: y", "solution2"),
+    "adapters piqa": adapters("choose the solution to the question: G\n\nSolution1: x Solution2: y", "solution2"),
     "adapters boolq": adapters("answer the following question with true or false, question: is it?", "true"),
     "gsm8k": {"question": "1+1?", "answer": "So 1+1=2\n#### 2"},
 }  # fmt: skip
