@@ -248,8 +248,8 @@ def prepare(name: str, config: TrainConfig, presets: Mapping[str, Any]):
         raise PolybitError(f"--reference {config.reference}: {name} is itself a float model, leave it out")
     # codes of a checkpoint make up for each other's errors, which latents at the borders of their cells would undo
     margin = 0.0 if start is None else 0.5
-    others: Any = "norms" if config.norms else False
-    freedom = Freedom(scales=config.scales, rank=config.rank, others=others, margin=margin)
+    freed: Any = "norms" if config.norms else False
+    freedom = Freedom(scales=config.scales, rank=config.rank, others=freed, margin=margin)
     make_trainable(model, presets, start=start, group_size=config.group_size, adapter=config.adapter, freedom=freedom)
     return model, tokenizer, parent, digest
 
