@@ -13,34 +13,58 @@ Json = Mapping[str, Any]
 MAIN_METRIC = {"reading": "em", "arithmetic": "exact", "dialogue": "exact"}
 
 
-def page(evaluation: Json, quantization: Json | None = None) -> str:
+def page(
+    evaluation: Json,
+    quantization: Json | None = None,
+    *,
+    parts: Sequence[Any] = (),
+    said: Sequence[Json] | None = None,
+    others: Sequence[Json] = (),
+) -> str:
     """The whole report as HTML text without any link outwards.
 
     evaluation: run.json of the verb eval · quantization: run.json of the verb quantize, for bytes per layer and what
-    stays in float.
+    stays in float · parts: report.alignment.Part, shown after the first table · said: answers side by side (default:
+    the evaluation's) · others: further runs, whose commands are shown.
     """
-    from jinja2 import Environment
-
-    template = Environment(autoescape=True).from_string(
-        (files("polybit.report") / "page.html.j2").read_text(encoding="utf-8")
-    )
     numbers = evaluation["numbers"]
     made = (quantization or {}).get("numbers", {})
-    return template.render(
+    return render(
         title=title(evaluation),
         subtitle=subtitle(evaluation, quantization),
         verdict=verdict(numbers),
         table=cost_table(numbers),
-        sections=[section for section in sections(numbers, made) if section["figures"]],
-        answers=answers(numbers),
+        sections=[
+            row for row in sections(numbers, made) if row["figures"] and (said is None or not row.get("compared"))
+        ],
+        parts=parts,
+        answers=answers(numbers) if said is None else said,
         leftovers=[
             {**row, "share": percent(row["share"]), "parameters": f"{row['parameters']:,}"}
             for row in made.get("left_in_float", [])
         ],
         method=method_text(evaluation),
-        commands=[run["command"] for run in (quantization, evaluation) if run and run.get("command")],
+        commands=commands_of([quantization, *others, evaluation]),
         machine=machine_text(evaluation),
     )
+
+
+def parts_page(name: str, parts: Sequence[Any], runs: Sequence[Json]) -> str:
+    """A page of parts alone, for a model that was not evaluated."""
+    return render(title=name, subtitle="", parts=parts, commands=commands_of(runs), machine=machine_text(runs[-1]))
+
+
+def render(**context: Any) -> str:
+    """The template filled in; what is not given is left out."""
+    from jinja2 import Environment
+
+    text = (files("polybit.report") / "page.html.j2").read_text(encoding="utf-8")
+    return Environment(autoescape=True).from_string(text).render(**context)
+
+
+def commands_of(runs: Sequence[Json | None]) -> list[str]:
+    """The commands of runs, each once."""
+    return list(dict.fromkeys(run["command"] for run in runs if run and run.get("command")))
 
 
 def title(evaluation: Json) -> str:
@@ -127,6 +151,7 @@ def sections(numbers: Json, made: Json) -> list[dict[str, Any]]:
         {"title": "Quality against bits", "text": "Lower KL is closer to the float model.", "figures": quality},
         {
             "title": "Where tokens flip",
+            "compared": True,  # drawn with the other rows where there are some
             "text": FLIP_TEXT,
             "figures": [
                 plots.curves(
@@ -139,10 +164,11 @@ def sections(numbers: Json, made: Json) -> list[dict[str, Any]]:
         },
         {
             "title": "How long answers stay the same",
+            "compared": True,
             "text": "Share of greedy answers that are still word for word the float model's after so many tokens.",
             "figures": [plots.curves(alive, "tokens", "share still identical", step=True)] if alive else [],
         },
-        {"title": "Margins", "text": MARGIN_TEXT, "figures": margin_figures(presets)},
+        {"title": "Margins", "compared": True, "text": MARGIN_TEXT, "figures": margin_figures(presets)},
         {
             "title": "Bytes per layer",
             "text": "One stored weight; a narrower width reads fewer of its planes, up to the end of its colour.",

@@ -97,9 +97,15 @@ def scores_against_bits(
 
 
 def curves(
-    lines: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, *, start: int = 0, step: bool = False
+    lines: Mapping[str, Sequence[float]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    start: int = 0,
+    step: bool = False,
+    colours: Mapping[str, str] | None = None,
 ) -> str:
-    """One line per preset over equally spaced positions."""
+    """One line per preset over equally spaced positions; `colours` where the names are no presets."""
     drawn, axes = figure()
     for preset, values in lines.items():
         positions = range(start, start + len(values))
@@ -107,7 +113,7 @@ def curves(
         draw(
             positions,
             values,
-            color=colour(preset),
+            color=(colours or {}).get(preset, colour(preset)),
             label=preset,
             marker=None if len(values) > 20 else "o",
             markersize=3,
@@ -120,17 +126,44 @@ def curves(
     return svg(drawn)
 
 
-def histograms(edges: Sequence[float], counts: Mapping[str, Sequence[float]], xlabel: str, ylabel: str) -> str:
+def histograms(
+    edges: Sequence[float],
+    counts: Mapping[str, Sequence[float]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    colours: Mapping[str, str] | None = None,
+) -> str:
     """Outlined histograms on shared edges; the float model is drawn filled."""
     drawn, axes = figure()
     for preset, values in counts.items():
         filled = preset == "float"
-        axes.stairs(
-            values, edges, color="#bbbbbb" if filled else colour(preset), fill=filled, label=preset, linewidth=1.3
-        )
+        shade = "#bbbbbb" if filled else (colours or {}).get(preset, colour(preset))
+        axes.stairs(values, edges, color=shade, fill=filled, label=preset, linewidth=1.3)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.legend(frameon=False, ncols=2)
+    return svg(drawn)
+
+
+def outcome_bars(rows: Mapping[str, tuple[float, float, float]]) -> str:
+    """Win, tie and lose of every row as one bar of 100 %; the shares stand in the bar where there is room."""
+    drawn, axes = figure(6.2, 0.42 * len(rows) + 1.1)
+    names = list(rows)
+    before = [0.0] * len(names)
+    for place, (label, shade) in enumerate((("win", "#2a9d8f"), ("tie", "#c9c9c9"), ("lose", "#e76f51"))):
+        shares = [100 * rows[name][place] for name in names]
+        axes.barh(names, shares, left=before, color=shade, label=label, height=0.62)
+        for y, (share, left) in enumerate(zip(shares, before, strict=True)):
+            if share >= 6:
+                axes.text(left + share / 2, y, f"{share:.0f}", ha="center", va="center", fontsize=8)
+        before = [left + share for left, share in zip(before, shares, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of answers, %")
+    axes.grid(visible=False)
+    if rows:
+        axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return svg(drawn)
 
 
