@@ -224,7 +224,7 @@ def outcome(row: Json) -> tuple[float, float, float]:
 
 def talks(samples: Sequence[Json], most: int = 5) -> list[Json]:
     """Questions with every row's answer, turn by turn."""
-    found = []
+    found: list[Json] = []
     for sample in samples[:most]:
         given = sample["answers"]
         own = given.get("float", next(iter(given.values())))
