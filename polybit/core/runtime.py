@@ -80,11 +80,13 @@ def track(items: Iterable[T], label: str, total: int | None = None, *, done: int
     )
 
     console = Console(stderr=True)
+    if not console.is_terminal:  # no bar at all: it would leave a thread that draws nothing
+        yield from items
+        return
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # type: ignore[arg-type]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True) as bar:
-        bar.disable = not console.is_terminal
-        if total is None and hasattr(items, "__len__"):
-            total = len(items)  # type: ignore[arg-type]
         task = bar.add_task(label, total=total, completed=done)
         for item in items:
             yield item
