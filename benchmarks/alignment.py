@@ -291,6 +291,7 @@ class Bench:
                 record["kept"] = outcome.picker.best["step"]
                 record["reason"] = outcome.picker.reason()
                 record["last"] = outcome.picker.history[-1]["presets"]
+                record["probe_start"], record["probe_best"] = outcome.start[preset], outcome.best[preset]
         return record | {"measured": self.measure(model, preset)}
 
     def elastic(self, spec: str, widths: tuple[int, ...], seed: int) -> list[dict]:
