@@ -74,6 +74,8 @@ def find_evaluation(model: Path, made: Mapping[str, Any] | None, config: ReportC
         config_of_run = {**made["config"], "target_name": model.name, "text_name": made["config"]["calibration"]}
         return {**made, "config": config_of_run, "numbers": made["numbers"]["measured"]}
     if config.before is None and (config.judge is not None or config.align is not None):
+        if not model.is_dir():
+            raise PolybitError(f"{model} is no checkpoint: give the directory that `polybit quantize` or `align` wrote")
         return None
     raise PolybitError(
         f"{model} holds no measurement: run `polybit eval {model} --reference FLOAT_MODEL --json eval.json` "
