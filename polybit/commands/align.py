@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from polybit.commands.aligned import describe, print_result
 from polybit.commands.pairs import Models, PairsConfig, find_models, fingerprint_of, read_material, warn
 from polybit.core.runtime import PolybitError
 
@@ -110,7 +111,7 @@ def align(model: str, /, *, config: Annotated[AlignConfig, Parameter(name="*")])
         run.numbers = build(model, config, run)
     if config.json is not None:
         run.write(config.json)
-    print_result(model, config, run.numbers)
+    print_result(config.out, run.numbers)
 
 
 def check(config: AlignConfig) -> None:
@@ -235,7 +236,7 @@ def precision_names(config: AlignConfig) -> list[str]:
 def make_pairs(name: str, config: AlignConfig) -> Path:
     """Pairs of --prompts, beside the output, kept until the checkpoint is complete and taken over by a later run."""
     from polybit.commands import pairs as pairs_of
-    from polybit.train.pairs import SUMMARY
+    from polybit.train.pairs import SUMMARY, summary
 
     names = precision_names(config)
     directory = config.out.with_name(f"{config.out.name}.pairs")
@@ -249,10 +250,15 @@ def make_pairs(name: str, config: AlignConfig) -> Path:
         max_tokens=config.max_tokens,
         workers=config.workers,
         restart=config.restart,
-        overwrite=config.restart,
         trust_remote_code=config.trust_remote_code,
     )
-    if not (directory / SUMMARY).is_file() or config.restart:
+    if (directory / SUMMARY).is_file():
+        noted = summary(directory)
+        asked, _ = pairs_of.prepare_prompts(find_models(name, wanted), wanted)
+        if any(noted.get(key) != value for key, value in asked.items()):
+            wanted = replace(wanted, overwrite=True)
+            pairs_of.make(name, wanted)
+    else:
         pairs_of.make(name, wanted)
     return directory
 
@@ -371,42 +377,3 @@ def summary_of(config: AlignConfig, outcome) -> dict[str, Any]:
         "refresh_every": refresh_of(config),
         "kept": outcome.picker.reason(),
     }
-
-
-def describe(outcome, frozen, trained: int, held_out: int) -> dict[str, Any]:
-    """Numbers of the run: each width before and after, the choice, the history, the sizes."""
-    from polybit.commands.sizes import stored_bits_per_weight
-
-    return {
-        "prompts": {"train": trained, "held_out": held_out},
-        "presets": {
-            name: {"before": dict(outcome.start[name]), "after": dict(outcome.best[name])} for name in outcome.start
-        },
-        "kept": outcome.picker.reason(),
-        "stopped": outcome.picker.stopped,
-        "history": outcome.picker.history,
-        "log": outcome.log,
-        "train_seconds": outcome.seconds,
-        "stored_bits_per_weight": stored_bits_per_weight(frozen),
-    }
-
-
-def print_result(name: str, config: AlignConfig, numbers: Mapping[str, Any]) -> None:
-    """Each width before and after, what was kept, and what to type next."""
-    rows = [("width", "flips", "", "KL, nats", "")]
-    for preset, row in numbers["presets"].items():
-        before, after = row["before"], row["after"]
-        rows.append(
-            (
-                preset,
-                f"{before['flips']:.2%}",
-                f"-> {after['flips']:.2%}",
-                f"{before['kl']:.4f}",
-                f"-> {after['kl']:.4f}",
-            )
-        )
-    for row in rows:
-        print("  ".join(f"{cell:>10}" for cell in row))
-    print(f"\nOn {numbers['prompts']['held_out']} held-out prompts; {numbers['kept']}.")
-    print(f"{config.out}: {numbers['stored_bits_per_weight']:.2f} stored bits per weight. Saved and compared: equal.")
-    print(f"Next: polybit eval {config.out} --json eval.json")

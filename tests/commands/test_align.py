@@ -1,0 +1,166 @@
+"""`polybit pairs` and `polybit align` end to end on a tiny model: files, resume, processes, one-sentence errors."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from polybit.cli import main
+from polybit.commands import pairs as pairs_of
+from polybit.hub.checkpoint import describe
+from polybit.hub.load import load
+from polybit.train.pairs import read_pairs
+
+QUICK = ["--group-size", "16", "--max-tokens", "8"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """Twenty prompts, one of them empty, one twice, one too long."""
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    texts = [f"Tell me about number {n}." for n in range(18)]
+    rows = [{"prompt": text} for text in [*texts, texts[0], " ", "word " * 400]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make(model, prompts, out, *more):
+    main(["pairs", str(model), "--prompts", str(prompts), "--precision", "w2", "--out", str(out), *QUICK, *more])
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llama, prompts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pairs") / "pairs"
+    make(tiny_llama, prompts, out, "--shard", "5")
+    return out
+
+
+def aligned(model, pairs, out, *more):
+    flags = ["--pairs", str(pairs), "--out", str(out), "--steps", "4", "--batch", "4", "--probes", "2"]
+    main(["align", str(model), *flags, "--group-size", "16", "--json", f"{out}.json", *more])
+    return json.loads(Path(f"{out}.json").read_text())["numbers"]
+
+
+def refused(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_pairs_are_counted_and_whole(made):
+    numbers = json.loads((made / "pairs.json").read_text())
+    found = read_pairs(made)
+    assert numbers["prompts"] == len(found) == 18
+    assert (numbers["empty"], numbers["duplicate"], numbers["too_long"]) == (1, 1, 1)
+    assert numbers["pairs"] + numbers["identical"] == 18 and numbers["pairs"] > 0
+    assert len(list(made.glob("shard-*.jsonl"))) == 4 == len(list(made.glob("scores-*.safetensors")))
+    assert not made.with_name("pairs.partial").exists()
+
+
+def test_interrupted_pairs_go_on_and_end_the_same(tiny_llama, prompts, made, tmp_path, monkeypatch):
+    plain, seen = pairs_of.PairMaker.__call__, []
+
+    def interrupt(self, task):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(task[0])
+        return plain(self, task)
+
+    monkeypatch.setattr(pairs_of.PairMaker, "__call__", interrupt)
+    with pytest.raises(SystemExit):
+        make(tiny_llama, prompts, tmp_path / "out", "--shard", "5")
+    assert not (tmp_path / "out").exists()
+    seen.clear()
+    monkeypatch.setattr(pairs_of.PairMaker, "__call__", lambda self, task: (seen.append(task[0]), plain(self, task))[1])
+    make(tiny_llama, prompts, tmp_path / "out", "--shard", "5")
+    assert seen == [2, 3]
+    for path in made.glob("shard-*.jsonl"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_several_processes_make_the_same_pairs(tiny_llama, prompts, made, tmp_path):
+    make(tiny_llama, prompts, tmp_path / "out", "--shard", "5", "--workers", "2")
+    for path in made.glob("shard-*.jsonl"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_an_aligned_checkpoint_is_a_plain_one(tiny_llama, made, tmp_path):
+    """Same tensors, same shapes, same bytes as a checkpoint that was rounded and never trained."""
+    numbers = aligned(tiny_llama, made, tmp_path / "out", "--learning-rate", "1e-3")
+    row = numbers["presets"]["w2"]
+    assert row["after"]["kl"] <= row["before"]["kl"] and row["after"]["flips"] <= row["before"]["flips"]
+    model, tokenizer = load(tmp_path / "out")
+    assert tokenizer is not None
+    rounded = pairs_of.quantized_of(pairs_of.Models(str(tiny_llama), None, "w2", 16))
+    layers = [{name: replace(f, gain=1.0) for name, f in describe(m).layers.items()} for m in (model, rounded)]
+    assert layers[0] == layers[1]  # but for one number a layer that the scales are multiplied by
+    ours, theirs = ({n: (t.shape, t.dtype) for n, t in m.named_parameters()} for m in (model, rounded))
+    assert ours == theirs
+    assert bool(torch.isfinite(model(input_ids=torch.arange(5, 15)[None]).logits).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kd-own", "flip", "qdpo", "qdpo+kd", "kd-then-qdpo"])
+def test_every_method_runs(tiny_llama, made, tmp_path, method):
+    numbers = aligned(tiny_llama, made, tmp_path / "out", "--method", method)
+    assert "kept" in numbers and (tmp_path / "out" / "config.json").is_file()
+
+
+def test_one_run_for_several_widths(tiny_llama, made, tmp_path):
+    numbers = aligned(tiny_llama, made, tmp_path / "out", "--precision", "w4,w2")
+    assert set(numbers["presets"]) == {"w4", "w2"}
+    model, _ = load(tmp_path / "out")
+    assert {layer.bits for layer in describe(model).layers.values()} == {4}
+
+
+def test_scores_of_another_model_are_refused(broken_llama, made, tmp_path, capsys):
+    other = broken_llama(lambda tensors: tensors["model.norm.weight"].mul_(1.5))
+    said = refused(capsys, "align", other, "--pairs", made, "--group-size", "16", "--out", tmp_path / "out")
+    assert "another reference" in said and not (tmp_path / "out").exists()
+
+
+def test_prompts_are_answered_first_and_again_when_they_change(tiny_llama, prompts, tmp_path):
+    lines = prompts.read_text().splitlines(keepends=True)
+    for count in (12, 16):
+        (tmp_path / "p.jsonl").write_text("".join(lines[:count]))
+        flags = ["--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out"), "--overwrite", *QUICK]
+        more = ["--precision", "w2", "--steps", "2", "--batch", "4", "--probes", "1", "--held-out", "2"]
+        main(["align", str(tiny_llama), *flags, *more])
+        assert len(read_pairs(tmp_path / "out.pairs")) == count
+
+
+@pytest.mark.parametrize(
+    "flags, fault",
+    [
+        (["--out", "o"], "give --pairs DIR"),
+        (["--pairs", "nowhere", "--out", "o"], "holds no finished pairs"),
+        (["--pairs", "x", "--out", "o", "--batch", "6", "--accumulate", "4"], "does not divide"),
+        (["--pairs", "x", "--out", "o", "--precision", "w4a8"], "cannot be aligned"),
+        (["--pairs", "x", "--out", "o", "--shared-prefix"], "belongs to --method qdpo"),
+        (["--pairs", "x", "--out", "o", "--steps", "0"], "--steps 0"),
+    ],
+)
+def test_alignments_that_cannot_be_meant(tiny_llama, tmp_path, monkeypatch, capsys, flags, fault):
+    monkeypatch.chdir(tmp_path)
+    assert fault in refused(capsys, "align", tiny_llama, *flags)
+
+
+@pytest.mark.parametrize(
+    "text, flags, fault",
+    [
+        ("", [], "is empty"),
+        ("a\n", ["--precision", "float"], "leaves the weights in float"),
+        ("a\n", ["--max-tokens", "500"], "leaves no room"),
+        ("a\n", ["--workers", "0"], "--workers 0"),
+        ("a\n", ["--reference", "x"], "is itself a float model"),
+    ],
+)
+def test_pairs_that_cannot_be_meant(tiny_llama, tmp_path, capsys, text, flags, fault):
+    (tmp_path / "p.txt").write_text(text)
+    assert fault in refused(
+        capsys, "pairs", tiny_llama, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "o", *flags
+    )
