@@ -231,7 +231,7 @@ def explain(error: Any, endpoint: Endpoint) -> Failure:
 
     where, status = f"The judge at {endpoint.url}", getattr(error, "status_code", None)
     said = " ".join(str(getattr(error, "message", "") or error).split())[:160]
-    attempts = f"after {endpoint.retries + 1} attempts"
+    attempts = f"after {endpoint.retries + 1} attempts" if endpoint.retries else "at the first attempt"
     if isinstance(error, openai.APITimeoutError):
         return Failure(
             f"{where} gave no reply within {endpoint.timeout:g} s {attempts}; raise --timeout or lower --concurrency.",

@@ -106,7 +106,7 @@ def test_an_endpoint_that_is_down(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     down = Endpoint(f"http://127.0.0.1:{port}/v1", "j", retries=0, timeout=2)
-    with pytest.raises(PolybitError, match="cannot be reached after 1 attempts; start it or mend --endpoint"):
+    with pytest.raises(PolybitError, match="cannot be reached at the first attempt; start it or mend --endpoint"):
         ask(down, [messages("a")], ReplyCache(tmp_path / "r"))
 
 
