@@ -16,6 +16,7 @@ from polybit.core.runtime import PolybitError, atomic_path
 MODES = ("pair", "single", "skills", "fidelity")
 REPLIES, VERDICTS, RUN_FILE = "replies.sqlite", "verdicts.jsonl", "run.json"
 SHOWN = 6
+LEAD_ANSWERS = 16  # float answers that tell how the model begins one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,17 +258,20 @@ def fidelity_tokens(reference, rows: Sequence[Row], places, max_tokens: int):
     """Prompts with the float model's own history, its answers, and every row's, all in the reference's tokens."""
     from polybit.data.text import encode
     from polybit.evals.conversation import fit, history
+    from polybit.evals.fidelity import answer_lead
 
     def ids(text: str) -> list[int]:
-        return encode(reference.tokenizer, text.strip()).tolist()
+        return encode(reference.tokenizer, text).tolist()
 
     own = next(row for row in rows if row.name == FLOAT).answers
     prompts = [
         fit(reference, history(question.turns, own[question.id][:turn]), max_tokens)[0] for question, turn in places
     ]
-    wanted = [ids(own[question.id][turn]) for question, turn in places]
-    tokens = {row.name: [ids(row.answers[question.id][turn]) for question, turn in places] for row in rows}
-    return prompts, wanted, tokens
+    texts = {row.name: [row.answers[question.id][turn].strip() for question, turn in places] for row in rows}
+    first = texts[FLOAT][:LEAD_ANSWERS]
+    lead = answer_lead(reference, prompts[:LEAD_ANSWERS], first, ids)
+    tokens = {name: [ids(lead + text) if text else [] for text in said] for name, said in texts.items()}
+    return prompts, tokens[FLOAT], tokens
 
 
 def samples(questions, rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ likelier under the float model. A criterion decides only when the two differ by 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,22 @@ def mean_logprob(
         for row, number in enumerate(batch.text_B.tolist()):
             found[rows[number]] = float(logp_BT[row][counted_BT[row]].mean())
     return found
+
+
+def answer_lead(
+    lm: LocalLM, prompts: Sequence[Sequence[int]], answers: Sequence[str], encode: Callable[[str], list[int]]
+) -> str:
+    """What stands before an answer in the model's own writing, "" or " ": the one under which its answers are likelier.
+
+    Texts are kept without outer blanks, but many tokenizers begin a word with its blank: read back without it, the
+    first word would be one the model never writes there.
+    """
+    totals = {}
+    for lead in ("", " "):
+        tokens = [encode(lead + text) for text in answers]
+        nats = mean_logprob(lm, prompts, tokens, label="beginnings of answers")
+        totals[lead] = sum(value * len(ids) for value, ids in zip(nats, tokens, strict=True) if ids)
+    return max(totals, key=lambda lead: totals[lead])
 
 
 def prefer(ours: Closeness, theirs: Closeness, ties: Thresholds = Thresholds()) -> tuple[str, str]:

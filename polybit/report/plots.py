@@ -148,7 +148,7 @@ def histograms(
 
 def outcome_bars(rows: Mapping[str, tuple[float, float, float]]) -> str:
     """Win, tie and lose of every row as one bar of 100 %; the shares stand in the bar where there is room."""
-    drawn, axes = figure(6.2, 0.42 * len(rows) + 1.1)
+    drawn, axes = figure(6.2, max(2.2, 0.42 * len(rows) + 1.1))
     names = list(rows)
     before = [0.0] * len(names)
     for place, (label, shade) in enumerate((("win", "#2a9d8f"), ("tie", "#c9c9c9"), ("lose", "#e76f51"))):

@@ -52,6 +52,15 @@ def test_offline(checkpoint, questions, tmp_path, capsys):
     assert again == numbers
 
 
+def test_the_float_model_finds_its_own_answers_likely(questions, tmp_path):
+    out = tmp_path / "out"
+    main(["judge", "again=tinychat", "--questions", str(questions), "--out", str(out), "--max-tokens", "16",
+          "--limit", "3"])  # fmt: skip
+    rows = json.loads((out / "run.json").read_text())["numbers"]["rows"]
+    for row in rows.values():  # read back without its first blank an answer would cost nats per token, not hundredths
+        assert row["closeness"]["exact"]["value"] == 1 and row["closeness"]["nats"]["value"] > -0.5
+
+
 def test_with_an_endpoint(checkpoint, questions, tmp_path):
     pytest.importorskip("openai")
 
