@@ -128,7 +128,10 @@ def gather(model: str, config: StudyConfig) -> dict[str, Any]:
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
         "presets": {name: str(plan.default) for name, plan in preset_plans(config).items()},
         "scores": scores,
-        "seconds": {f"{arm}-{seed}": numbers["seconds"] for (arm, seed), numbers in runs.items()},
+        "seconds": {
+            f"{arm}-{seed}": numbers["numbers"].get("training_seconds", numbers["seconds"])
+            for (arm, seed), numbers in runs.items()
+        },
         "loss": {f"{arm}-{seed}": numbers["numbers"]["presets"] for (arm, seed), numbers in runs.items()},
         "frontier": kept(config.out / "frontier.json", lambda: search_frontier(main, config)),
         "attack": kept(config.out / "attack.json", lambda: attacked(main, presets, config)),

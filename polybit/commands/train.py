@@ -157,11 +157,12 @@ def build_all(name: str, config: TrainConfig, run) -> dict[str, Any]:
     presets = read_presets(config.presets)
     if config.method != "independent":
         return build(name, config, presets, config.out, run)
-    found: dict[str, Any] = {"presets": {}, "saved": []}
+    found: dict[str, Any] = {"presets": {}, "saved": [], "training_seconds": 0.0}
     for preset, plan in presets.items():
         numbers = build(name, config, {preset: plan}, config.out / preset, run)
         found["presets"] |= numbers["presets"]
         found["saved"] += numbers["saved"]
+        found["training_seconds"] += numbers["training_seconds"]
         found["kept"] = {**found.get("kept", {}), preset: numbers["kept"]}
     return found
 

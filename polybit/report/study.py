@@ -11,6 +11,18 @@ from polybit.report.robustness import STYLE, heat_map
 
 Json = Mapping[str, Any]
 
+SAID = {  # what each row of the tables is
+    "quantized": "post-training quantization, where all training starts",
+    "cdt": "every more precise preset teaches",
+    "joint": "all presets learn from the data alone",
+    "sp": "the most precise one teaches all",
+    "recursive": "each learns from the next more precise one",
+    "agreeing": "cdt, and presets are pulled together in outputs and hidden states",
+    "cyclic": "one preset per step along a cosine, from the data",
+    "random": "one preset per step drawn at random, from the data",
+    "independent": "a model for each preset alone",
+}
+
 
 def estimate(value: Json, scale: float = 100.0) -> str:
     """A mean with its interval."""
@@ -95,12 +107,13 @@ def sections(facts: Json) -> list[tuple[str, str, list[str]]]:
     cyclic = [beats(facts, arm, "cdt") for arm in ("cyclic", "random") if arm in trained]
     figure = frontier_figure(facts["frontier"]["points"], "bit operations per token", "KL to the float model, nats")
     objectives = [beats(facts, arm, "cdt") for arm in trained if arm not in ("cdt", "cyclic", "random")]
+    trade = [*against_independent(facts), *objectives]
     heat = heat_map(facts["attack"]) if facts["attack"] else ""
     gap = [transfer(facts["attack"]), facts["attack"]["verdict"]] if facts["attack"] else ["No attack was run."]
     return [
         ("1. What accuracy do the presets reach?", html_table(header, table), [beats(facts, "cdt", "quantized")]),
         ("2. Which precision for which layer?", f"<figure>{figure}</figure>", [cheapest(facts), operands(facts)]),
-        ("3. Which objective makes one model good at all of them?", html_table(*objective_table(facts)), objectives),
+        ("3. Which objective makes one model good at all of them?", html_table(*objective_table(facts)), trade),
         ("4. Does cycling the precision help, as in CPT?", "", cyclic or ["No cyclic run was asked for."]),
         ("5. Do attacks transfer, and does random precision defend, as in Double-Win Quant?", heat, gap),
         ("6. What is open?", "", directions(facts)),
@@ -114,16 +127,39 @@ def transfer(attack: Json) -> str:
     return f"Answers right at other widths than the attacked one, minus at it: {estimate(gap)} points: {sure}."
 
 
+def against_independent(facts: Json) -> list[str]:
+    """What one model for all presets gives up against one for each, and the time it saves."""
+    rows, said = facts["scores"]["rows"], []
+    arms = [arm for arm in arms_of(facts) if arm not in ("quantized", "independent")]
+    alone = {name: rows.get(f"independent {name}") for name in facts["presets"]}
+    time = mean_seconds(facts, "independent")
+    if not time or not all(row and row["f1"]["value"] for row in alone.values()):
+        return []
+    for arm in arms:
+        share = min(rows[f"{arm} {name}"]["f1"]["value"] / row["f1"]["value"] for name, row in alone.items() if row)
+        said.append(f"{arm} {share:.1%} in {mean_seconds(facts, arm) / time:.2f} times")
+    return [
+        f"Share of the F1 of models trained for one preset each (worst preset), and of their time: {'; '.join(said)}."
+    ]
+
+
+def mean_seconds(facts: Json, arm: str) -> float:
+    """Seconds of training of an arm, mean over seeds; 0 where there is none."""
+    found = [value for key, value in facts["seconds"].items() if key.rpartition("-")[0] == arm]
+    return sum(found) / len(found) if found else 0.0
+
+
 def objective_table(facts: Json) -> tuple[list[str], list[list[str]]]:
-    """Question 3: held-out loss at the end of training, mean over seeds, and seconds."""
+    """Question 3: held-out loss before and at the end of training, mean over seeds, and seconds of training."""
     presets = list(facts["presets"])
     table = []
     for arm in [arm for arm in arms_of(facts) if arm != "quantized"]:
         runs = [loss for key, loss in facts["loss"].items() if key.rpartition("-")[0] == arm]
-        seconds = [value for key, value in facts["seconds"].items() if key.rpartition("-")[0] == arm]
-        cells = [f"{sum(run[name]['end']['nll'] for run in runs) / len(runs):.4f}" for name in presets]
-        table.append([arm, *cells, f"{sum(seconds) / len(seconds):.0f}"])
-    return ["nats per token, held out", *presets, "seconds"], table
+        at = lambda when: [f"{sum(run[p][when]['nll'] for run in runs) / len(runs):.4f}" for p in presets]  # noqa: B023, E731
+        if not table:
+            table.append(["quantized", *at("start"), ""])
+        table.append([arm, *at("end"), f"{mean_seconds(facts, arm):.0f}"])
+    return ["nats per token, held out", *presets, "seconds of training"], table
 
 
 def html_table(header: list[str], rows: list[list[str]]) -> str:
@@ -144,6 +180,13 @@ def page(facts: Json) -> str:
         "brackets are 95 % bootstrap intervals over questions, differences are paired. "
         "Predictions were frozen before an answer was read.</p>",
     ]
+    settings = facts.get("config", {})
+    if settings:
+        chosen = "{steps} steps of {batch} rows at {learning_rate}, scales per {group_size} weights (0 = per row)"
+        parts.append(f"<p>{escape(chosen.format(**settings))}; attacked and searched is the cdt model.</p>")
+    parts.append(
+        "<p><small>" + "; ".join(f"{arm}: {SAID[arm]}" for arm in arms_of(facts) if arm in SAID) + ".</small></p>"
+    )
     for title, body, sentences in sections(facts):
         said = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
         parts.append(f"<h2>{escape(title)}</h2>{body}{said}")

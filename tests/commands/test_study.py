@@ -81,12 +81,21 @@ def test_sentences_follow_the_intervals():
             "cyclic A": row(0.1, 0.2), "cyclic B": row(-0.2, -0.1), "joint A": row(-0.1, 0.1), "joint B": row(0, 0),
         }},
         "seconds": {f"{arm}-0": 10.0 for arm in ("cdt", "cyclic", "joint")},
-        "loss": {f"{arm}-0": {n: {"end": {"nll": 0.5}} for n in "AB"} for arm in ("cdt", "cyclic", "joint")},
+        "loss": {f"{arm}-0": {n: {"start": {"nll": 0.75}, "end": {"nll": 0.5}} for n in "AB"}
+                 for arm in ("cdt", "cyclic", "joint")},
     }  # fmt: skip
     assert beats(facts, "cyclic", "cdt") == "cyclic against cdt: better at A and worse at B."
     assert "no difference" in beats(facts, "joint", "cdt")
     said = text_summary(facts)
     assert "50% below uniform w4a8" in said and "activations are the more sensitive" in said
     assert "wrong by up to 2.0 times" in said and "rank joint against cdt" in said
+    assert "of their time" not in said
+    half = {"em": estimate(0.4), "f1": estimate(0.4)}
+    facts["scores"]["rows"] |= {"independent A": plain, "independent B": half, "joint A": half}
+    facts["seconds"]["independent-0"] = 40.0
+    facts["loss"]["independent-0"] = facts["loss"]["cdt-0"]
+    said = text_summary(facts)
+    assert "cdt 100.0% in 0.25 times" in said and "joint 80.0% in 0.25 times" in said
     pytest.importorskip("matplotlib")
+    assert "<td>0.7500</td>" in page(facts) and "cdt: every more precise preset teaches" in page(facts)
     assert "m&lt;x&gt;" in page(facts) and "m<x>" not in page(facts)
