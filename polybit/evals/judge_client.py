@@ -149,7 +149,10 @@ def _in_parallel(
                 return
             try:
                 outcomes.put((key, send(messages)))
-            except BaseException as error:  # handed over: what the judge did as an outcome, what we did to the caller
+            except BaseException as error:
+                if not isinstance(error, Failure) or error.fatal:
+                    stop.set()  # before anybody can send the next one
+                # handed over: what the judge did as an outcome, what we did to the caller
                 outcomes.put((key, error))
 
     for _ in range(min(concurrency, len(requests))):

@@ -82,7 +82,7 @@ def failing(tmp_path, rule, *, seconds=0.0, n=8, **changes):
 
 def test_a_slow_endpoint(tmp_path):
     sentence, asked = failing(tmp_path, lambda m: "late", seconds=0.4, timeout=0.05)
-    assert "no reply within 0.05 s" in sentence and "--timeout" in sentence and asked == 5
+    assert "no reply within 0.05 s" in sentence and "--timeout" in sentence and asked in (5, 6)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,8 @@ def test_a_slow_endpoint(tmp_path):
 )
 def test_a_refusing_endpoint(tmp_path, status, word, asked):
     sentence, times = failing(tmp_path, lambda m: (status, {"error": {"message": "no"}}))
-    assert word in sentence and "0 of 8 replies are kept" in sentence and times == asked
+    assert word in sentence and "0 of 8 replies are kept" in sentence
+    assert times == asked or times == asked + 1 == 6, "one more may be under way when the fifth fails"
 
 
 def test_an_endpoint_that_is_no_judge(tmp_path):
