@@ -74,7 +74,17 @@ def pairs(model: str, /, *, config: Annotated[PairsConfig, Parameter(name="*")])
     )
     if star is not None:
         print(f"Answers part after {star:.1f} of {numbers['mean_answer_tokens']:.1f} tokens on average.")
-    print(f"Next: polybit align {model} --pairs {config.out} --precision {numbers['precision']} --out aligned")
+    print(next_step(model, config, numbers))
+
+
+def next_step(model: str, config: PairsConfig, numbers: Mapping[str, Any]) -> str:
+    """What to do with the pairs, or why there is nothing to do."""
+    if not numbers["pairs"]:
+        return (
+            f"All answers are the same at {numbers['precision']}, so there is nothing to prefer: choose a lower "
+            "precision, more prompts or longer answers (polybit align --method kd learns from these all the same)."
+        )
+    return f"Next: polybit align {model} --pairs {config.out} --precision {numbers['precision']} --out aligned"
 
 
 def check(config: PairsConfig) -> None:

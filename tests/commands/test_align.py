@@ -164,3 +164,10 @@ def test_pairs_that_cannot_be_meant(tiny_llama, tmp_path, capsys, text, flags, f
     assert fault in refused(
         capsys, "pairs", tiny_llama, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "o", *flags
     )
+
+
+def test_no_pairs_are_said_with_a_remedy(tmp_path):
+    config = pairs_of.PairsConfig(prompts="p.txt", out=tmp_path / "o")
+    said = pairs_of.next_step("m", config, {"pairs": 0, "precision": "w8"})
+    assert "All answers are the same at w8" in said and "lower precision" in said
+    assert "polybit align m --pairs" in pairs_of.next_step("m", config, {"pairs": 3, "precision": "w8"})
