@@ -309,7 +309,10 @@ def make(model, models: Models, presets: Mapping[str, Any], config: AlignConfig)
         group_size=config.group_size,
         zero="group",
         adapter=config.adapter,
-        freedom=Freedom(scales=scales, base=config.adapter == "none", rank=config.rank),
+        # a checkpoint's codes are compensated: latents at the borders of their cells would undo that in a few steps
+        freedom=Freedom(
+            scales=scales, base=config.adapter == "none", rank=config.rank, margin=0.0 if start is None else 0.5
+        ),
     )
 
 
