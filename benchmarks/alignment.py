@@ -151,6 +151,8 @@ class Bench:
         twin = copy.deepcopy(self.model)
         bits = max(plan.default.w for plan in presets.values())
         start = self.start(method, bits) if len(presets) == 1 else None
+        if method != "rtn":  # scales computed again from the weights would throw the start away
+            freedom = freedom or Freedom(scales="learned", margin=self.args.margin)
         chosen = freedom or Freedom(scales=self.args.scales)
         return make_trainable(twin, presets, start=start, group_size=self.args.group_size, zero="group", freedom=chosen)
 
@@ -471,6 +473,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--scales", default="recomputed")
+    parser.add_argument(
+        "--margin", type=float, default=0.1, help="of latent weights from their cells' borders, GPTQ, AWQ"
+    )
     parser.add_argument("--no-eos", action="store_true")
     parser.add_argument("--against", default="kd@3e-4")
     args = parser.parse_args()

@@ -21,11 +21,12 @@ class Picker:
     """Judges every probe of a run against its start, preset by preset.
 
     slack: how far above its start a width's flips or KL may lie, as a share of the start, before that moment is refused
-    (the guard per width) · patience: so many probes below the start in a row, by every width, stop the run ·
-    judged: the numbers of a probe that count, lower is better.
+    (the guard per width) · alarm, patience: so many probes in a row with every width that far below the start stop the
+    run; the first steps of a good run may well be a hair below · judged: numbers of a probe that count, lower is better.
     """
 
     slack: float = 0.0
+    alarm: float = 0.05
     patience: int = 3
     judged: Sequence[str] = JUDGED
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -33,13 +34,15 @@ class Picker:
 
     def judge(self, step: int, probed: Probed) -> bool:
         """Enter the probe of a step; True when it is the best so far. The first probe entered is the start."""
-        worse = {} if not self.history else self.below_start(probed)
+        worse = {} if not self.history else self.below_start(probed, self.slack)
+        lost = {} if not self.history else self.below_start(probed, max(self.alarm, self.slack))
         entry: dict[str, Any] = {"step": step, "presets": {k: dict(v) for k, v in probed.items()}, "worse": worse}
+        entry["lost"] = sorted(lost)
         entry["score"] = 1.0 if not self.history else self.score(probed)
         best = self.best
         self.history.append(entry)
-        lost = [e for e in self.history[-self.patience :] if len(e["worse"]) == len(e["presets"])]
-        if len(lost) == self.patience:
+        falling = [e for e in self.history[-self.patience :] if len(e["lost"]) == len(e["presets"])]
+        if len(falling) == self.patience:
             names = ", ".join(sorted(worse))
             self.stopped = (
                 f"stopped at step {step}: {names} fell below the start for {self.patience} probes in a row "
@@ -47,14 +50,14 @@ class Picker:
             )
         return best is None or (not worse and entry["score"] < best["score"])
 
-    def below_start(self, probed: Probed) -> dict[str, str]:
-        """The widths that are worse than at the start, each with what is worse."""
+    def below_start(self, probed: Probed, slack: float) -> dict[str, str]:
+        """The widths that are worse than at the start by more than a share, each with what is worse."""
         start = self.history[0]["presets"]
         found = {}
         for name, numbers in probed.items():
             for key in self.judged:
                 now, then = numbers[key], start[name][key]
-                if not isfinite(now) or now > then * (1 + self.slack):
+                if not isfinite(now) or now > then * (1 + slack):
                     found[name] = f"{name}: {key} {now:.4g}, at the start {then:.4g}"
         return found
 

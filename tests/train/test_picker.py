@@ -36,6 +36,14 @@ def test_a_run_that_stays_below_its_start_is_stopped_and_says_why():
     assert picker.reason().endswith("step 10 is kept")
 
 
+def test_a_start_a_hair_below_is_no_alarm():
+    picker = Picker(patience=2)
+    for step, kl in enumerate((0.5, 0.501, 0.502, 0.503)):
+        picker.judge(step, probed(0.3, kl))
+    assert picker.stopped is None and picker.best["step"] == 0
+    assert picker.judge(4, probed(0.3, 0.4))
+
+
 def test_every_width_is_guarded():
     picker = Picker()
     picker.judge(0, probed(0.3, 0.5) | probed(0.1, 0.02, "w4"))
