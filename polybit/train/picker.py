@@ -22,7 +22,7 @@ class Picker:
 
     slack: how far above its start a width's flips or KL may lie, as a share of the start, before that moment is refused
     (the guard per width) · alarm, patience: so many probes in a row with every width that far below the start stop the
-    run; the first steps of a good run may well be a hair below · judged: numbers of a probe that count, lower is better.
+    run; the first steps of a good run may well be a hair below · judged: numbers of a probe that count, low is good.
     """
 
     slack: float = 0.0
