@@ -1,5 +1,6 @@
 """The trainer: one preset at a time equals the sum, kept positions, a killed run ends in the same weights."""
 
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -46,6 +47,12 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
+def die(out, objective, course, at, threads):
+    """A run that is killed when it gathers the batch of step `at`."""
+    torch.set_num_threads(threads)
+    go(out, objective, course=course, gather=lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == at else None)
+
+
 def test_distillation_lowers_held_out_kl_and_keeps_the_best(tmp_path):
     model, outcome = go(tmp_path)
     assert outcome.best["w3"]["kl"] < 0.8 * outcome.start["w3"]["kl"]
@@ -66,12 +73,12 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path, objective, refresh):
     """kill -9 in the middle of a step, twice, then the same command again."""
     course = Course(steps=12, batch=4, learning_rate=1e-3, probes=3, max_tokens=TOKENS, refresh_every=refresh)
     for at in (1, 10):
-        child = os.fork()
-        if not child:
-            go(tmp_path / "killed", objective, course=course,
-               gather=lambda step, at=at: os.kill(os.getpid(), signal.SIGKILL) if step == at else None)  # fmt: skip
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        # a fork would inherit the locks of torch's threads
+        args = (tmp_path / "killed", objective, course, at, torch.get_num_threads())
+        child = multiprocessing.get_context("spawn").Process(target=die, args=args)
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
     assert last_checkpoint(tmp_path / "killed").name == "checkpoint-8"
     seen = []
     resumed, one = go(tmp_path / "killed", objective, course=course, gather=seen.append)
