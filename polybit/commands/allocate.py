@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from polybit.commands.models import EMBEDDED, resolve
-from polybit.core.affine import Grid
 from polybit.core.precision import check_width, parse_widths
 from polybit.core.runtime import PolybitError
 
@@ -111,6 +110,8 @@ def plain(value: Any) -> Any:
 
 def check(config: AllocateConfig) -> tuple[int, ...]:
     """Refuse flags that make no sense before anything is loaded; returns the widths, narrowest first."""
+    from polybit.core.affine import Grid
+
     widths = tuple(sorted(parse_widths(config.widths)))
     Grid(widths[0], config.group_size)
     if not math.isfinite(config.bits) or config.bits <= 0:

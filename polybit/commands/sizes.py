@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from polybit.core.affine import group_lengths
-from polybit.core.planes import Planes, read_widths, unpack
+if TYPE_CHECKING:  # `polybit VERB --help` loads no torch
+    from polybit.core.planes import Planes
 
 
 def quantized_layers(model) -> Mapping[str, Any]:
@@ -72,6 +72,9 @@ def effective_bits(planes: Planes, reading: int | Sequence[int]) -> float:
 
     reading: a width, or one per group. A width per group costs 8 bits a group once.
     """
+    from polybit.core.affine import group_lengths
+    from polybit.core.planes import read_widths
+
     rows, columns = planes.shape
     read_G = read_widths(planes, reading)
     stored_G = planes.bits_G or (planes.bits,) * len(read_G)
@@ -86,6 +89,8 @@ def effective_bits(planes: Planes, reading: int | Sequence[int]) -> float:
 
 def stored_bits_per_weight(model) -> float:
     """Effective bits per weight of all that is stored."""
+    from polybit.core.planes import unpack
+
     layers = quantized_layers(model)
     bits = sum(unpack(layer.planes).bits_per_weight() * layer.rows * layer.columns for layer in layers.values())
     return bits / max(sum(layer.rows * layer.columns for layer in layers.values()), 1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polybit.commands.models import resolve
 from polybit.core.runtime import PolybitError
-from polybit.data.squad import Asked, SquadFile, choose, write_squad
+
+if TYPE_CHECKING:  # `polybit VERB --help` loads no torch
+    from polybit.data.squad import SquadFile
 
 EMBEDDED = "embedded"  # the reading task of the embedded generator, in SQuAD's layout
 HEADS = ("generate", "span")
@@ -18,6 +19,8 @@ EMBEDDED_ITEMS, EMBEDDED_SEED = 500, 30_000
 
 def open_file(name: str, folder: Path, count: int | None) -> SquadFile:
     """The questions asked for: a file, or the embedded reading task written as one."""
+    from polybit.data.squad import SquadFile, write_squad
+
     if name == EMBEDDED:
         from polybit.data import synth
 
@@ -50,11 +53,12 @@ def check_squad(config: Any) -> None:
 
 def squad_numbers(models: dict[str, tuple[Any, str | None]], config: Any, *, reference: str | None) -> dict[str, Any]:
     """EM and F1 of every model (label -> (view of a model, preset)), and their differences to the reference."""
+    from polybit.data.squad import choose
     from polybit.evals.squad import differences, generative, run, spans, summarize
 
     folder = folder_of(config)
     file = open_file(config.squad, folder, config.squad_items)
-    asked: Sequence[Asked] = choose(file.questions(), config.squad_items, config.seed)
+    asked = choose(file.questions(), config.squad_items, config.seed)
     korean = "korquad" in file.version().lower()
     threshold = 0.0 if file.version().startswith("v2") else None
     scores = {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_accelerate_available
 
 from polybit.core.runtime import PolybitError, atomic_path, track
 from polybit.hub.tensors import read_tensors, write_tensors
@@ -46,6 +47,8 @@ def settings(
 
     `further` are TrainingArguments by their own names (gradient_accumulation_steps, fsdp, report_to, ...).
     """
+    if not is_accelerate_available():
+        raise PolybitError("training needs the package accelerate (1.1 or newer): pip install 'polybit[train]'")
     chosen: dict[str, Any] = {
         "output_dir": str(out),
         "max_steps": steps,

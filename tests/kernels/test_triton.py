@@ -16,11 +16,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 @pytest.fixture(scope="module")
 def kernel():
-    os.environ["TRITON_INTERPRET"] = "1"
-    from polybit.kernels import triton_gemv
+    from polybit.kernels import triton_gemv  # interpreted: see tests/conftest.py
 
-    yield triton_gemv
-    del os.environ["TRITON_INTERPRET"]
+    return triton_gemv
 
 
 @pytest.mark.parametrize("activations", ["int8", "int16"])

@@ -16,11 +16,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 @pytest.fixture(scope="module")
 def kernel():
-    os.environ["TRITON_INTERPRET"] = "1"
-    from polybit.kernels import triton_gemm
+    from polybit.kernels import triton_gemm  # interpreted: see tests/conftest.py
 
-    yield triton_gemm
-    del os.environ["TRITON_INTERPRET"]
+    return triton_gemm
 
 
 def check(kernel, kind, width, mode, group_size, tokens):
