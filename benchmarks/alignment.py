@@ -302,9 +302,7 @@ class Bench:
         rate = head.partition("@")[2] or 3e-4
         knobs = dict(item.split("=") for item in rest)
         presets = {f"w{b}": Plan.uniform(b) for b in widths}
-        stored = max(widths) if "alone" not in knobs else int(knobs["alone"])
         freedom = Freedom(codes=knobs.get("codes"), scales=knobs.get("scales", self.args.scales))
-        del stored
         model = self.trainable("rtn", presets, freedom) if len(widths) > 1 else self.trainable("rtn", presets)
         material, probe = self.material("rtn", min(widths))
         steps = int(knobs.get("steps", self.args.steps))
