@@ -152,7 +152,7 @@ def mean_seconds(facts: Json, arm: str) -> float:
 def objective_table(facts: Json) -> tuple[list[str], list[list[str]]]:
     """Question 3: held-out loss before and at the end of training, mean over seeds, and seconds of training."""
     presets = list(facts["presets"])
-    table = []
+    table: list[list[str]] = []
     for arm in [arm for arm in arms_of(facts) if arm != "quantized"]:
         runs = [loss for key, loss in facts["loss"].items() if key.rpartition("-")[0] == arm]
         at = lambda when: [f"{sum(run[p][when]['nll'] for run in runs) / len(runs):.4f}" for p in presets]  # noqa: B023, E731
