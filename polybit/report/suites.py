@@ -92,7 +92,7 @@ def talk_table(numbers: Json) -> Table | None:
 
 def percent_points(value: float) -> str:
     """A share as percentage points."""
-    return f"{100 * value:+.1f} %"
+    return f"{100 * value:+.1f} points"
 
 
 def tables(numbers: Json) -> list[Table]:
