@@ -63,6 +63,7 @@ class Freedom:
     others: bool | Literal["norms"] = False
     rank: int = 16
     margin: float = 0.0
+    anchor: int = 0
 
 
 class LatentLinear(nn.Module):
@@ -186,7 +187,9 @@ def fill(layer: LatentLinear, widths: list[int], given: QWeight | None, grid: Gr
             f"layer {layer.target.name!r:.120} starts from {given.bits} bits, a preset wants {widths[0]}: "
             "start from a wider checkpoint"
         )
-    layer.codes[str(given.bits)] = Code(given, freedom.scales, Grid(given.bits, given.group_size, grid.zero))
+    layer.codes[str(given.bits)] = Code(
+        given, freedom.scales, Grid(given.bits, given.group_size, grid.zero), freedom.anchor
+    )
     if freedom.scales != "recomputed":
         scaled_OI = start_latents(given, weight_OI)
         if freedom.margin:

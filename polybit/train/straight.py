@@ -82,8 +82,10 @@ class Code(nn.Module):
     scale_OG: Tensor
     zero: Tensor
 
-    def __init__(self, start: QWeight, scales: Scales, grid: Grid) -> None:
+    def __init__(self, start: QWeight, scales: Scales, grid: Grid, anchor: int = 0) -> None:
         super().__init__()
+        self.anchor = anchor if anchor < start.bits else 0
+        self.register_buffer("start_OI", start.codes_OI if self.anchor else None)
         self.bits, self.group_size, self.scales, self.grid = start.bits, start.group_size, scales, grid
         self.register_buffer("scale_OG", start.scale_OG.clone())
         self.register_buffer("zero", start.zero.clone())
@@ -120,9 +122,17 @@ class Code(nn.Module):
         if column_scale_I is not None:
             flat_OI = flat_OI / column_scale_I
         bits_G: Any = self.bits_G
-        codes_OI = encode(flat_OI, scale_OG, zero, self.bits, self.group_size, bits_G)
+        codes_OI = self.anchored(encode(flat_OI, scale_OG, zero, self.bits, self.group_size, bits_G))
         ratios = {width: getattr(self, f"ratio_{width}") for width in self.widths}
         return QWeight(codes_OI, scale_OG, zero.float(), self.bits, self.group_size, ratios, column_scale_I, bits_G)
+
+    def anchored(self, codes_OI: Tensor) -> Tensor:
+        """The codes whose leading `anchor` bits are those given and whose others lie nearest to the start's code."""
+        if not self.anchor:
+            return codes_OI
+        low_OI = codes_OI >> (self.bits - self.anchor) << (self.bits - self.anchor)
+        start_OI: Any = self.start_OI
+        return torch.minimum(torch.maximum(start_OI, low_OI), low_OI + ((1 << (self.bits - self.anchor)) - 1))
 
     @torch.no_grad()
     def inside(self, weight_OI: Tensor, q: QWeight) -> Tensor | None:

@@ -1,0 +1,129 @@
+"""Rows of the tables: one objective, one start, one width, one seed; or one run over several widths."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench import Bench
+from features import Features
+from variants import Variant
+
+from polybit.core.plan import Plan
+from polybit.train import align
+from polybit.train.distill import Distillation
+from polybit.train.latent import Freedom, make_trainable
+from polybit.train.preference import Preference, Stages
+
+RATES = {"kd": 3e-4, "qdpo-static": 1e-5, "qdpo-refreshed": 1e-4, "qdpo+kd": 1e-4}
+WORDS = ("focus", "kind", "answers", "turns", "scales")
+
+
+def read(spec: str) -> tuple[str, float, dict[str, Any]]:
+    """`name[@rate][:key=value...]` -> name, learning rate, knobs."""
+    head, *rest = spec.split(":")
+    name, _, rate = head.partition("@")
+    pairs = [item.split("=") for item in rest]
+    return name, float(rate or RATES.get(name, 3e-4)), {k: v if k in WORDS else float(v) for k, v in pairs}
+
+
+def objective(name: str, knobs: dict[str, Any], steps: int) -> tuple[Any, dict[str, Any]]:
+    """(objective, changes of the course) of a row."""
+    distil = {k: v for k, v in knobs.items() if k in Variant.__dataclass_fields__}
+    kd = Variant(**distil) if distil.keys() - Distillation.__dataclass_fields__.keys() else Distillation(**distil)
+    renewed = {"refresh_every": int(knobs.get("refresh", max(1, steps // 10)))}
+    beta, gamma = knobs.get("beta", 0.1), knobs.get("gamma", 10.0)
+    both = Preference(beta, gamma=gamma, distill=Distillation())
+    half = steps // 2
+    made: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+        "kd": lambda: (kd, renewed if knobs.get("both") else {}),
+        "kd-own": lambda: (replace(kd, answers="own", kind=knobs.get("kind", "reverse")), renewed),
+        "features": lambda: (Features(knobs["weight"], kd), {}),
+        "qdpo-static": lambda: (Preference(beta), {}),
+        "qdpo-refreshed": lambda: (Preference(beta), renewed),
+        "qdpo-nll": lambda: (Preference(beta, nll=1.0), renewed),
+        "ipo": lambda: (Preference(beta, "ipo"), renewed),
+        "qdpo+kd": lambda: (both, renewed),
+        "kd-then-qdpo": lambda: (Stages([(Distillation(), half), (both, steps - half)]), renewed),
+    }
+    if name not in made:
+        raise SystemExit(f"row {name} is not known: choose one of start, {', '.join(made)}")
+    return made[name]()
+
+
+def run(bench: Bench, spec: str, bits: int, method: str, seed: int, course: align.Course) -> dict[str, Any]:
+    """One row: train from a start, keep the best moment of its own probe, measure on the held-out prompts."""
+    name, rate, knobs = read(spec)
+    preset = f"w{bits}"
+    model = bench.trainable(method, bits, knobs.get("margin", 0.1))
+    record: dict[str, Any] = {"row": spec, "bits": bits, "start": method, "seed": seed, "seconds": 0.0}
+    if name != "start":
+        chosen, changes = objective(name, knobs, course.steps)
+        if isinstance(chosen, Features):
+            chosen.listen(model)
+        material, probe = bench.material(method, bits)
+        course = replace(course, learning_rate=rate, seed=seed, **changes)
+        outcome, record["seconds"], record["cpu"] = train(bench, model, material, probe, chosen, (preset,), course)
+        record |= notes(outcome, preset)
+    return record | {"measured": bench.measure(model, preset)}
+
+
+def elastic(bench: Bench, spec: str, widths: tuple[int, ...], seed: int, course: align.Course) -> list[dict[str, Any]]:
+    """One run over several widths of one nested file, `elastic@3e-4:turns=w4/w3/w2:anchor=4`, and its separate runs,
+    `elastic` with turns of one width: KD from the same codes, a record per width.
+
+    turns: the width of each step, over and over · anchor, margin, scales: `Freedom` · steps: of the whole run.
+    """
+    _, rate, knobs = read(spec)
+    presets = {f"w{b}": Plan.uniform(b) for b in widths}
+    freedom = Freedom(
+        codes="shared", scales=knobs.get("scales", "frozen"), margin=knobs.get("margin", 0.5),
+        anchor=int(knobs.get("anchor", 0)),
+    )  # fmt: skip
+    start = bench.start("nested", 8, widths)
+    model = make_trainable(
+        copy.deepcopy(bench.model), presets, start=start, group_size=bench.setting.group_size, zero="group",
+        freedom=freedom,
+    )  # fmt: skip
+    turns = knobs.get("turns", "/".join(presets)).split("/")
+    record: dict[str, Any] = {"row": spec, "widths": list(widths), "start": "nested", "seed": seed}
+    seconds, outcome = 0.0, None
+    if turns != ["none"]:
+        course = replace(
+            course, learning_rate=rate, seed=seed, steps=int(knobs.get("steps", course.steps)),
+            schedule=lambda step, _: (turns[step % len(turns)],),
+        )  # fmt: skip
+        material, probe = bench.material("rtn", min(widths))
+        outcome, seconds, _ = train(bench, model, material, probe, Distillation(), tuple(presets), course)
+    found = []
+    for name in presets:
+        more = notes(outcome, name) if outcome else {}
+        more |= {"bits": int(name[1:]), "seconds": seconds, "measured": bench.measure(model, name)}
+        found.append(record | more)
+    return found
+
+
+def train(bench: Bench, model, material, probe, chosen, presets, course: align.Course):
+    """(outcome, wall seconds, CPU seconds) of one run."""
+    with tempfile.TemporaryDirectory() as out:
+        began, spent = time.perf_counter(), time.process_time()
+        outcome = align.run(
+            model, bench.tokenizer, material, probe, chosen, presets, out=Path(out), course=course
+        )  # fmt: skip
+        return outcome, time.perf_counter() - began, time.process_time() - spent
+
+
+def notes(outcome: align.Outcome, preset: str) -> dict[str, Any]:
+    """What the probes of a run said."""
+    return {
+        "kept": outcome.picker.best["step"],
+        "reason": outcome.picker.reason(),
+        "last": outcome.picker.history[-1]["presets"],
+        "probe_start": outcome.start[preset],
+        "probe_best": outcome.best[preset],
+    }
