@@ -1,7 +1,7 @@
 """Alignment: what each objective gives at equal prompts and steps. Rows go to a JSON-lines file, tables come from it.
 
     python benchmarks/alignment run --model MODEL --prompts FILE --text FILE --work DIR --bits 3 --rows start,kd
-    python benchmarks/alignment elastic --model MODEL ... --widths 8,4,3,2 --rows elastic@3e-4:turns=w4/w3/w2:anchor=4
+    python benchmarks/alignment elastic ... --widths 8,4,3,2 --rows elastic@3e-4:turns=w4/w3/w2:chained=4/3/2
     python benchmarks/alignment table --work DIR
 
 MODEL is any float causal LM (tinychat for the embedded one, whose own generator gives prompts and text). A row is

@@ -226,7 +226,7 @@ class Bench:
         return found
 
     def task_scores(self, model: nn.Module) -> dict[str, list[float]]:
-        """"task": exact answers of the embedded model's three tasks, or right endings among four of pieces of text."""
+        """ "task": exact answers of the embedded model's three tasks, or right endings among four of pieces of text."""
         if not self.setting.items:
             return {}
         if self.setting.text != "embedded":
@@ -238,7 +238,7 @@ class Bench:
         return {"task": found}
 
     def right_endings(self, model: nn.Module) -> list[float]:
-        """Windows of 64 tokens and the 16 that follow, against what follows three others: 1 where its own is likeliest."""
+        """Windows of 64 tokens with the 16 that follow them or three others: 1 where their own is likeliest."""
         ids_NT = self.text_NT.to(self.setting.device)
         heads_NT, ends_NT = ids_NT[:, :64], ids_NT[:, 64:80]
         totals = []

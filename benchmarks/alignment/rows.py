@@ -5,23 +5,26 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench import Bench
 from features import Features
 from variants import Variant
 
 from polybit.core.plan import Plan
-from polybit.train import align
+from polybit.measure.stats import collect
+from polybit.nn.convert import targets
+from polybit.train import align, chain, latent
 from polybit.train.distill import Distillation
 from polybit.train.latent import Freedom, make_trainable
 from polybit.train.preference import Preference, Stages
 
 RATES = {"kd": 3e-4, "qdpo-static": 1e-5, "qdpo-refreshed": 1e-4, "qdpo+kd": 1e-4}
-WORDS = ("focus", "kind", "answers", "turns", "scales")
+WORDS = ("focus", "kind", "answers", "turns", "scales", "chained", "pace", "judged")
 
 
 def read(spec: str) -> tuple[str, float, dict[str, Any]]:
@@ -74,23 +77,27 @@ def run(bench: Bench, spec: str, bits: int, method: str, seed: int, course: alig
 
 
 def elastic(bench: Bench, spec: str, widths: tuple[int, ...], seed: int, course: align.Course) -> list[dict[str, Any]]:
-    """One run over several widths of one nested file, `elastic@3e-4:turns=w4/w3/w2:anchor=4`, and its separate runs,
-    `elastic` with turns of one width: KD from the same codes, a record per width.
+    """One run over several widths of one nested file, `elastic@3e-4:turns=w4/w3/w2:chained=4/3/2`, or a separate run,
+    with turns of one width: KD from the same codes, a record per width.
 
-    turns: the width of each step, over and over · anchor, margin, scales: `Freedom` · steps: of the whole run.
+    turns: the width of each step, over and over · chained, margin, scales: `Freedom` · steps: of the whole run.
     """
     _, rate, knobs = read(spec)
     presets = {f"w{b}": Plan.uniform(b) for b in widths}
     freedom = Freedom(
         codes="shared", scales=knobs.get("scales", "frozen"), margin=knobs.get("margin", 0.5),
-        anchor=int(knobs.get("anchor", 0)),
+        chained=tuple(int(b) for b in str(knobs.get("chained", "")).split("/") if b),
     )  # fmt: skip
+    if "pace" in knobs:
+        paces = zip((2, 3, 4), map(float, knobs["pace"].split("/")), strict=True)
+        chain.PACE |= dict(paces)
+    chain.FOLLOW = knobs.get("follow", 0.0)
     start = bench.start("nested", 8, widths)
     model = make_trainable(
         copy.deepcopy(bench.model), presets, start=start, group_size=bench.setting.group_size, zero="group",
         freedom=freedom,
     )  # fmt: skip
-    turns = knobs.get("turns", "/".join(presets)).split("/")
+    turns = list(turns_of(knobs.get("turns", "/".join(presets))))
     record: dict[str, Any] = {"row": spec, "widths": list(widths), "start": "nested", "seed": seed}
     seconds, outcome = 0.0, None
     if turns != ["none"]:
@@ -99,13 +106,31 @@ def elastic(bench: Bench, spec: str, widths: tuple[int, ...], seed: int, course:
             schedule=lambda step, _: (turns[step % len(turns)],),
         )  # fmt: skip
         material, probe = bench.material("rtn", min(widths))
-        outcome, seconds, _ = train(bench, model, material, probe, Distillation(), tuple(presets), course)
+        judged = tuple(knobs["judged"].split("/")) if "judged" in knobs else tuple(presets)
+        outcome, seconds, _ = train(bench, model, material, probe, Distillation(), judged, course)
+        if "settle" in knobs:
+            settle(bench, model)
     found = []
     for name in presets:
-        more = notes(outcome, name) if outcome else {}
+        more = notes(outcome, name) if outcome and name in outcome.start else {}
         more |= {"bits": int(name[1:]), "seconds": seconds, "measured": bench.measure(model, name)}
         found.append(record | more)
     return found
+
+
+def settle(bench: Bench, model) -> None:
+    """Bits below the trained ones chosen again, on 64 windows of float answers."""
+    rows = [[*p, *a] for p, a in zip(bench.train, bench.answers, strict=False)]
+    ids_NT = torch.tensor([token for row in rows for token in row])[: 64 * 128].view(-1, 128)
+    batches = list(ids_NT.to(bench.setting.device).split(8))
+    latent.settle(model, collect(bench.model, batches, targets(bench.model)))
+
+
+def turns_of(text: str) -> Iterator[str]:
+    """The presets of a round of steps, in order: "w4/w2x3" is w4, w2, w2, w2."""
+    for part in text.split("/"):
+        name, _, times = part.partition("x")
+        yield from [name] * int(times or 1)
 
 
 def train(bench: Bench, model, material, probe, chosen, presets, course: align.Course):

@@ -19,8 +19,8 @@ class Variant(Distillation):
     skew: KL(p || (1 - skew) q + skew p), DistiLLM's (arXiv 2402.03898) · contests: weight of the divergence between the
     two models' preferences in every contest of the teacher's token with a rival, a soft and calibrated form of token
     preferences, beside (1 - contests) KL · variation: weight of the total variation distance in place of as much KL ·
-    head: KL over the `head` likeliest tokens and one bin of the rest, weight 1 · early: tokens count exp(-place/early) ·
-    both: share of the loss on the model's own renewed answers (forward KL).
+    head: KL over the `head` likeliest tokens and one bin of the rest, weight 1 · early: tokens count exp(-place/early)
+    · both: share of the loss on the model's own renewed answers (forward KL).
     """
 
     skew: float = 0.0

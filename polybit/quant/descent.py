@@ -68,28 +68,37 @@ def order_is_sorted(groups: list[int]) -> bool:
 
 
 def descend(
-    problem: Problem, codes_OI: Tensor, levels: Levels, *, sweeps: int, freedom: Freedom | None
+    problem: Problem, codes_OI: Tensor, levels: Levels, *, sweeps: int, freedom: Freedom | None, held: int = 0
 ) -> tuple[Tensor, Levels]:
     """Lower Σ_b λ_b tr(E_b H E_bᵀ) by `sweeps` passes over the columns; it never rises.
 
     In each pass every group first gets the scale (and what else `freedom` allows; None: nothing) that is best for its
     codes under H given the rest of the row, rounded to what is stored, then each of its columns the best code given
-    everything else. Returns new codes and levels.
+    everything else. `held` leading bits of every code stay as they are. Returns new codes and levels.
     """
     codes_OI = codes_OI.clone()
     levels = levels.copy()
     for part in row_chunks(len(codes_OI), 3 * len(levels.widths) * codes_OI.shape[1]):
         # rows() gives views: the pass writes into `codes_OI` and `levels`
-        descend_rows(problem.weight_OI[part], problem.hessian_II, codes_OI[part], levels.rows(part), sweeps, freedom)
+        descend_rows(
+            problem.weight_OI[part], problem.hessian_II, codes_OI[part], levels.rows(part), sweeps, freedom, held
+        )
     return codes_OI, levels
 
 
 def descend_rows(
-    weight_OI: Tensor, hessian_II: Tensor, codes_OI: Tensor, levels: Levels, sweeps: int, freedom: Freedom | None
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    codes_OI: Tensor,
+    levels: Levels,
+    sweeps: int,
+    freedom: Freedom | None,
+    held: int = 0,
 ) -> None:
     """`descend` in place for rows that fit in memory."""
     columns = weight_OI.shape[1]
     size = levels.group_size or columns
+    free = levels.bits - held if held else None
     values_BOI = levels.values(codes_OI)
     gradient_BOI = (values_BOI - weight_OI) @ hessian_II
     for _ in range(sweeps):
@@ -104,7 +113,7 @@ def descend_rows(
             choice = Choice(levels, group)
             for start in range(here.start, here.stop, BLOCK):
                 block = slice(start, min(start + BLOCK, here.stop))
-                moved_BOi = descend_block(choice, hessian_II, block, codes_OI, values_BOI, gradient_BOI)
+                moved_BOi = descend_block(choice, hessian_II, block, codes_OI, values_BOI, gradient_BOI, free)
                 gradient_BOI[:, :, here] += moved_BOi @ hessian_II[block, here]
             # inside the group the gradient was needed at once, elsewhere only now
             moved_BOi = values_BOI[:, :, here] - old_BOi
@@ -115,21 +124,37 @@ def descend_rows(
 
 
 def descend_block(
-    choice: Choice, hessian_II: Tensor, here: slice, codes_OI: Tensor, values_BOI: Tensor, gradient_BOI: Tensor
+    choice: Choice,
+    hessian_II: Tensor,
+    here: slice,
+    codes_OI: Tensor,
+    values_BOI: Tensor,
+    gradient_BOI: Tensor,
+    free: int | None = None,
 ) -> Tensor:
-    """One exact coordinate step for each column of a block; returns how far the values moved, [B, O, block]."""
+    """One exact coordinate step for each column of a block; returns how far the values moved, [B, O, block].
+
+    free: how many trailing bits of a code may change (None: all).
+    """
     old_BOi = values_BOI[:, :, here].clone()
     now_BOi = old_BOi.clone()
     slope_BOi = gradient_BOI[:, :, here].clone()
     inner_ii = hessian_II[here, here]
     for j in range(inner_ii.shape[0]):
         target_BO = now_BOi[:, :, j] - slope_BOi[:, :, j] / inner_ii[j, j]
-        codes_O, value_BO = choice(target_BO)
+        bounds = None if free is None else cell(codes_OI[:, here.start + j], free)
+        codes_O, value_BO = choice(target_BO, bounds)
         slope_BOi += (value_BO - now_BOi[:, :, j])[:, :, None] * inner_ii[j]
         now_BOi[:, :, j] = value_BO
         codes_OI[:, here.start + j] = codes_O
     values_BOI[:, :, here] = now_BOi
     return now_BOi - old_BOi
+
+
+def cell(codes_O: Tensor, free: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest code with the same bits before the last `free` ones."""
+    low_O = codes_O.long() >> free << free
+    return low_O, low_O + ((1 << free) - 1)
 
 
 def group_values(levels: Levels, group: int, codes_Oi: Tensor) -> Tensor:

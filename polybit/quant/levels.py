@@ -121,13 +121,22 @@ class Choice:
             self.pull_OB = (levels.emphasis_B[:, None] * self.step_BO).T.contiguous()
             self.own_OU = (self.pull_OB * self.step_BO.T) @ self.table_BU.square()
 
-    def __call__(self, target_BO: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [O] (int64) for the targets of one column, and their values [B, O]."""
+    def __call__(self, target_BO: Tensor, bounds: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Codes [O] (int64) for the targets of one column, and their values [B, O].
+
+        bounds: smallest and largest code each row may take, int64 [O] both; None: all codes.
+        """
         wanted_BO = target_BO - self.offset_O
         if not self.joint:
             level = round_half_up(wanted_BO / self.step_BO + self.middle).clamp_(0, self.top)
+            if bounds is not None:
+                level = torch.minimum(torch.maximum(level, bounds[0].to(level)), bounds[1].to(level))
             return level[0].long(), (level - self.middle) * self.step_BO + self.offset_O
         cost_OU = torch.addmm(self.own_OU, self.pull_OB * wanted_BO.T, self.table_BU, alpha=-2.0)
+        if bounds is not None:
+            codes_U = torch.arange(cost_OU.shape[1], device=cost_OU.device)
+            outside_OU = (codes_U < bounds[0][:, None]) | (codes_U > bounds[1][:, None])
+            cost_OU = cost_OU.masked_fill_(outside_OU, torch.inf)
         codes_O = cost_OU.argmin(1)
         return codes_O, self.table_BU[:, codes_O] * self.step_BO + self.offset_O
 

@@ -26,6 +26,7 @@ from polybit.core.affine import Grid, QWeight, ZeroKind, fake_quantize_tokens
 from polybit.core.plan import Plan
 from polybit.core.planes import pack, unpack
 from polybit.core.precision import FLOAT, Precision
+from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError, track
 from polybit.nn.adapters import Lora, plug
 from polybit.nn.convert import Target, install, place, refuse_save, targets
@@ -36,6 +37,7 @@ from polybit.nn.switch import use as use_precision
 from polybit.quant.rounding import start_latents
 from polybit.quant.rtn import rtn
 from polybit.train.adapters import NestedAdapter
+from polybit.train.chain import Chain
 from polybit.train.start import quick_start
 from polybit.train.straight import Code, Scales
 
@@ -54,7 +56,8 @@ class Freedom:
     then no longer the model it was made from, so a teacher is a model of its own · rank: of the adapter at its
     narrowest width · margin: distance a latent weight keeps at the start from the borders of its cell, in codes (up to
     0.5 = the middle). Compensated codes lie across a border from their weight; without a margin the first steps undo
-    them at random.
+    them at random · chained: widths that get a latent weight of their own, in one shared code (chain.py); scales and
+    whatever wider widths read then stay those of the start as far as they can.
     """
 
     codes: Codes | None = None
@@ -63,7 +66,7 @@ class Freedom:
     others: bool | Literal["norms"] = False
     rank: int = 16
     margin: float = 0.0
-    anchor: int = 0
+    chained: tuple[int, ...] = ()
 
 
 class LatentLinear(nn.Module):
@@ -143,6 +146,10 @@ def make_trainable(
     """
     freedom = freedom or Freedom()
     freedom = replace(freedom, codes=freedom.codes or ("own" if adapter == "nested" else "shared"))
+    if freedom.chained and (freedom.codes == "own" or adapter != "none" or freedom.scales != "frozen"):
+        raise PolybitError(
+            "chained widths train the bits of one shared code: use codes shared, scales frozen and no adapter with them"
+        )
     layers = chosen_layers(model, presets)
     if adapter == "nested" and freedom.codes == "shared":
         raise PolybitError(
@@ -162,7 +169,7 @@ def make_trainable(
             layer.nested = NestedAdapter(target.rows, target.columns, freedom.rank, weight_OI)
         for preset in presets if adapter == "lora" else ():
             layer.loras[preset] = Lora(target.rows, target.columns, freedom.rank, weight_OI)
-        layer.latent_OI.requires_grad_(freedom.base)
+        layer.latent_OI.requires_grad_(freedom.base and not freedom.chained)
         if layer.bias is not None:
             layer.bias.requires_grad_(bool(freedom.others))
         place(model, name, layer)
@@ -187,9 +194,12 @@ def fill(layer: LatentLinear, widths: list[int], given: QWeight | None, grid: Gr
             f"layer {layer.target.name!r:.120} starts from {given.bits} bits, a preset wants {widths[0]}: "
             "start from a wider checkpoint"
         )
-    layer.codes[str(given.bits)] = Code(
-        given, freedom.scales, Grid(given.bits, given.group_size, grid.zero), freedom.anchor
-    )
+    stored = Grid(given.bits, given.group_size, grid.zero)
+    if freedom.chained:
+        at_start_OI = given.dequantize() if freedom.margin else weight_OI
+        layer.codes[str(given.bits)] = Chain(given, stored, freedom.chained, at_start_OI)
+        return
+    layer.codes[str(given.bits)] = Code(given, freedom.scales, stored)
     if freedom.scales != "recomputed":
         scaled_OI = start_latents(given, weight_OI)
         if freedom.margin:
@@ -285,6 +295,18 @@ def quantized_names(model: nn.Module) -> tuple[str, ...]:
 def qweight(layer: LatentLinear, width: int) -> QWeight:
     """The codes of a layer as they will be stored, for reading at `width` bits and what shares its code."""
     return layer.code(width).encode(layer.full(width))
+
+
+def settle(model: nn.Module, stats: Mapping[str, LayerStats]) -> None:
+    """After training chained widths: the bits only wider presets read, chosen again for the least output error.
+
+    stats: what calibration saw at each layer; a layer without them takes plain squared error.
+    """
+    widths = {plan.at(name).w for plan in model.__dict__["polybit_panel"].presets.values() for name in stats}
+    for name, layer in track(list(latent_layers(model).items()), "settling"):
+        for code in layer.codes.values():
+            if isinstance(code, Chain):
+                code.settle(layer.source_OI, stats.get(name), sorted(widths, reverse=True))
 
 
 def freeze(model: nn.Module, preset: str | None = None) -> nn.Module:

@@ -82,10 +82,8 @@ class Code(nn.Module):
     scale_OG: Tensor
     zero: Tensor
 
-    def __init__(self, start: QWeight, scales: Scales, grid: Grid, anchor: int = 0) -> None:
+    def __init__(self, start: QWeight, scales: Scales, grid: Grid) -> None:
         super().__init__()
-        self.anchor = anchor if anchor < start.bits else 0
-        self.register_buffer("start_OI", start.codes_OI if self.anchor else None)
         self.bits, self.group_size, self.scales, self.grid = start.bits, start.group_size, scales, grid
         self.register_buffer("scale_OG", start.scale_OG.clone())
         self.register_buffer("zero", start.zero.clone())
@@ -95,6 +93,8 @@ class Code(nn.Module):
         for width in self.widths:
             self.register_buffer(f"ratio_{width}", start.ratios[width].clone())
         self.growth_OG = nn.Parameter(torch.zeros_like(start.scale_OG)) if scales == "learned" else None
+        self.grown_for: object = None
+        self.growing: tuple[Tensor, Tensor] | None = None
         self.kept_for: object = None
         self.stored: QWeight | None = None
         self.within_OI: Tensor | None = None
@@ -104,8 +104,11 @@ class Code(nn.Module):
         """(scale as it is stored, s_0 / s) of each group."""
         if self.growth_OG is None:
             return self.scale_OG, torch.ones_like(self.scale_OG)
-        scale_OG = settle(self.scale_OG * (1 + self.growth_OG.detach()))
-        return scale_OG, self.scale_OG / scale_OG
+        now = (self.growth_OG._version, Clock.steps)
+        if self.growing is None or self.grown_for != now:
+            scale_OG = settle(self.scale_OG * (1 + self.growth_OG.detach()))
+            self.growing, self.grown_for = (scale_OG, self.scale_OG / scale_OG), now
+        return self.growing
 
     @torch.no_grad()
     def encode(self, weight_OI: Tensor) -> QWeight:
@@ -115,24 +118,16 @@ class Code(nn.Module):
         if self.scales == "recomputed":
             scale_OG, zero = span_scale(flat_OI, self.grid)
             fixed = self.grid.fixed_zero()
-            zero = zero if fixed is None else torch.tensor(fixed, device=zero.device)
+            zero = zero if fixed is None else zero.new_full((), fixed)
             column_scale_I = None
         else:
             scale_OG, zero = self.grown()[0], self.zero
         if column_scale_I is not None:
             flat_OI = flat_OI / column_scale_I
         bits_G: Any = self.bits_G
-        codes_OI = self.anchored(encode(flat_OI, scale_OG, zero, self.bits, self.group_size, bits_G))
+        codes_OI = encode(flat_OI, scale_OG, zero, self.bits, self.group_size, bits_G)
         ratios = {width: getattr(self, f"ratio_{width}") for width in self.widths}
         return QWeight(codes_OI, scale_OG, zero.float(), self.bits, self.group_size, ratios, column_scale_I, bits_G)
-
-    def anchored(self, codes_OI: Tensor) -> Tensor:
-        """The codes whose leading `anchor` bits are those given and whose others lie nearest to the start's code."""
-        if not self.anchor:
-            return codes_OI
-        low_OI = codes_OI >> (self.bits - self.anchor) << (self.bits - self.anchor)
-        start_OI: Any = self.start_OI
-        return torch.minimum(torch.maximum(start_OI, low_OI), low_OI + ((1 << (self.bits - self.anchor)) - 1))
 
     @torch.no_grad()
     def inside(self, weight_OI: Tensor, q: QWeight) -> Tensor | None:
@@ -140,9 +135,12 @@ class Code(nn.Module):
         flat_OI = weight_OI if q.column_scale_I is None else weight_OI / q.column_scale_I
         spread = lambda x: expand_groups(x, flat_OI.shape[1], q.group_size)  # noqa: E731
         zero = zero_points(q.zero, q.bits, q.bits_G)
-        position_OI = flat_OI / spread(q.scale_OG) + spread(zero * torch.ones_like(q.scale_OG))
-        within_OI = (position_OI >= -0.5) & (position_OI < spread(tops(q.stored_widths())[None]) + 0.5)
-        return None if bool(within_OI.all()) else within_OI
+        zero_OI = spread(zero * torch.ones_like(q.scale_OG)) if zero.ndim else zero
+        top_OI = (1 << q.bits) - 1 if q.bits_G is None else spread(tops(q.bits_G)[None])
+        position_OI = flat_OI / spread(q.scale_OG) + zero_OI
+        within_OI = (position_OI >= -0.5) & (position_OI < top_OI + 0.5)
+        # on a GPU the question would cost more than the multiplication it may save
+        return None if within_OI.is_cpu and bool(within_OI.all()) else within_OI
 
     def forward(self, weight_OI: Tensor, width: int, key: object) -> Tensor:
         """The weight at `width` bits. `key` changes whenever the latent weight does (tensor versions)."""
@@ -157,6 +155,12 @@ class Code(nn.Module):
             self.seen[width] = Seen(self.stored.dequantize(width), self.within_OI, share_OG, self.group_size)
         return StraightThrough.apply(weight_OI, self.growth_OG, self.seen[width])
 
+    def _apply(self, *given: Any, **named: Any) -> Any:
+        """Moving to another device or type leaves kept weights behind."""
+        self.forget()
+        return super()._apply(*given, **named)
+
     def forget(self) -> None:
         """Let kept weights go."""
         self.stored, self.within_OI, self.seen, self.kept_for = None, None, {}, None
+        self.growing = None

@@ -1,0 +1,151 @@
+"""One nested code trained at several widths, a latent weight for each: what one width learns stays inside its bits.
+
+With one latent weight for all widths, the steps that 2 bits need carry the weight through many cells of 4 and 8 bits,
+which those widths never asked for. Here width b has a latent weight of its own, and its code
+
+    p_b = clip(code of its latent weight, 2^(b-a) p_a, 2^(b-a) (p_a + 1) - 1),   a = the next narrower width,
+
+may only differ from it in the bits that a does not read. Widths above the widest trained one keep the bits of the start
+as far as these cells allow: a weight whose narrow codes did not change reads as before, to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polybit.core.affine import Grid, QWeight, expand_groups, round_half_up
+from polybit.core.records import LayerStats
+from polybit.quant.lower_bits import lower_bits
+from polybit.train.straight import Clock, Code
+
+# How fast the latent weights of a width move for one learning rate: a cell of 2 bits is wide, one of 8 narrow. Adam's
+# steps have the size of the rate whatever the gradient, so latent weights are kept divided by these.
+PACE = {2: 2.0, 3: 1.0, 4: 0.5, 5: 0.25, 6: 0.125, 7: 0.0625, 8: 0.03125}
+
+FOLLOW = 0.0  # share of a width's gradient that narrower widths' latent weights get although their bits did not decide
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One width of a chain as it is now: p_b [O, I], and where the latent weight lies above or below the cell it may
+    choose from."""
+
+    code_OI: Tensor
+    above_OI: Tensor
+    below_OI: Tensor
+
+
+class ThroughChain(torch.autograd.Function):
+    """The stored value at one width; the gradient goes to the latent weight of that width where its bits decide.
+
+    Where the cell of a narrower width holds a code back and the gradient pushes against that border, it goes to the
+    narrower width's latent weight instead, and so on; past the narrowest it ends.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value_OI: Tensor, links: Sequence[Link], *latents_OI: Tensor) -> Tensor:
+        """links, latents_OI: from the narrowest width to the one that is read."""
+        ctx.links = links
+        return value_OI.view_as(value_OI)
+
+    @staticmethod
+    def backward(ctx: Any, grad_OI: Tensor) -> tuple[Tensor | None, ...]:
+        """Every latent weight's share."""
+        shares: list[Tensor] = []
+        for link in reversed(ctx.links):
+            held_OI = (link.above_OI & (grad_OI < 0)) | (link.below_OI & (grad_OI > 0))
+            shares.append(grad_OI * ~held_OI)
+            grad_OI = grad_OI * torch.where(held_OI, 1.0, FOLLOW)
+        return None, None, *reversed(shares)
+
+
+class Chain(Code):
+    """A `Code` with a latent weight per trained width; scales, zero points and ratios are those of the start.
+
+    widths: those that are trained, all below or at the stored one · weight_OI: where the latent weights begin.
+    """
+
+    def __init__(self, start: QWeight, grid: Grid, widths: Sequence[int], weight_OI: Tensor) -> None:
+        super().__init__(start, "frozen", grid)
+        self.trained = tuple(sorted(b for b in widths if b <= start.bits))
+        self.register_buffer("start_OI", start.codes_OI.clone())
+        self.pace = {b: PACE[b] for b in self.trained}
+        self.latents = nn.ParameterDict({str(b): nn.Parameter(weight_OI / self.pace[b]) for b in self.trained})
+        self.chain: list[Link] = []
+        self.values: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def links(self) -> list[Link]:
+        """The codes of the trained widths, narrowest first, each inside the cell of the one before."""
+        found: list[Link] = []
+        for b in self.trained:
+            shift = self.bits - b
+            wanted_OI = self.position(self.latents[str(b)] * self.pace[b]) >> shift
+            if found:
+                narrower = self.trained[len(found) - 1]
+                low_OI = found[-1].code_OI << (b - narrower)
+                high_OI = low_OI + ((1 << (b - narrower)) - 1)
+            else:
+                low_OI, high_OI = torch.zeros_like(wanted_OI), torch.full_like(wanted_OI, (1 << b) - 1)
+            code_OI = torch.minimum(torch.maximum(wanted_OI, low_OI), high_OI)
+            found.append(Link(code_OI, wanted_OI > high_OI, wanted_OI < low_OI))
+        return found
+
+    def position(self, latent_OI: Tensor) -> Tensor:
+        """The unbounded code of the stored width a latent weight is nearest to, int16."""
+        flat_OI: Any = latent_OI.float()
+        if self.column_scale_I is not None:
+            flat_OI = flat_OI / self.column_scale_I
+        spread = lambda x: expand_groups(x, flat_OI.shape[1], self.group_size)  # noqa: E731
+        zero_OI = spread(self.zero * torch.ones_like(self.scale_OG))
+        return round_half_up(flat_OI / spread(self.scale_OG) + zero_OI).clamp_(-(1 << 14), 1 << 14).to(torch.int16)
+
+    def encode(self, weight_OI: Tensor | None = None) -> QWeight:
+        """The stored weight: the trained bits, and below them the bits nearest to the start's code."""
+        return self.joined(self.links())
+
+    def joined(self, links: Sequence[Link]) -> QWeight:
+        """The stored weight of these links."""
+        shift = self.bits - self.trained[-1]
+        low_OI = links[-1].code_OI << shift
+        start_OI: Any = self.start_OI
+        codes_OI = torch.minimum(torch.maximum(start_OI.to(torch.int16), low_OI), low_OI + ((1 << shift) - 1))
+        ratios = {width: getattr(self, f"ratio_{width}") for width in self.widths}
+        column_scale_I: Any = self.column_scale_I
+        return QWeight(
+            codes_OI.to(torch.uint8), self.scale_OG, self.zero.float(), self.bits, self.group_size, ratios,
+            column_scale_I,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def settle(self, weight_OI: Tensor, stats: LayerStats | None, widths: Sequence[int]) -> None:
+        """Choose the bits below the trained ones again, for the least output error at `widths` (lower_bits)."""
+        wider = [b for b in widths if b > self.trained[-1]]
+        if wider:
+            q = lower_bits(weight_OI, stats, self.encode(), held=self.trained[-1], widths=wider)
+            self.start_OI: Tensor = q.codes_OI
+            self.forget()
+
+    def forward(self, weight_OI: Tensor, width: int, key: object) -> Tensor:
+        """The weight at `width` bits; the layer's own latent weight is not read."""
+        versions = tuple(latent_OI._version for latent_OI in self.latents.values())
+        now = (versions, Clock.steps)
+        if self.kept_for != now:
+            self.chain, self.kept_for, self.values = self.links(), now, {}
+            self.stored = self.joined(self.chain)
+        if width not in self.values:
+            assert self.stored is not None
+            self.values[width] = self.stored.dequantize(width)
+        read = [b for b in self.trained if b <= width]
+        latents_OI = [self.latents[str(b)] for b in read]
+        return ThroughChain.apply(self.values[width], self.chain[: len(read)], *latents_OI)
+
+    def forget(self) -> None:
+        """Let kept weights go."""
+        super().forget()
+        self.chain, self.values = [], {}
