@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
 from polybit.core.planes import COLUMNS, ROWS, Planes, RatioTable
 from polybit.kernels.reference import LEVELS, chunk_of
-from polybit.kernels.triton_gemv import INTERPRETED, nibbles, round_words, select
+from polybit.kernels.triton_gemv import INTERPRETED, nibbles, read, select
+from polybit.kernels.triton_round import round_words
 
 TILES = {32: (64, 4), 64: (64, 4), 128: (64, 8)}  # tokens of a tile -> (rows of a tile, warps)
 
@@ -27,10 +27,12 @@ def spread(planes, at, stride, inside, WIDTH: tl.constexpr, INTERPRET: tl.conste
 
     Up to 4 bits a byte is the code times 2^(4 - WIDTH); above, it is the code times 2^(8 - WIDTH), less 128.
     """
-    h0, h1, h2, h3 = nibbles(planes, at, stride, inside, 0, WIDTH, INTERPRET)
+    a, b, c, d = read(planes, at, stride, inside, 0, WIDTH)
+    h0, h1, h2, h3 = nibbles(a, b, c, d, INTERPRET)
     shift = (tl.arange(0, 4) * 8).to(tl.uint32)
     if WIDTH > 4:
-        l0, l1, l2, l3 = nibbles(planes, at, stride, inside, 4, WIDTH, INTERPRET)
+        a, b, c, d = read(planes, at, stride, inside, 4, WIDTH)
+        l0, l1, l2, l3 = nibbles(a, b, c, d, INTERPRET)
         p0 = tl.join(select(0xF0F0F0F0, h0 << 4, l0, INTERPRET), select(0xF0F0F0F0, h0, l0 >> 4, INTERPRET))
         p1 = tl.join(select(0xF0F0F0F0, h1 << 4, l1, INTERPRET), select(0xF0F0F0F0, h1, l1 >> 4, INTERPRET))
         p2 = tl.join(select(0xF0F0F0F0, h2 << 4, l2, INTERPRET), select(0xF0F0F0F0, h2, l2 >> 4, INTERPRET))
@@ -58,7 +60,7 @@ def gemm(
     """One tile of TOKENS tokens and WIDE rows.
 
     x: int8 codes [tokens, DIGITS, blocks * 32] · x_scale, x_sum: float32, int32 [tokens, chunks] · planes: uint32 words
-    · zero, ratio: uint8 · y: float32 [tokens, rows] · GROUP_BLOCKS 0: one group per row.
+    · zero, ratio: uint8 · y: [tokens, rows] · GROUP_BLOCKS 0: one group per row.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
@@ -105,39 +107,34 @@ def gemm(
         total += value * step[None, :] * x_step[:, None]
     total *= gain
     if HAS_BIAS:
-        total += tl.load(bias + row, mask=row < rows, other=0.0)[None, :]
-    tl.store(y + token.to(tl.int64)[:, None] * rows + row[None, :], total, mask=real[:, None] & (row < rows)[None, :])
+        total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
+    place = token.to(tl.int64)[:, None] * rows + row[None, :]
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=real[:, None] & (row < rows)[None, :])
 
 
 def linear(x: Tensor, planes: Planes, width: int, bias: Tensor | None, activations: str) -> Tensor:
     """`ops.linear` with integer activations for many tokens on a GPU (or interpreted); shapes as checked there."""
     rows, columns = planes.shape
-    blocks, row_blocks = -(-columns // COLUMNS), -(-rows // ROWS)
-    scaled = x.reshape(-1, columns).float()
-    if planes.column_scale is not None:
-        scaled = scaled * planes.column_scale.float()
+    blocks, row_blocks, tokens = -(-columns // COLUMNS), -(-rows // ROWS), x.numel() // columns
     chunk = chunk_of(planes.group_size)
-    words, block_scale, block_sum = round_words(scaled, chunk, LEVELS[activations], blocks)
-    chunk_blocks = chunk // COLUMNS
-    chunks = -(-blocks // chunk_blocks)
-    x_scale = block_scale[:, ::chunk_blocks].contiguous()
-    x_sum = (
-        pad(block_sum, (0, chunks * chunk_blocks - blocks)).view(-1, chunks, chunk_blocks).sum(-1, dtype=torch.int32)
+    words, x_scale, x_sum = round_words(
+        x.reshape(-1, columns), planes.column_scale, chunk, LEVELS[activations], by_block=False
     )
+    chunks = x_scale.shape[1]
     table = planes.ratios.get(width, RatioTable(1.0, 1.0))
-    tokens, none = scaled.shape[0], words
+    none = words
     most = next((size for size in TILES if tokens <= size), max(TILES))
     wide, warps = TILES[most]
-    y = torch.empty(tokens, rows, device=x.device)
+    y = x.new_empty(tokens, rows)
     gemm[(-(-tokens // most), -(-rows // wide))](
         words.view(torch.int8), x_scale, x_sum, planes.planes.view(torch.uint32), planes.scale,
         planes.zero if isinstance(planes.zero, Tensor) else none, none if table.index is None else table.index,
-        none if bias is None else bias.float(), y,
+        none if bias is None else bias.contiguous(), y,
         tokens, planes.planes.stride(0) // 4, rows, row_blocks, blocks, planes.scale.shape[1], chunks,
         planes.gain, 0.0 if isinstance(planes.zero, Tensor) else float(planes.zero), table.low, table.high,
-        STORED=planes.bits, WIDTH=width, CHUNK_BLOCKS=chunk_blocks, GROUP_BLOCKS=planes.group_size // COLUMNS,
+        STORED=planes.bits, WIDTH=width, CHUNK_BLOCKS=chunk // COLUMNS, GROUP_BLOCKS=planes.group_size // COLUMNS,
         DIGITS=1 if activations == "int8" else 2,
         HAS_ZERO=isinstance(planes.zero, Tensor), HAS_RATIO=table.index is not None, HAS_BIAS=bias is not None,
         TOKENS=most, WIDE=wide, INTERPRET=INTERPRETED, num_warps=warps,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], rows).to(x.dtype)
+    return y.view(*x.shape[:-1], rows)

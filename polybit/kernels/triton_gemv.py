@@ -13,10 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from polybit.core.planes import COLUMNS, ROWS, Planes, RatioTable
-from polybit.kernels.reference import LEVELS, SMALLEST, chunk_of
+from polybit.kernels.reference import LEVELS, chunk_of
+from polybit.kernels.triton_round import round_words
 
-BLOCKS = 32  # column blocks a program reads at a time
-WARPS = 2
 MOST_TOKENS = 16  # beyond these a matrix product on the decoded weight is faster
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -55,8 +54,8 @@ def dot4(codes, x, total, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def nibbles(planes, at, stride, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, INTERPRET: tl.constexpr):
-    """Planes FIRST..FIRST+3 (absent ones zero) as four words of nibbles: word s holds column groups s and s + 4."""
+def read(planes, at, stride, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Words of planes FIRST..FIRST+3; those the width does not have are zero."""
     a = tl.load(planes + FIRST * stride + at, mask=inside, other=0, eviction_policy="evict_first")
     b, c, d = a & 0, a & 0, a & 0
     if WIDTH > FIRST + 1:
@@ -65,6 +64,12 @@ def nibbles(planes, at, stride, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr
         c = tl.load(planes + (FIRST + 2) * stride + at, mask=inside, other=0, eviction_policy="evict_first")
     if WIDTH > FIRST + 3:
         d = tl.load(planes + (FIRST + 3) * stride + at, mask=inside, other=0, eviction_policy="evict_first")
+    return a, b, c, d
+
+
+@triton.jit
+def nibbles(a, b, c, d, INTERPRET: tl.constexpr):
+    """Four planes as four words of nibbles: word s holds column groups s and s + 4."""
     odd, even = select(0xAAAAAAAA, a, b >> 1, INTERPRET), select(0xAAAAAAAA, a << 1, b, INTERPRET)
     odd_low, even_low = select(0xAAAAAAAA, c, d >> 1, INTERPRET), select(0xAAAAAAAA, c << 1, d, INTERPRET)
     n0 = select(0xCCCCCCCC, even << 2, even_low, INTERPRET)
@@ -75,118 +80,175 @@ def nibbles(planes, at, stride, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def both_halves(high, low, x, place: tl.constexpr, inside, total, WIDTH: tl.constexpr, INTERPRET: tl.constexpr):
-    """Adds column groups `place` and `place` + 4 of one word of nibbles (two words when codes are wider than 4)."""
+def eight_words(x, far, inside):
+    """Activations of the eight column groups of a block, `far` apart."""
+    x0, x1 = tl.load(x, mask=inside, other=0), tl.load(x + far, mask=inside, other=0)
+    x2, x3 = tl.load(x + 2 * far, mask=inside, other=0), tl.load(x + 3 * far, mask=inside, other=0)
+    x4, x5 = tl.load(x + 4 * far, mask=inside, other=0), tl.load(x + 5 * far, mask=inside, other=0)
+    x6, x7 = tl.load(x + 6 * far, mask=inside, other=0), tl.load(x + 7 * far, mask=inside, other=0)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def two_groups(total, high, low, x, x_far, WIDTH: tl.constexpr, INTERPRET: tl.constexpr):
+    """Adds a column group and the fourth after it: one word of nibbles, or two where codes are wider than 4 bits."""
     if WIDTH > 4:
         first, second = select(0xF0F0F0F0, high << 4, low, INTERPRET), select(0xF0F0F0F0, high, low >> 4, INTERPRET)
     else:
         first, second = high & 0x0F0F0F0F, (high >> 4) & 0x0F0F0F0F
     spread = (first & 0).to(tl.int32)
-    total = dot4(first, tl.load(x + place, mask=inside, other=0)[:, None] + spread, total, INTERPRET)
-    return dot4(second, tl.load(x + place + 4, mask=inside, other=0)[:, None] + spread, total, INTERPRET)
+    total = dot4(first, x[:, None] + spread, total, INTERPRET)
+    return dot4(second, x_far[:, None] + spread, total, INTERPRET)
+
+
+@triton.jit
+def add_token(
+    total, x, x_scale, x_sum, token, blocks, k, inside, h0, h1, h2, h3, l0, l1, l2, l3, factor, offset, step,
+    WIDTH: tl.constexpr, DIGITS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """total + what the column blocks `k` give one token. Everything is loaded before anything is used."""
+    UNIT: tl.constexpr = (1 << (4 - WIDTH)) if WIDTH <= 4 else (1 << (8 - WIDTH))
+    words = x + token * DIGITS * 8 * blocks + k
+    x0, x1, x2, x3, x4, x5, x6, x7 = eight_words(words, blocks, inside)
+    y0, y1, y2, y3, y4, y5, y6, y7 = x0, x1, x2, x3, x4, x5, x6, x7
+    if DIGITS == 2:
+        y0, y1, y2, y3, y4, y5, y6, y7 = eight_words(words + 8 * blocks, blocks, inside)
+    sums = tl.load(x_sum + token * blocks + k, mask=inside, other=0)[:, None]
+    x_step = tl.load(x_scale + token * blocks + k, mask=inside, other=0.0)[:, None]
+    dot = two_groups((h0 & 0).to(tl.int32), h0, l0, x0, x4, WIDTH, INTERPRET)
+    dot = two_groups(dot, h1, l1, x1, x5, WIDTH, INTERPRET)
+    dot = two_groups(dot, h2, l2, x2, x6, WIDTH, INTERPRET)
+    dot = two_groups(dot, h3, l3, x3, x7, WIDTH, INTERPRET)
+    if DIGITS == 2:
+        dot = two_groups(dot * 256, h0, l0, y0, y4, WIDTH, INTERPRET)
+        dot = two_groups(dot, h1, l1, y1, y5, WIDTH, INTERPRET)
+        dot = two_groups(dot, h2, l2, y2, y6, WIDTH, INTERPRET)
+        dot = two_groups(dot, h3, l3, y3, y7, WIDTH, INTERPRET)
+    # twice the centred sum is an integer: UNIT * sum of (2 p - (2^WIDTH - 1)) q
+    centred = (2 * dot - UNIT * ((1 << WIDTH) - 1) * sums).to(tl.float32)
+    return total + (centred * factor + offset * sums.to(tl.float32)) * (step * x_step)
+
+
+@triton.jit
+def store_token(y, bias, total, token, tokens, row, rows, gain, HAS_BIAS: tl.constexpr):
+    """Sums one token's parts, adds the bias and writes in y's type."""
+    value = tl.sum(total, 0) * gain
+    if HAS_BIAS:
+        value += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+    tl.store(y + token * rows + row, value.to(y.dtype.element_ty), mask=(row < rows) & (token + row * 0 < tokens))
 
 
 @triton.jit
 def gemv(
-    x, x_scale, x_sum, planes, scale, zero, ratio, bias, y, stride, rows, blocks, groups,
+    x, x_scale, x_sum, planes, scale, zero, ratio, bias, y, tokens, stride, rows, blocks, groups,
     gain, fixed_zero, low, high,
     STORED: tl.constexpr, WIDTH: tl.constexpr, GROUP_BLOCKS: tl.constexpr, DIGITS: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_RATIO: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCKS: tl.constexpr, INTERPRET: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCKS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One row block times one token.
+    """One row block times TOKENS tokens (1, 2 or 4), for which it is read and interleaved once.
 
-    x: int32 words of four codes [tokens, DIGITS, blocks * 8] · x_scale, x_sum: float32, int32 [tokens, blocks] ·
-    planes: uint32 words · zero, ratio: uint8 · y: float32 [tokens, rows] · GROUP_BLOCKS 0: one group per row.
+    x: int32 words of four codes [tokens, DIGITS, 8, blocks] · x_scale, x_sum: float32, int32 [tokens, blocks] ·
+    planes: uint32 words · zero, ratio: uint8 · y: [tokens, rows] · GROUP_BLOCKS 0: one group per row.
     """
-    row_block, token = tl.program_id(0), tl.program_id(1)
+    row_block, token = tl.program_id(0), tl.program_id(1) * TOKENS
+    token1, token2, token3 = token + 1, token + 2, token + 3
+    # tokens that are not there are computed from the last one and not stored
+    real1, real2, real3 = (
+        tl.minimum(token1, tokens - 1), tl.minimum(token2, tokens - 1), tl.minimum(token3, tokens - 1),
+    )  # fmt: skip
     r = tl.arange(0, 16)
     UNIT: tl.constexpr = (1 << (4 - WIDTH)) if WIDTH <= 4 else (1 << (8 - WIDTH))
     STEP: tl.constexpr = 1 << (STORED - WIDTH)
-    total = tl.zeros((BLOCKS, 16), tl.float32)
+    total0 = tl.zeros((BLOCKS, 16), tl.float32)
+    total1, total2, total3 = total0, total0, total0
     for first in range(0, blocks, BLOCKS):
         k = first + tl.arange(0, BLOCKS)
         inside = k < blocks
         at = (row_block * blocks + k[:, None]) * 16 + r[None, :]
         within = inside[:, None] & (r[None, :] >= 0)
-        h0, h1, h2, h3 = nibbles(planes, at, stride, within, 0, WIDTH, INTERPRET)
-        l0, l1, l2, l3 = h0, h1, h2, h3
+        p0, p1, p2, p3 = read(planes, at, stride, within, 0, WIDTH)
+        p4, p5, p6, p7 = p0, p1, p2, p3
         if WIDTH > 4:
-            l0, l1, l2, l3 = nibbles(planes, at, stride, within, 4, WIDTH, INTERPRET)
-        dot = tl.zeros((BLOCKS, 16), tl.int32)
-        for digit in tl.static_range(DIGITS):
-            words = x + (token * DIGITS + digit) * blocks * 8 + k * 8
-            part = tl.zeros((BLOCKS, 16), tl.int32)
-            part = both_halves(h0, l0, words, 0, inside, part, WIDTH, INTERPRET)
-            part = both_halves(h1, l1, words, 1, inside, part, WIDTH, INTERPRET)
-            part = both_halves(h2, l2, words, 2, inside, part, WIDTH, INTERPRET)
-            part = both_halves(h3, l3, words, 3, inside, part, WIDTH, INTERPRET)
-            dot = dot * 256 + part
-        sums = tl.load(x_sum + token * blocks + k, mask=inside, other=0)[:, None]
-        x_step = tl.load(x_scale + token * blocks + k, mask=inside, other=0.0)[:, None]
-        # twice the centred sum is an integer: UNIT * sum of (2 p - (2^WIDTH - 1)) q
-        centred = (2 * dot - UNIT * ((1 << WIDTH) - 1) * sums).to(tl.float32) * (0.5 * STEP / UNIT)
+            p4, p5, p6, p7 = read(planes, at, stride, within, 4, WIDTH)
         group = k // GROUP_BLOCKS if GROUP_BLOCKS else k * 0
         place = row_block * groups + group[:, None]
+        step = tl.load(scale + place * 16 + r[None, :], mask=within, other=0.0).to(tl.float32)
+        offset = step * 0 + (0.5 * ((1 << STORED) - 1) - fixed_zero)
+        if HAS_ZERO:
+            stored = tl.load(zero + place * 16 + r[None, :], mask=within, other=0)
+            offset = 0.5 * ((1 << STORED) - 1) - stored.to(tl.float32)
+        factor = step * 0 + low
         if HAS_RATIO:
             pair = tl.load(ratio + place * 8 + (r % 8)[None, :], mask=within, other=0).to(tl.int32)
             index = tl.where((r < 8)[None, :], pair & 15, pair >> 4).to(tl.float32)
-            centred *= low + (high - low) / 15.0 * index
-        else:
-            centred *= low
-        offset = 0.5 * ((1 << STORED) - 1) - fixed_zero
-        if HAS_ZERO:
-            offset = 0.5 * ((1 << STORED) - 1) - tl.load(zero + place * 16 + r[None, :], mask=within, other=0).to(
-                tl.float32
-            )
-        step = tl.load(scale + place * 16 + r[None, :], mask=within, other=0.0).to(tl.float32)
-        total += (centred + offset * sums.to(tl.float32)) * (step * x_step)
+            factor = low + (high - low) / 15.0 * index
+        factor *= 0.5 * STEP / UNIT
+        h0, h1, h2, h3 = nibbles(p0, p1, p2, p3, INTERPRET)
+        l0, l1, l2, l3 = h0, h1, h2, h3
+        if WIDTH > 4:
+            l0, l1, l2, l3 = nibbles(p4, p5, p6, p7, INTERPRET)
+        total0 = add_token(total0, x, x_scale, x_sum, token, blocks, k, inside, h0, h1, h2, h3, l0, l1, l2, l3,
+                           factor, offset, step, WIDTH, DIGITS, INTERPRET)  # fmt: skip
+        if TOKENS > 1:
+            total1 = add_token(total1, x, x_scale, x_sum, real1, blocks, k, inside, h0, h1, h2, h3, l0, l1, l2, l3,
+                               factor, offset, step, WIDTH, DIGITS, INTERPRET)  # fmt: skip
+        if TOKENS > 2:
+            total2 = add_token(total2, x, x_scale, x_sum, real2, blocks, k, inside, h0, h1, h2, h3, l0, l1, l2, l3,
+                               factor, offset, step, WIDTH, DIGITS, INTERPRET)  # fmt: skip
+            total3 = add_token(total3, x, x_scale, x_sum, real3, blocks, k, inside, h0, h1, h2, h3, l0, l1, l2, l3,
+                               factor, offset, step, WIDTH, DIGITS, INTERPRET)  # fmt: skip
     row = row_block * 16 + r
-    value = tl.sum(total, 0) * gain
-    if HAS_BIAS:
-        value += tl.load(bias + row, mask=row < rows, other=0.0)
-    tl.store(y + token * rows + row, value, mask=row < rows)
+    store_token(y, bias, total0, token, tokens, row, rows, gain, HAS_BIAS)
+    if TOKENS > 1:
+        store_token(y, bias, total1, token1, tokens, row, rows, gain, HAS_BIAS)
+    if TOKENS > 2:
+        store_token(y, bias, total2, token2, tokens, row, rows, gain, HAS_BIAS)
+        store_token(y, bias, total3, token3, tokens, row, rows, gain, HAS_BIAS)
 
 
-def linear(x: Tensor, planes: Planes, width: int, bias: Tensor | None, activations: str) -> Tensor:
-    """`ops.linear` with integer activations for a few tokens on a GPU (or interpreted); shapes as checked there."""
+def tile_of(blocks: int, tokens: int) -> tuple[int, int, int]:
+    """(tokens, column blocks, warps) of a program, for a row of `blocks` column blocks.
+
+    A row block of 4096 columns is read at once by 8 warps: the 256 programs of 4096 rows then have all of the weight on
+    its way together, which a GPU's bandwidth needs. With 4 tokens half as many columns leave registers for two programs
+    on a multiprocessor.
+    """
+    if tokens > 2:
+        return (4, 32, 4) if blocks <= 32 else (4, 64, 8)
+    wide = next((size for size in (32, 64) if blocks <= size), 128)
+    return tokens, wide, wide // 16
+
+
+def linear(
+    x: Tensor,
+    planes: Planes,
+    width: int,
+    bias: Tensor | None,
+    activations: str,
+    tile: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """`ops.linear` with integer activations for a few tokens on a GPU (or interpreted); shapes as checked there.
+
+    tile: in place of what `tile_of` chooses.
+    """
     rows, columns = planes.shape
-    blocks = -(-columns // COLUMNS)
-    scaled = x.reshape(-1, columns).float()
-    if planes.column_scale is not None:
-        scaled = scaled * planes.column_scale.float()
-    words, x_scale, x_sum = round_words(scaled, chunk_of(planes.group_size), LEVELS[activations], blocks)
-    table = planes.ratios.get(width, RatioTable(1.0, 1.0))
-    tokens, none = scaled.shape[0], words
-    y = torch.empty(tokens, rows, device=x.device)
-    gemv[(-(-rows // ROWS), tokens)](
+    blocks, tokens = -(-columns // COLUMNS), x.numel() // columns
+    words, x_scale, x_sum = round_words(
+        x.reshape(-1, columns), planes.column_scale, chunk_of(planes.group_size), LEVELS[activations], by_block=True
+    )
+    table, none = planes.ratios.get(width, RatioTable(1.0, 1.0)), words
+    at_once, wide, warps = tile or tile_of(blocks, tokens)
+    y = x.new_empty(tokens, rows)
+    gemv[(-(-rows // ROWS), -(-tokens // at_once))](
         words, x_scale, x_sum, planes.planes.view(torch.uint32), planes.scale,
         planes.zero if isinstance(planes.zero, Tensor) else none, none if table.index is None else table.index,
-        none if bias is None else bias.float(), y,
-        planes.planes.stride(0) // 4, rows, blocks, planes.scale.shape[1],
+        none if bias is None else bias.contiguous(), y,
+        tokens, planes.planes.stride(0) // 4, rows, blocks, planes.scale.shape[1],
         planes.gain, 0.0 if isinstance(planes.zero, Tensor) else float(planes.zero), table.low, table.high,
         STORED=planes.bits, WIDTH=width, GROUP_BLOCKS=planes.group_size // COLUMNS,
         DIGITS=1 if activations == "int8" else 2,
         HAS_ZERO=isinstance(planes.zero, Tensor), HAS_RATIO=table.index is not None, HAS_BIAS=bias is not None,
-        BLOCKS=BLOCKS, INTERPRET=INTERPRETED, num_warps=WARPS,
+        TOKENS=at_once, BLOCKS=wide, INTERPRET=INTERPRETED, num_warps=warps,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], rows).to(x.dtype)
-
-
-def round_words(x_TI: Tensor, chunk: int, levels: int, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Activation codes as words of four int8 digits [T, digits, blocks * 8], scale and code sum per block [T, blocks].
-
-    Rounds as `reference.round_activations` does; a chunk with NaN or infinity gets the scale NaN.
-    """
-    tokens, columns = x_TI.shape
-    padded = torch.nn.functional.pad(x_TI, (0, -columns % chunk)).view(tokens, -1, chunk)
-    largest = padded.abs().amax(-1, keepdim=True)
-    usable = largest.isfinite() & (largest >= SMALLEST)
-    inverse = torch.where(usable, torch.full_like(largest, levels) / largest, 0.0)
-    codes = torch.where(usable, padded * inverse, 0.0).round().to(torch.int32).view(tokens, -1)[:, : blocks * COLUMNS]
-    scale = torch.where(largest.isfinite(), largest / levels, torch.nan)
-    scale = scale.expand(-1, -1, chunk // COLUMNS).reshape(tokens, -1)[:, :blocks].contiguous()
-    upper = (codes + 128) >> 8
-    digits = torch.stack([codes] if levels < 256 else [upper, codes - 256 * upper], dim=1)
-    words = digits.to(torch.int8).contiguous().view(torch.int32)
-    return words, scale, codes.view(tokens, blocks, COLUMNS).sum(-1, dtype=torch.int32)
+    return y.view(*x.shape[:-1], rows)

@@ -25,10 +25,28 @@ def kernel():
 @pytest.mark.parametrize(("kind", "group_size"), list(zip(KINDS, (0, 32, 128, 64), strict=True)))
 def test_interpreted_equals_the_slow_twin(kernel, kind, activations, group_size):
     p = random_planes(20, 200, 8, group_size, **KINDS[kind])
-    x, bias = random_input(2, 200), random_input(20, seed=2)
+    x, bias = random_input(1, 200), random_input(20, seed=2)
     for width in range(1, 9):
         exact = reference.linear(x.double(), p, width, bias, activations=activations, precision=torch.float64)
         assert relative(kernel.linear(x, p, width, bias, activations), exact) <= 1e-6, width
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 5])
+def test_interpreted_equals_the_slow_twin_for_several_tokens(kernel, tokens):
+    p, x = random_planes(20, 1100, **KINDS["everything"]), random_input(tokens, 1100)
+    for width in (3, 5):
+        exact = reference.linear(x.double(), p, width, activations="int8", precision=torch.float64)
+        assert relative(kernel.linear(x, p, width, None, "int8"), exact) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_interpreted_reads_and_writes_16_bit_floats(kernel, dtype):
+    """Input, bias and output in their own type: rounded once, at the end."""
+    p, x, bias = random_planes(20, 96), random_input(2, 96, dtype=dtype), random_input(20, dtype=dtype, seed=2)
+    y = kernel.linear(x, p, 4, bias, "int16")
+    exact = reference.linear(x.float(), p, 4, bias.float(), activations="int16")
+    assert y.dtype == dtype
+    assert torch.allclose(y.float(), exact, rtol=torch.finfo(dtype).eps, atol=2e-6 * float(exact.abs().max()))
 
 
 def test_interpreted_spoiled_token_spoils_only_itself(kernel):
@@ -55,20 +73,21 @@ import subprocess, sys, tempfile, triton
 from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from polybit.kernels.triton_gemv import BLOCKS, WARPS, gemv
-arch = int(sys.argv[1])
+from polybit.kernels.triton_gemv import gemv, tile_of
+arch, tokens = map(int, sys.argv[1:])
 signature = dict(x="*i32", x_scale="*fp32", x_sum="*i32", planes="*u32", scale="*fp16", zero="*u8", ratio="*u8",
-                 bias="*fp32", y="*fp32", stride="i32", rows="i32", blocks="i32", groups="i32",
+                 bias="*bf16", y="*bf16", tokens="i32", stride="i32", rows="i32", blocks="i32", groups="i32",
                  gain="fp32", fixed_zero="fp32", low="fp32", high="fp32")
+at_once, wide, warps = tile_of(128, tokens)
 for width in (2, 4, 8):
     for digits in (1, 2):
         fixed = dict(STORED=8, WIDTH=width, GROUP_BLOCKS=2, DIGITS=digits, HAS_ZERO=True, HAS_RATIO=True,
-                     HAS_BIAS=True, BLOCKS=BLOCKS, INTERPRET=False)
-        names = [*signature, *fixed]
+                     HAS_BIAS=True, TOKENS=at_once, BLOCKS=wide, INTERPRET=False)
+        names = gemv.arg_names
         source = ASTSource(fn=gemv, signature=signature | {n: "constexpr" for n in fixed},
                            constexprs={(names.index(n),): v for n, v in fixed.items()},
                            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in ("x", "planes", "scale")})
-        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": WARPS})
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
         ptx = built.asm["ptx"]
         assert "dp4a" in ptx and "lop3" in ptx
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -82,6 +101,7 @@ for width in (2, 4, 8):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-def test_compiles_without_a_gpu(arch):
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_compiles_without_a_gpu(arch, tokens):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", COMPILE, str(arch)], check=True, env=environment, timeout=600)
+    subprocess.run([sys.executable, "-c", COMPILE, str(arch), str(tokens)], check=True, env=environment, timeout=600)

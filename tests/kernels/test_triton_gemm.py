@@ -70,7 +70,7 @@ from triton.compiler import ASTSource
 from polybit.kernels.triton_gemm import TILES, gemm
 arch, width, digits, tokens = map(int, sys.argv[1:])
 signature = dict(x="*i8", x_scale="*fp32", x_sum="*i32", planes="*u32", scale="*fp16", zero="*u8", ratio="*u8",
-                 bias="*fp32", y="*fp32", tokens="i32", stride="i32", rows="i32", row_blocks="i32", blocks="i32",
+                 bias="*bf16", y="*bf16", tokens="i32", stride="i32", rows="i32", row_blocks="i32", blocks="i32",
                  groups="i32", chunks="i32", gain="fp32", fixed_zero="fp32", low="fp32", high="fp32")
 wide, warps = TILES[tokens]
 fixed = dict(STORED=8, WIDTH=width, CHUNK_BLOCKS=2, GROUP_BLOCKS=2, DIGITS=digits, HAS_ZERO=True, HAS_RATIO=True,
