@@ -318,7 +318,10 @@ def show(what: str, numbers: Mapping[str, Any], config: BenchConfig) -> None:
     writing = [row for row in rows if "prompt" not in row["engine"]]
     reading = [row for row in rows if "prompt" in row["engine"]]
     title = f"writing, {config.tokens} tokens" if unit else f"{config.shape}, {config.batch} tokens at once"
-    console.print(table(writing, f"{title}, {numbers['threads']} threads, {config.rounds} rounds", unit))
+    where = numbers.get("gpu") or f"{numbers['threads']} threads"
+    console.print(table(writing, f"{title}, {where}, {config.rounds} rounds", unit))
+    for note in numbers.get("notes", ()):
+        print(note)
     if reading:
         console.print(table(reading, f"reading a prompt of {config.prompt} tokens", unit))
     if "constants_file" in numbers:

@@ -101,7 +101,8 @@ def choose_activations(model, asked: str) -> None:
     from polybit.nn.switch import panel
 
     for layer in panel(model).layers.values():
-        automatic = "int8" if best_mode() == "int16" and layer.width <= NARROW else best_mode()
+        best = best_mode(layer.qplanes.device)
+        automatic = "int8" if best == "int16" and layer.width <= NARROW else best
         layer.activations = automatic if asked == "auto" else asked  # type: ignore[assignment]
 
 

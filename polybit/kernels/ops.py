@@ -105,9 +105,12 @@ def decode(planes: Planes, width: int | Sequence[int]) -> Tensor:
     return reference.decode(planes, width) if made is None else made
 
 
-def best_mode() -> Activations:
-    """The fastest way to multiply whose error stays below 1e-4: "int16" with compiled kernels, else "float"."""
-    return "int16" if cpu.library() else "float"
+def best_mode(device: torch.device | None = None) -> Activations:
+    """The fastest way to multiply whose error stays below 1e-4 where the weights are (default: in main memory):
+    "int16" with kernels for that device, else "float".
+    """
+    here = device is None or device.type != "cuda"
+    return "int16" if (cpu.library() if here else gpu_kernels()) else "float"
 
 
 def check(x: Tensor, planes: Planes, width: int | Sequence[int], bias: Tensor | None, activations: str) -> None:

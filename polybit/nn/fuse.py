@@ -49,6 +49,8 @@ class Siblings:
 
     def multiply(self, layer: QuantLinear, x: Tensor) -> Tensor | None:
         """What `layer` gives for x, its siblings' part kept for them; None when it must multiply by itself."""
+        if not x.is_cpu:
+            return None  # only the compiled kernels have such calls, and watching would wait for the device
         ready = self.ready
         if ready is not None and ready[0] is x and layer in ready[2]:
             made_at, y = ready[2].pop(layer)

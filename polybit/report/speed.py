@@ -19,14 +19,16 @@ def table(rows: Sequence[Mapping[str, Any]], title: str, unit: str) -> Any:
     drawn.add_column("", no_wrap=True)
     heads = ["bits/weight", "bytes", f"{unit}/s" if unit else "µs", "p20", "p80", "GB/s", "of the probe"]
     peak = any(row.get("of_int8_peak") for row in rows) and not unit
-    for head in [*heads, *(["of int8 peak"] if peak else []), "against"]:
+    eager = any(row.get("eager_seconds") for row in rows)
+    extra = [*(["of int8 peak"] if peak else []), *(["called from Python, µs"] if eager else [])]
+    for head in [*heads, *extra, "against"]:
         drawn.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        drawn.add_row(row["name"], *cells(row, unit, peak=peak))
+        drawn.add_row(row["name"], *cells(row, unit, peak=peak, eager=eager))
     return drawn
 
 
-def cells(row: Mapping[str, Any], unit: str, *, peak: bool) -> list[str]:
+def cells(row: Mapping[str, Any], unit: str, *, peak: bool, eager: bool) -> list[str]:
     """The numbers of one row."""
     scale = row["per_second"] * row["seconds"]
     if unit:
@@ -38,6 +40,8 @@ def cells(row: Mapping[str, Any], unit: str, *, peak: bool) -> list[str]:
     found += [number(row["gigabytes_per_second"]) if share else "", f"{share:.0%}" if share else ""]
     if peak:
         found.append(f"{row['of_int8_peak']:.0%}" if row.get("of_int8_peak") else "")
+    if eager:
+        found.append(number(1e6 * row["eager_seconds"]))
     ratio = row.get("ratio")
     return [*found, f"{ratio['median']:.2f} x {ratio['of']}" if ratio else ""]
 
