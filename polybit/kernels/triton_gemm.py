@@ -49,7 +49,7 @@ def spread(planes, at, stride, inside, WIDTH: tl.constexpr, INTERPRET: tl.conste
     return ((words[:, :, :, None] >> shift[None, None, None, :]) & 0xFF).to(tl.uint8).to(tl.int8, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gemm(
     x, x_scale, x_sum, planes, scale, zero, ratio, bias, y, tokens, stride, rows, row_blocks, blocks, groups, chunks,
     gain, fixed_zero, low, high,

@@ -138,7 +138,7 @@ def store_token(y, bias, total, token, tokens, row, rows, gain, HAS_BIAS: tl.con
     tl.store(y + token * rows + row, value.to(y.dtype.element_ty), mask=(row < rows) & (token + row * 0 < tokens))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # another number of tokens must not mean compiling again
 def gemv(
     x, x_scale, x_sum, planes, scale, zero, ratio, bias, y, tokens, stride, rows, blocks, groups,
     gain, fixed_zero, low, high,
