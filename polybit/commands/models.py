@@ -21,3 +21,14 @@ def open_model(model: str, *, trust_remote_code: bool = False):
     from polybit.hub.load import load
 
     return load(resolve(model), trust_remote_code=trust_remote_code)
+
+
+def device_of(name: str):
+    """The device a --device flag means: auto = a GPU where there is one."""
+    import torch
+
+    from polybit.core.runtime import PolybitError
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PolybitError("--device cuda: torch sees no GPU here; leave it out, or install a torch with CUDA")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

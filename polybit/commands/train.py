@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from polybit.commands import train_spans
-from polybit.commands.models import EMBEDDED, open_model, resolve
+from polybit.commands.models import EMBEDDED, device_of, open_model, resolve
 from polybit.core.runtime import PolybitError
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 200
@@ -86,6 +86,8 @@ class TrainConfig:
     """How often held-out rows are read; 0 = keep the last moment."""
     slack: float = 0.02
     """Share by which a preset's held-out loss may exceed its start before a moment is refused."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto = a GPU where there is one."""
     seed: int = 0
     """Seed of everything that is drawn."""
     overwrite: bool = False
@@ -189,6 +191,7 @@ def build(name: str, config: TrainConfig, presets: Mapping[str, Any], out: Path,
     with output_lock(out):
         store = Workspace(out, fingerprint(config, digest, presets), restart=config.restart)
         try:
+            model.to(device_of(config.device))
             layers = quantized_names(model)
             ordered = widest_first(presets, layers)
             plans = {preset: presets[preset] for preset in ordered}
@@ -204,7 +207,7 @@ def build(name: str, config: TrainConfig, presets: Mapping[str, Any], out: Path,
                 outcome = train_run(model, lessons, learn, ordered, held_out=held_out, **where)
             after = measure(model, held_out, ordered)
             saved = save_all(
-                model, tokenizer, plans, out, config, {"base_model": parent, "trained": noted(config, run)}
+                model.cpu(), tokenizer, plans, out, config, {"base_model": parent, "trained": noted(config, run)}
             )
             store.discard()
         finally:
@@ -289,7 +292,7 @@ def objective(config: TrainConfig, model, parent: str):
 
     source = None
     if config.norms and config.teacher:
-        source, _ = open_model(parent, trust_remote_code=config.trust_remote_code)
+        source = open_model(parent, trust_remote_code=config.trust_remote_code)[0].to(device_of(config.device))
     cascade = Cascade(config.method, config.distance, config.beta, config.labels, teacher=config.teacher, source=source)
     terms = (config.consistency, config.alignment, config.switchability)
     found = Agreement(cascade, model, *terms) if any(terms) else cascade
@@ -331,7 +334,7 @@ def measure(model, held_out, presets) -> dict[str, dict[str, float]]:
 
 def fingerprint(config: TrainConfig, digest: str, presets: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides the result, so that a resumed run cannot mix two."""
-    ignored = ("out", "json", "overwrite", "restart", "trust_remote_code", "presets")
+    ignored = ("out", "json", "overwrite", "restart", "trust_remote_code", "presets", "device")
     flags = {key: value for key, value in asdict(config).items() if key not in ignored}
     return {"model": digest, **flags, "presets": {name: plan.to_json() for name, plan in presets.items()}}
 

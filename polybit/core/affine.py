@@ -175,17 +175,32 @@ class QWeight:
     def dequantize(self, width: int | Tensor | None = None) -> Tensor:
         """The weight in float32 [O, I] as seen at `width` bits (default: all stored bits; an int tensor [G]: a width
         per group, clamped to 1..stored, which is how column offsets apply to nested codes)."""
+        if self.bits_G is None and not isinstance(width, Tensor):
+            return self.dequantize_even(self.bits if width is None else width)
         spread = lambda x: expand_groups(x, self.shape[1], self.group_size)  # noqa: E731
         stored_G, read_G = self.stored_widths(), self.read_widths(width)
         shift_G = stored_G - read_G
-        step_OG = (2.0**shift_G).expand_as(self.scale_OG).clone()
+        step_OG = (2.0**shift_G).expand_as(self.scale_OG)
         for b, ratio in self.ratios.items():
-            narrowed = (read_G == b) & (shift_G > 0)
-            step_OG[:, narrowed] *= (ratio * torch.ones_like(self.scale_OG))[:, narrowed]
+            # where, not a mask: on a GPU an index of truths would wait for the device
+            step_OG = torch.where((read_G == b) & (shift_G > 0), step_OG * ratio, step_OG)
         zero = zero_points(self.zero, self.bits, self.bits_G)
         offset_OG = (tops(stored_G) / 2 - zero).expand_as(self.scale_OG)
         prefix_OI = (self.codes_OI >> spread(shift_G[None].to(torch.uint8))).float() - spread(tops(read_G)[None] / 2)
         weight_OI = spread(self.scale_OG) * (spread(step_OG) * prefix_OI + spread(offset_OG))
+        return weight_OI if self.column_scale_I is None else weight_OI * self.column_scale_I
+
+    def dequantize_even(self, width: int) -> Tensor:
+        """`dequantize` where all groups are stored and read at one width, to the last bit the same in fewer steps."""
+        if not 1 <= width <= self.bits:
+            raise PolybitError(f"width {width} is not stored: choose 1 to {self.bits}")
+        spread = lambda x: expand_groups(x, self.shape[1], self.group_size) if x.ndim else x  # noqa: E731
+        shift = self.bits - width
+        weight_OI = ((self.codes_OI >> shift) if shift else self.codes_OI).float() - centre(width)
+        if shift:
+            ratio = self.ratios.get(width)
+            weight_OI = weight_OI * (2.0**shift if ratio is None else spread(ratio * 2.0**shift))
+        weight_OI = spread(self.scale_OG) * (weight_OI + spread(centre(self.bits) - self.zero))
         return weight_OI if self.column_scale_I is None else weight_OI * self.column_scale_I
 
     def bits_per_weight(self) -> float:
@@ -236,10 +251,19 @@ def scale_gain(scale_OG: Tensor) -> float:
 
 def storable_scale(scale_OG: Tensor) -> Tensor:
     """Round scales to what the checkpoint keeps: a 16-bit float times one power of two per layer; never zero."""
-    gain = scale_gain(scale_OG)
+    gain = scale_gain(scale_OG) if scale_OG.is_cpu else device_gain(scale_OG)
     half = (scale_OG.float() / gain).half()
-    tiny = torch.full_like(half, 2.0**-24)
-    return torch.where(half == 0, tiny, half).float() * gain
+    return torch.where(half == 0, 2.0**-24, half).float() * gain
+
+
+def device_gain(scale_OG: Tensor) -> Tensor:
+    """`scale_gain` as a float32 tensor where the scales are: training rounds them at every step, and a GPU must not be
+    waited for. The power of two is put together from its exponent, which is exact everywhere.
+    """
+    largest = scale_OG.abs().max() if scale_OG.numel() else scale_OG.new_zeros(())
+    exponent = torch.frexp(largest)[1].to(torch.int32).clamp(-126, 126)
+    usable = torch.isfinite(largest) & (largest != 0)
+    return torch.where(usable, ((exponent + 127) << 23).view(torch.float32), 1.0)
 
 
 def encode(
@@ -248,7 +272,7 @@ def encode(
     """Nearest codes for a weight: clip(round(w / s + z), 0, 2^b - 1), uint8 [O, I], with b = `bits` or bits_G[g]."""
     spread = lambda x: expand_groups(x, weight_OI.shape[1], group_size)  # noqa: E731
     zero = zero_points(zero, bits, bits_G)
-    scale_OI, zero_OI = spread(scale_OG), spread(zero * torch.ones_like(scale_OG))
+    scale_OI, zero_OI = spread(scale_OG), spread(zero * torch.ones_like(scale_OG)) if zero.ndim else zero
     nearest_OI = round_half_up(weight_OI.float() / scale_OI + zero_OI)
     if bits_G is None:
         return nearest_OI.clamp_(0, (1 << bits) - 1).to(torch.uint8)

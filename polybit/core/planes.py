@@ -258,7 +258,7 @@ def storable_ratio(ratio: Tensor) -> Tensor:
     if not ratio.ndim:
         return ratio.float()
     low, high = float(ratio.min()), float(ratio.max())
-    return ratio_levels(low, high)[ratio_index(ratio, low, high)]
+    return ratio_levels(low, high).to(ratio.device)[ratio_index(ratio, low, high)]
 
 
 def ratio_index(ratio: Tensor, low: float, high: float) -> Tensor:
@@ -273,7 +273,7 @@ def pack_ratio(ratio: Tensor) -> RatioTable:
         return RatioTable(float(ratio), float(ratio))
     low, high = float(ratio.min()), float(ratio.max())
     index = ratio_index(ratio, low, high)
-    if not torch.equal(ratio_levels(low, high)[index], ratio.float()):
+    if not torch.equal(ratio_levels(low, high).to(index.device)[index], ratio.float()):
         raise PolybitError("the ratios of a QWeight are not storable: round them with planes.storable_ratio first")
     blocked = block_rows(index, torch.uint8)
     return RatioTable(low, high, blocked[..., :8] | (blocked[..., 8:] << 4))
@@ -284,4 +284,4 @@ def unpack_ratio(table: RatioTable, rows: int) -> Tensor:
     if table.index is None:
         return torch.tensor(table.low)
     blocked = torch.cat([table.index & 15, table.index >> 4], dim=-1)
-    return ratio_levels(table.low, table.high)[unblock_rows(blocked, rows).long()]
+    return ratio_levels(table.low, table.high).to(blocked.device)[unblock_rows(blocked, rows).long()]

@@ -27,6 +27,11 @@ def half_scale(scale: Tensor, gain: float) -> Tensor:
 def span_scale(weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Plain min-max scale and zero point: every weight is inside the range. Returns (scale_OG, zero) [O, G] both."""
     groups_OGg, _ = split_groups(weight_OI, grid.group_size)
+    if grid.bits_G is None:
+        low_OG, high_OG = span(groups_OGg, grid)
+        scale_OG, zero_OG = candidate(low_OG, high_OG, 1.0, grid, None)
+        scale_OG = settle(scale_OG).to(weight_OI.dtype)
+        return scale_OG, integer_zero(-low_OG / scale_OG, grid.bits) if grid.zero == "group" else zero_OG
     scale_OG, zero_OG = torch.empty_like(groups_OGg[..., 0]), torch.empty_like(groups_OGg[..., 0])
     for plain, chosen_G in grid.by_width(weight_OI.shape[1]):
         span_OG = span(groups_OGg[:, chosen_G], plain)

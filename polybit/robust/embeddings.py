@@ -13,7 +13,7 @@ from polybit.core.runtime import PolybitError
 from polybit.robust.gradients import embedding_matrix, nudged
 
 Forward = Callable[[Mapping[str, Tensor], str], Tensor]
-Objective = Callable[[Forward, Any, tuple[str, ...]], tuple[Tensor, dict[str, float]]]
+Objective = Callable[[Forward, Any, tuple[str, ...]], tuple[Tensor, Mapping[str, float | Tensor]]]
 
 
 def project(delta_BTD: Tensor, radius: float) -> Tensor:
@@ -85,11 +85,13 @@ class Adversarial:
                 f"{self.clean} is not possible: give 0 < epsilon < 10, 1 or more iterations, 0 <= clean < 1"
             )
 
-    def __call__(self, forward: Forward, batch: Any, presets: tuple[str, ...]) -> tuple[Tensor, dict[str, float]]:
+    def __call__(
+        self, forward: Forward, batch: Any, presets: tuple[str, ...]
+    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """Loss of the attacked batch (and of the clean one), and both parts for the log."""
         self.steps += 1
         total: Any = 0.0
-        logs: dict[str, float] = {}
+        logs: dict[str, float | Tensor] = {}
         radius = self.epsilon * float(embedding_matrix(self.model).norm(dim=1).mean())
         free_BT = batch["ids_BT"].new_ones(batch["ids_BT"].shape).bool()
         if "mask_BT" in batch:
@@ -108,7 +110,7 @@ class Adversarial:
             )
             with nudged(self.model, delta):
                 attacked, _ = self.inner(forward, dict(batch), (name,))
-            logs[f"{name}/attacked"] = float(attacked.detach())
+            logs[f"{name}/attacked"] = attacked.detach()
             total = total + (1 - self.clean) * attacked
             if self.clean:
                 plain, parts = self.inner(forward, dict(batch), (name,))

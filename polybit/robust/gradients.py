@@ -80,16 +80,15 @@ class Target:
     def nll(self, cases: Sequence[Case]) -> Tensor:
         """Nats per token of the right answer of each row, float32 [B]; with gradient where that is enabled."""
         ids_BT, mask_BT = pad([[*case.ids, *case.answer] for case in cases], self.lm.pad_token())
-        ids_BT, device = ids_BT.to(self.lm.device), self.lm.device
-        logits_BTV = self.lm.model(
-            input_ids=ids_BT, attention_mask=mask_BT.long().to(device), use_cache=False
-        ).logits.float()
-        found = []
-        for row, case in enumerate(cases):
-            stop = len(case.ids) + len(case.answer)
-            logp_TV = logits_BTV[row, len(case.ids) - 1 : stop - 1].log_softmax(-1)
-            found.append(-logp_TV.gather(-1, ids_BT[row, len(case.ids) : stop, None]).mean())
-        return torch.stack(found)
+        device = self.lm.device
+        places = [(row, len(case.ids) + n) for row, case in enumerate(cases) for n in range(len(case.answer))]
+        row_N, place_N = torch.tensor(places, device=device).T
+        share_N = torch.tensor([1 / len(case.answer) for case in cases for _ in case.answer], device=device)
+        ids_BT = ids_BT.to(device)
+        logits_BTV = self.lm.model(input_ids=ids_BT, attention_mask=mask_BT.long().to(device), use_cache=False).logits
+        logp_NV = logits_BTV[row_N, place_N - 1].float().log_softmax(-1)
+        nll_N = -logp_NV.gather(-1, ids_BT[row_N, place_N, None])[:, 0]
+        return torch.zeros(len(cases), device=device).index_add(0, row_N, nll_N * share_N)
 
     @torch.no_grad()
     def losses(self, cases: Sequence[Case]) -> Tensor:
@@ -115,11 +114,11 @@ class Target:
                 for group in self.batches(cases):
                     rows = [cases[n] for n in group]
                     nll_B, gradient_BTD = self.gradient(rows)
+                    losses[group] += nll_B.cpu() / len(self.presets)
                     for line, (n, case) in enumerate(zip(group, rows, strict=True)):
                         slope_PD = gradient_BTD[line, list(case.free)]
                         now_P1 = (slope_PD * matrix_VD[list(case.tokens)]).sum(-1, keepdim=True)
                         gains[n] = gains[n] + (slope_PD @ matrix_VD.T - now_P1).cpu() / len(self.presets)
-                        losses[n] += float(nll_B[line]) / len(self.presets)
         return losses, gains
 
     def gradient(self, rows: Sequence[Case]) -> tuple[Tensor, Tensor]:

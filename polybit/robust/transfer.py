@@ -99,12 +99,13 @@ def embedding_game(
     free_BT = torch.zeros(rows.shape, dtype=torch.bool)
     for row, case in enumerate(cases):
         free_BT[row, : len(case.ids)] = True
+    free_BT = free_BT.to(lm.device)
     attackers = {preset: [preset] for preset in presets} | {ADAPTIVE: list(presets)}
     found = [[right_at(lm, cases, preset, None) for preset in presets]]
     for looked_at in attackers.values():
 
         def loss(looked_at: Sequence[str] = looked_at) -> torch.Tensor:
-            total = torch.zeros(())
+            total = torch.zeros((), device=lm.device)
             for preset in looked_at:
                 target = Target(lm, [preset])
                 with target.at(preset):
@@ -119,11 +120,11 @@ def embedding_game(
 @torch.no_grad()
 def right_at(lm: LocalLM, cases: Sequence[Case], preset: str, delta_BTD: torch.Tensor | None) -> Array:
     """1 for each case whose right answer a precision would say, token by token, on moved embeddings."""
-    ids_BT, mask_BT = pad([[*case.ids, *case.answer] for case in cases], lm.pad_token())
-    moved = torch.zeros(()) if delta_BTD is None else delta_BTD
+    ids_BT, mask_BT = (t.to(lm.device) for t in pad([[*case.ids, *case.answer] for case in cases], lm.pad_token()))
+    moved = torch.zeros((), device=lm.device) if delta_BTD is None else delta_BTD
     target = Target(lm, [preset])
     with target.at(preset), nudged(lm.model, moved):
-        said_BT = lm.model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits.argmax(-1)
+        said_BT = lm.model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits.argmax(-1).cpu()
     right = []
     for row, case in enumerate(cases):
         start, stop = len(case.ids) - 1, len(case.ids) + len(case.answer) - 1

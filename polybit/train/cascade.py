@@ -20,6 +20,7 @@ from polybit.train.forward import logits_of
 
 Forward = Callable[[Mapping[str, Tensor], str], Tensor]
 Batch = Mapping[str, Tensor]
+Logs = dict[str, float | Tensor]
 Pose = Callable[[Batch], tuple[dict[str, Tensor], Tensor]]
 Method = Literal["cdt", "joint", "sp", "recursive", "independent"]
 Distance = Literal["kl", "mse"]
@@ -71,7 +72,7 @@ class Cascade:
     batch: object = None
     said: dict[str, Tensor] = field(default_factory=dict)
 
-    def __call__(self, forward: Forward, batch: Batch, presets: tuple[str, ...]) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, forward: Forward, batch: Batch, presets: tuple[str, ...]) -> tuple[Tensor, Logs]:
         """Sum of the presets' losses, and each preset's parts for the log."""
         if self.batch is not batch:
             self.batch, self.said = batch, {}
@@ -79,14 +80,14 @@ class Cascade:
         if self.teacher and self.method != "joint" and FLOAT not in self.said:
             with torch.no_grad():
                 self.said[FLOAT] = forward(part, FLOAT) if self.source is None else logits_of(self.source, part)
-        total = torch.zeros(())
-        logs: dict[str, float] = {}
+        total = torch.zeros((), device=target_N.device)
+        logs: Logs = {}
         for name in presets:
             logits_NV = forward(part, name)
             teachers = self.teachers()
             self.said[name] = logits_NV.detach()
             loss, parts = self.one(logits_NV, target_N, teachers)
-            total = total.to(loss.device) + loss
+            total = total + loss
             logs |= {f"{name}/{key}": value for key, value in parts.items()}
         return total, logs
 
@@ -99,19 +100,19 @@ class Cascade:
             return spoken[:1] if self.method == "sp" or self.teacher else []
         return spoken[-1:] if self.method == "recursive" else []
 
-    def one(self, logits_NV: Tensor, target_N: Tensor, teachers: list[str]) -> tuple[Tensor, dict[str, float]]:
+    def one(self, logits_NV: Tensor, target_N: Tensor, teachers: list[str]) -> tuple[Tensor, Logs]:
         """Loss of one preset and its parts."""
-        parts = {}
+        parts: Logs = {}
         loss = logits_NV.new_zeros((), dtype=torch.float32)
         if self.data and (self.method != "recursive" or not teachers):
             nll = cross_entropy(logits_NV.float(), target_N)
             loss = loss + self.data * nll
-            parts["nll"] = float(nll.detach())
+            parts["nll"] = nll.detach()
         if teachers:
             measure = DISTANCES[self.distance]
             terms = torch.stack([measure(logits_NV, self.said[name]) for name in teachers])
             loss = loss + self.beta * (terms.mean() if self.average else terms.sum())
-            parts[self.distance] = float(terms.detach().mean())
+            parts[self.distance] = terms.detach().mean()
         return loss, parts
 
 
@@ -144,7 +145,7 @@ class Agreement:
     switchability: float = 0.0
     separable: bool = False
 
-    def __call__(self, forward: Forward, batch: Batch, presets: tuple[str, ...]) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, forward: Forward, batch: Batch, presets: tuple[str, ...]) -> tuple[Tensor, Logs]:
         """The inner loss plus the weighted terms."""
         logits: dict[str, Tensor] = {}
         states: dict[str, list[Tensor]] = {}
@@ -165,8 +166,8 @@ class Agreement:
         }
         for name, (weight, term) in terms.items():
             if weight:
-                value = term()
-                loss, logs[name] = loss + weight * value, float(value.detach())
+                value = term().to(loss.device)
+                loss, logs[name] = loss + weight * value, value.detach()
         return loss, logs
 
 

@@ -83,10 +83,12 @@ class SpanProbe:
     def __call__(self, scores: nn.Module) -> Probed:
         """nll: nats per place (start and end) · wrong: share of wrong places · kl: to the float model, nats."""
         inner: Any = scores.inner
+        device = next(inner.parameters()).device
         found: dict[str, dict[str, float]] = {}
         sums = {name: torch.zeros(3, dtype=torch.float64) for name in self.presets}
         for start in range(0, len(self.rows), 16):
-            part, target_N = pose(batch_of(self.rows[start : start + 16], self.fill))
+            batch = batch_of(self.rows[start : start + 16], self.fill)
+            part, target_N = pose({name: tensor.to(device) for name, tensor in batch.items()})
             given = {"input_ids": part["ids_BT"], "attention_mask": part["mask_BT"]}
             with at(inner, FLOAT):
                 wanted_NT = log_softmax(scores(**given).logits.float(), -1)
@@ -96,7 +98,7 @@ class SpanProbe:
                 nll = cross_entropy(logits_NT, target_N, reduction="sum")
                 wrong = (logits_NT.argmax(-1) != target_N).sum()
                 kl = (wanted_NT.exp() * (wanted_NT - log_softmax(logits_NT, -1))).sum()
-                sums[name] += torch.stack([nll.double(), wrong.double(), kl.double()])
+                sums[name] += torch.stack([nll.double(), wrong.double(), kl.double()]).cpu()
         for name, total in sums.items():
             found[name] = dict(zip(("nll", "wrong", "kl"), (total / (2 * len(self.rows))).tolist(), strict=True))
         return found
@@ -114,7 +116,8 @@ def run_spans(
     schedule: Schedule = every,
     fill: int = 0,
 ) -> Outcome:
-    """Train a span model made by make_trainable, its head too, and leave its best weights in it; resumes in `out`.
+    """Train a span model made by make_trainable where it is, its head too, and leave its best weights in it; resumes
+    in `out`.
 
     The head is trained for all presets together. Without it the float preset could not answer either, so it teaches
     only what it has learnt so far. Raises PolybitError for rows of which none holds an answer.
@@ -133,6 +136,7 @@ def run_spans(
         learning_rate=course.learning_rate,
         save_every=every_steps or course.steps + 1,
         seed=course.seed,
+        device=next(model.parameters()).device,
         train_sampling_strategy="sequential",
         **course.further,
     )

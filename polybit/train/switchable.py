@@ -74,7 +74,8 @@ def run(
     schedule: Schedule = every,
     held_out: Lessons | None = None,
 ) -> Outcome:
-    """Train `model` (from make_trainable) and leave its best weights in it; an interrupted run in `out` goes on.
+    """Train `model` (from make_trainable) on the device it is on and leave its best weights in it; an interrupted run
+    in `out` goes on.
 
     presets: most precise first · held_out: rows no step reads; the moment with the least held-out loss is kept, unless
     a preset is then worse than at its start.
@@ -91,6 +92,7 @@ def run(
         learning_rate=course.learning_rate,
         save_every=probe_every or course.steps + 1,
         seed=course.seed,
+        device=next(model.parameters()).device,
         train_sampling_strategy="sequential",  # the order is drawn above
         **course.further,
     )
@@ -145,8 +147,14 @@ class Probe:
 
 
 @torch.no_grad()
-def rows_of(model: nn.Module, lessons: Lessons, preset: str, *, size: int = 16) -> dict[str, Tensor]:
-    """Sums over the learnt tokens of every row: nll, wrong, kl to the float model, and tokens, float64 [rows]."""
+def rows_of(
+    model: nn.Module, lessons: Lessons, preset: str, *, size: int = 16, source: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """Sums over the learnt tokens of every row: nll, wrong, kl to the float model, and tokens, float64 [rows].
+
+    source: the float model as a model of its own; without it the float preset of `model` stands for it, which moves
+    when norms or embeddings are trained.
+    """
     device = next(model.parameters()).device
     names = ("nll", "wrong", "kl", "tokens")
     found = {name: torch.zeros(len(lessons.rows), dtype=torch.float64) for name in names}
@@ -156,8 +164,11 @@ def rows_of(model: nn.Module, lessons: Lessons, preset: str, *, size: int = 16) 
         batch = {k: v.to(device) for k, v in as_batch([lessons.rows[row] for row in chosen], 0).items()}
         part, target_N = answer_part(batch)
         line_N = part["keep_BT"].nonzero()[:, 0].cpu()
-        with at(model, FLOAT):
-            float_NV = log_softmax(logits_of(model, part).float(), -1)
+        if source is not None:
+            float_NV = log_softmax(logits_of(source, part).float(), -1)
+        else:
+            with at(model, FLOAT):
+                float_NV = log_softmax(logits_of(model, part).float(), -1)
         with at(model, preset):
             logits_NV = logits_of(model, part).float()
         given_NV = log_softmax(logits_NV, -1)
@@ -167,8 +178,9 @@ def rows_of(model: nn.Module, lessons: Lessons, preset: str, *, size: int = 16) 
             "kl": (float_NV.exp() * (float_NV - given_NV)).sum(-1),
             "tokens": torch.ones_like(target_N),
         }
-        for name, value_N in values.items():
-            found[name].index_add_(0, torch.tensor(chosen)[line_N], value_N.double().cpu())
+        sums_4N = torch.stack([values[name].double() for name in names]).cpu()  # one copy: a GPU is waited for once
+        for name, value_N in zip(names, sums_4N, strict=True):
+            found[name].index_add_(0, torch.tensor(chosen)[line_N], value_N)
     return found
 
 

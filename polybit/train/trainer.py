@@ -20,7 +20,7 @@ from polybit.train.forward import logits_of
 from polybit.train.picker import Picker, Probed
 
 Forward = Callable[[Mapping[str, Tensor], str], Tensor]
-Objective = Callable[[Forward, Any, tuple[str, ...]], tuple[Tensor, dict[str, float]]]
+Objective = Callable[[Forward, Any, tuple[str, ...]], tuple[Tensor, Mapping[str, float | Tensor]]]
 Schedule = Callable[[int, tuple[str, ...]], tuple[str, ...]]
 Switch = Callable[[nn.Module, str], object]
 
@@ -41,11 +41,13 @@ def settings(
     save_every: int,
     seed: int = 0,
     floor: float = 0.1,
+    device: torch.device | None = None,
     **further: Any,
 ) -> TrainingArguments:
     """The project's defaults as TrainingArguments: AdamW without decay, 5 % warm-up, cosine to `floor`, clip at 1.
 
-    `further` are TrainingArguments by their own names (gradient_accumulation_steps, fsdp, report_to, ...).
+    device: where to train (None = a GPU where there is one) · `further` are TrainingArguments by their own names
+    (gradient_accumulation_steps, fsdp, report_to, ...).
     """
     if not is_accelerate_available():
         raise PolybitError("training needs the package accelerate (1.1 or newer): pip install 'polybit[train]'")
@@ -70,7 +72,7 @@ def settings(
         "dataloader_pin_memory": False,
         # a loss that is not finite must be seen, not smoothed over
         "logging_nan_inf_filter": False,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": device.type == "cpu" if device is not None else not torch.cuda.is_available(),
     }
     return TrainingArguments(**(chosen | further))
 
@@ -116,7 +118,7 @@ class PrecisionTrainer(Trainer):
         self.probe, self.probe_every = probe, probe_every
         self.picker = picker or Picker()
         self.renew, self.renew_every = renew, renew_every
-        self.heard: dict[str, list[float]] = {}
+        self.heard: dict[str, list[float | Tensor]] = {}
         # our objectives divide by their own counts; the Trainer must average over accumulated batches
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # a bar instead; every number is in the log history
@@ -165,14 +167,14 @@ class PrecisionTrainer(Trainer):
 
         return forward
 
-    def hear(self, logs: Mapping[str, float]) -> None:
-        """Gather what the objective says until the next log."""
+    def hear(self, logs: Mapping[str, float | Tensor]) -> None:
+        """Gather what the objective says until the next log; tensors are read only then, so that no step waits."""
         for name, value in logs.items():
-            self.heard.setdefault(name, []).append(float(value))
+            self.heard.setdefault(name, []).append(value)
 
     def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
         """The Trainer's log with the means of what the objective said since the last one."""
-        means = {name: sum(values) / len(values) for name, values in self.heard.items()}
+        means = {name: sum(map(float, values)) / len(values) for name, values in self.heard.items()}
         self.heard = {}
         super().log({**logs, **means}, *rest, **named)
 

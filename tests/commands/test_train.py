@@ -113,3 +113,10 @@ def test_frontier_draws_and_writes_plans(trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["frontier", str(trained[0]), "--out", str(out), "--presets", "w8"])
     assert "leaves nothing to choose" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tiny_llama, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", str(tiny_llama), "--out", str(tmp_path / "out"), *TINY, "--device", "cuda"])
+    assert "torch sees no GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polybit.core.affine import Grid, QWeight, encode, storable_scale
+from polybit.core.affine import Grid, QWeight, device_gain, encode, scale_gain, storable_scale
 from polybit.core.runtime import PolybitError
 
 BITS_G = (4, 1, 8, 3)
@@ -105,3 +105,21 @@ def test_misfit_group_widths():
     q = ragged("centre")
     with pytest.raises(PolybitError, match="one per group"):
         QWeight(q.codes_OI, q.scale_OG, q.zero, 8, 16, {}, None, torch.tensor([8, 4]))
+
+
+def test_the_short_way_to_dequantize_is_the_general_one():
+    torch.manual_seed(2)
+    codes, scale = torch.randint(0, 256, (6, 60), dtype=torch.uint8), torch.randn(6, 4) * 0.01
+    ratios = {4: torch.rand(6, 4) + 0.5, 3: torch.tensor(0.9)}
+    for zero in (torch.randint(0, 256, (6, 4)).float(), torch.tensor(127.5)):
+        q = QWeight(codes, scale, zero, 8, 16, ratios, torch.rand(60))
+        for width in (8, 6, 4, 3, 2):
+            assert torch.equal(q.dequantize(width), q.dequantize(torch.full((4,), width))), width
+
+
+def test_gain_on_the_device_is_the_gain():
+    torch.manual_seed(3)
+    powers = [2.0**e for e in (-149, -130, -126, -125, -24, -1, 0, 1, 24, 126, 127)]
+    cases = [torch.zeros(3), torch.full((2,), torch.inf), *(torch.randn(5) * 10.0**e for e in range(-38, 38, 3))]
+    for scale in [*cases, *(torch.tensor([p]) for p in powers), *(torch.tensor([p * 1.5]) for p in powers[:-1])]:
+        assert float(device_gain(scale)) == scale_gain(scale), scale

@@ -306,3 +306,26 @@ def test_layers_that_are_float_in_every_preset_stay_as_they_are():
     plans = {key: Plan(plan.default, {name: Precision()}) for key, plan in PRESETS.items()}
     model = make_trainable(tiny_model("llama"), plans, group_size=32, freedom=Freedom(scales="recomputed"))
     assert type(model.get_submodule(name)) is nn.Linear and name not in latent_layers(model)
+
+
+@pytest.mark.parametrize("scales", ["learned", "frozen", "recomputed"])
+@pytest.mark.parametrize("adapter", ["none", "nested", "lora"])
+def test_a_step_waits_for_no_device(adapter, scales):
+    """On the meta device every question to the host is an error, and so is a tensor left on the CPU."""
+    model = make_trainable(tiny_model("llama"), PRESETS, group_size=32, adapter=adapter, freedom=Freedom(scales=scales))
+    for layer in latent_layers(model.to("meta")).values():
+        x = torch.randn(2, 5, layer.in_features, device="meta", requires_grad=True)
+        for name in PRESETS:
+            use(model, name)
+            layer(x).square().mean().backward()
+        assert layer.latent_OI.grad.device.type == "meta"
+
+
+def test_kept_weights_stay_behind_when_a_model_moves():
+    model = make_trainable(tiny_model("llama"), PRESETS, group_size=32)
+    logits(model, "B")
+    assert all(code.seen for layer in latent_layers(model).values() for code in layer.codes.values())
+    model.to("meta")
+    assert not any(
+        code.seen or code.growing for layer in latent_layers(model).values() for code in layer.codes.values()
+    )

@@ -12,6 +12,7 @@ from polybit.train.cascade import Agreement, Cascade
 from polybit.train.latent import Freedom, at, latent_layers, make_trainable, use
 from polybit.train.schedules import Drawn
 from polybit.train.switchable import Course, grouped_order, means, rows_of, run
+from polybit.train.trainer import settings
 from tests.families import tiny_model
 
 PRESETS = {"A": Plan.uniform("w8a8"), "B": Plan.uniform("w3a4")}
@@ -118,3 +119,26 @@ def test_a_course_that_cannot_be():
         Course(steps=0)
     with pytest.raises(PolybitError, match="learning rate 2"):
         Course(learning_rate=2)
+
+
+def test_kl_is_to_the_float_model_when_norms_have_moved():
+    model = trainable(others="norms")
+    source = tiny_model("llama").eval()
+    rows = lessons(6)
+    same = rows_of(model, rows, "A", source=source)
+    assert all(torch.equal(same[name], value) for name, value in rows_of(model, rows, "A").items())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and parameter.requires_grad:
+                parameter.mul_(1.5)
+    moved = rows_of(model, rows, "A", source=source)
+    assert (moved["kl"] > 10 * same["kl"]).all() and not torch.equal(moved["kl"], rows_of(model, rows, "A")["kl"])
+    assert torch.equal(moved["nll"], rows_of(model, rows, "A")["nll"])
+
+
+def test_training_goes_where_the_model_is(tmp_path):
+    given = {"steps": 1, "batch": 1, "learning_rate": 1e-3, "save_every": 1}
+    assert settings(tmp_path, device=torch.device("cpu"), **given).use_cpu
+    model = trainable()
+    run(model, lessons(), Cascade("cdt"), ("A", "B"), out=tmp_path / "run", course=Course(steps=1, batch=2, probes=0))
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
