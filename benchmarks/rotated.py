@@ -1,33 +1,33 @@
-"""4-bit activations trained after a rotation: what comes back of the loss that post-training quantization made.
+"""4-bit activations mended: how much of the loss GPTQ made at w4a4 is taken back, with and without a rotation.
 
-    python benchmarks/rotated.py --work DIR --seeds 3
+    python benchmarks/rotated.py --work DIR --seeds 0 1 2 [--arms rotated plain] [--steps 80] [--rate 5e-4] [--batch 8]
 
-The residual stream and the heads of the embedded model are turned by Hadamard matrices with random signs, folded into
-the weights, so that the float model says the same (QuaRot, arXiv 2404.00456, without its rotations at run time); then
-GPTQ at w4a4 per row, then distillation from the float model on all tokens, prompts included, norms trained too.
+plain: GPTQ at w4a4 per row, then distillation from the float model, norms trained too · rotated: the same after the
+residual stream and the heads of the model are turned by Hadamard matrices with random signs, folded into the weights,
+so that the float model says the same (QuaRot, arXiv 2404.00456, without its rotations at run time). --pose all
+distills on all tokens, prompts included; answer on those of the replies. Rows go to DIR/rows.jsonl; tables of them:
+benchmarks/switch_tables.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from switchable import Bench, fit
+from bench_rows import Rows, device_of
+from switch_bench import Bench, fit
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from polybit.core.plan import Plan
-from polybit.core.planes import unpack
 from polybit.hub.load import load
-from polybit.nn.switch import panel
 from polybit.train.cascade import Cascade, answer_part
 from polybit.train.latent import Freedom, make_trainable
 
 PRESET = "w4a4"
+START = "--bits 4 --method gptq --group-size 0 --calibration embedded"
 
 
 def hadamard(size: int) -> Tensor:
@@ -41,7 +41,7 @@ def hadamard(size: int) -> Tensor:
 @torch.no_grad()
 def rotate(model):
     """A Llama with the same logits, its residual stream and values rotated, the gains of its norms folded away."""
-    config, old = model.config, {name: tensor.double() for name, tensor in model.state_dict().items()}
+    config, old = model.config, {name: tensor.double().cpu() for name, tensor in model.state_dict().items()}
     size, head = config.hidden_size, hadamard(config.head_dim)
     signs = torch.rand(size, generator=torch.Generator().manual_seed(0)) < 0.5
     turn = hadamard(size) * torch.where(signs, -1.0, 1.0).double()[:, None]
@@ -71,44 +71,83 @@ def every_token(batch):
     return answer_part({**batch, "learn_BT": batch["mask_BT"].bool()})
 
 
+def corrupted(share: float, vocabulary: int, seed: int):
+    """As `every_token`, with that share of the tokens replaced by random ones before anybody reads them: the float
+    model answers the same corrupted text, so that the student follows it off the training text's names too."""
+    generator: dict[str, torch.Generator] = {}
+
+    def pose(batch):
+        ids_BT = batch["ids_BT"]
+        if "drawn" not in generator:
+            generator["drawn"] = torch.Generator(ids_BT.device).manual_seed(seed)
+        drawn = {"generator": generator["drawn"], "device": ids_BT.device}
+        chosen_BT = torch.rand(ids_BT.shape, **drawn) < share
+        other_BT = torch.randint(vocabulary, ids_BT.shape, **drawn)
+        return every_token({**batch, "ids_BT": torch.where(chosen_BT, other_BT, ids_BT)})
+
+    return pose
+
+
+def source_of(bench: Bench) -> Path:
+    """The rotated model on disk, made once."""
+    path = bench.data / "rotated"
+    if not path.is_dir():
+        rotate(bench.teacher).save_pretrained(path)
+        bench.tokenizer.save_pretrained(path)
+    return path
+
+
+def one(bench: Bench, rows: Rows, knobs: argparse.Namespace, arm: str, seed: int) -> None:
+    """Start, train, measure."""
+    given: dict[str, Any] = {"steps": knobs.steps, "batch": knobs.batch, "rate": knobs.rate, "items": knobs.items}
+    given |= {name: getattr(knobs, name) for name in ("pose", "corrupt", "others", "rows", "held_out", "margin")}
+    key = {"part": "rotated", "model": bench.name, "preset": PRESET, "arm": arm, "seed": seed, **given}
+    if rows.has(key):
+        return
+    turned = arm == "rotated"
+    model = load(source_of(bench))[0] if turned else bench.load()[0]
+    start = bench.start(START, str(bench.data / "rotated") if turned else None)
+    freedom = Freedom(others=True if knobs.others == "all" else "norms", margin=knobs.margin)
+    make_trainable(model, {PRESET: Plan.uniform(PRESET)}, start=start, freedom=freedom).to(bench.device)
+    before = bench.measure(model, (PRESET, "float"))
+    pose: Any = every_token if knobs.pose == "all" else None
+    if knobs.corrupt:
+        pose = corrupted(knobs.corrupt, bench.teacher.config.vocab_size, seed)
+    objective = Cascade("independent", data=0.0, source=bench.teacher, pose=pose)
+    how = {"rate": knobs.rate, "batch": knobs.batch, "steps": knobs.steps, "seed": seed}
+    lessons = bench.lessons(0, knobs.rows) if knobs.rows else None
+    spent = fit(bench, model, objective, (PRESET,), lessons=lessons, **how)
+    end = bench.measure(model, (PRESET,))
+    for measured in (*before.values(), *end.values()):
+        measured.pop("rows")
+    rows.write(key, {**spent, "start": before, "end": end})
+
+
 def main() -> None:
-    """Rotate, quantize, train, measure; a JSON line for the start and for every seed."""
+    """Every arm and seed that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", type=Path, help="where prepared material is found and kept (default: --work)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=["rotated", "plain"], default=["rotated", "plain"])
+    parser.add_argument("--items", type=int, default=100)
+    parser.add_argument("--held-out", choices=["test", "validation"], default="test")
     parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--pose", choices=["all", "answer"], default="all")
+    parser.add_argument("--corrupt", type=float, default=0.0, help="share of tokens replaced by random ones")
+    parser.add_argument("--others", choices=["norms", "all"], default="norms", help="what is trained beside the codes")
+    parser.add_argument("--rows", type=int, default=0, help="so many training rows, the same for all seeds")
+    parser.add_argument("--margin", type=float, default=0.5)
     knobs = parser.parse_args()
-    torch.set_num_threads(1)
-    bench = Bench(knobs.work, items=100)
-    source, start = knobs.work / "rotated", knobs.work / "rotated start"
-    if not source.is_dir():
-        rotate(bench.teacher).save_pretrained(source)
-        bench.tokenizer.save_pretrained(source)
-    if not start.is_dir():
-        flags = ["--bits", "4", "--method", "gptq", "--group-size", "0", "--calibration", "embedded", "--samples", "64"]
-        command = [
-            sys.executable,
-            "-m",
-            "polybit",
-            "quantize",
-            str(source),
-            *flags,
-            "--no-measure",
-            "--out",
-            str(start),
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    codes = {name: unpack(layer.planes) for name, layer in panel(load(start)[0]).layers.items()}
-    for seed in range(knobs.seeds):
-        plans, freedom = {PRESET: Plan.uniform(PRESET)}, Freedom(others="norms", margin=0.5)
-        model = make_trainable(load(source)[0], plans, start=codes, freedom=freedom)
-        if seed == 0:
-            print(json.dumps(bench.measure(model, (PRESET, "float"))), flush=True)
-        objective = Cascade("independent", data=0.0, source=bench.teacher, pose=every_token)
-        further = {"rate": knobs.rate, "batch": 8}
-        spent = fit(bench, model, objective, (PRESET,), seed=seed, steps=knobs.steps, further=further)
-        print(json.dumps({"seed": seed, "cpu": spent, "end": bench.measure(model, (PRESET,))}), flush=True)
+    device = device_of(knobs.device)
+    bench = Bench(knobs.data or knobs.work, items=knobs.items, part=knobs.held_out, device=device)
+    rows = Rows(knobs.work / "rows.jsonl")
+    for seed in knobs.seeds:
+        for arm in knobs.arms:
+            one(bench, rows, knobs, arm, seed)
 
 
 if __name__ == "__main__":
