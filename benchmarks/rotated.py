@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from polybit.core.plan import Plan
-from polybit.hub.load import load
 from polybit.train.cascade import Cascade, answer_part
 from polybit.train.latent import Freedom, make_trainable
 
@@ -88,13 +87,13 @@ def corrupted(share: float, vocabulary: int, seed: int):
     return pose
 
 
-def source_of(bench: Bench) -> Path:
-    """The rotated model on disk, made once."""
+def source_of(bench: Bench) -> str:
+    """The rotated model on disk, for `polybit quantize`; only where its codes are not kept already."""
     path = bench.data / "rotated"
-    if not path.is_dir():
+    if not path.is_dir() and not any(bench.data.glob("rotated-start-*")):
         rotate(bench.teacher).save_pretrained(path)
         bench.tokenizer.save_pretrained(path)
-    return path
+    return str(path)
 
 
 def one(bench: Bench, rows: Rows, knobs: argparse.Namespace, arm: str, seed: int) -> None:
@@ -105,8 +104,8 @@ def one(bench: Bench, rows: Rows, knobs: argparse.Namespace, arm: str, seed: int
     if rows.has(key):
         return
     turned = arm == "rotated"
-    model = load(source_of(bench))[0] if turned else bench.load()[0]
-    start = bench.start(START, str(bench.data / "rotated") if turned else None)
+    model = rotate(bench.load()[0]) if turned else bench.load()[0]
+    start = bench.start(START, source_of(bench) if turned else None)
     freedom = Freedom(others=True if knobs.others == "all" else "norms", margin=knobs.margin)
     make_trainable(model, {PRESET: Plan.uniform(PRESET)}, start=start, freedom=freedom).to(bench.device)
     before = bench.measure(model, (PRESET, "float"))

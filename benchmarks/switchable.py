@@ -66,6 +66,7 @@ def sets(bench: Bench, rows: Rows, knobs: argparse.Namespace) -> None:
 def key_of(bench: Bench, knobs: argparse.Namespace, part: str, **more: Any) -> dict[str, Any]:
     """What tells one row from another."""
     given = {"steps": knobs.steps, "batch": knobs.batch, "rate": knobs.rate, "items": knobs.items}
+    given["held_out"] = knobs.held_out
     return {"part": part, "model": bench.name, "on": bench.device.type, **more, **given}
 
 
