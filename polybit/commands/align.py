@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from polybit.commands.align_widths import Widths, choose, make, precision_names, settle, statistics
 from polybit.commands.aligned import describe, print_result
-from polybit.commands.pairs import Models, PairsConfig, find_models, fingerprint_of, read_material, warn
+from polybit.commands.pairs import Models, PairsConfig, find_models, fingerprint_of, read_material
 from polybit.core.runtime import PolybitError
 
 Method = Literal["kd", "kd-own", "flip", "qdpo", "qdpo+kd", "kd-then-qdpo"]
@@ -38,13 +39,18 @@ class AlignConfig:
     prompts: str | None = None
     """Instead of --pairs: prompts to make pairs of first (file, named set or dataset id)."""
     precision: str | None = None
-    """Precisions to align, with commas, as in w3 or w4,w3,w2 (default: all widths of a checkpoint, that of the pairs
-    for a float model)."""
+    """Precisions to align, with commas, as in w3 or w4,w3,w2 (default: a checkpoint's widths of 4 bits and less, that
+    of the pairs for a float model). All other widths of a checkpoint are kept."""
+    keep_within: float = 0.005
+    """Nats of KL a width that is kept may lose, or 5 % of what it has where that is more."""
+    latents: Literal["own", "shared"] = "own"
+    """Of several widths in one file: own = each moves only the bits that narrower ones do not read; shared = one latent
+    weight for all."""
     method: Method = "kd"
     """kd = forward KL on the float model's answers; kd-own = reverse KL on the model's own; flip = kd that looks at
     flips; qdpo = preference of the float answer; qdpo+kd, kd-then-qdpo = both, at once or one after the other."""
     steps: int = 150
-    """Gradient steps."""
+    """Gradient steps; several widths of one file take them in turn."""
     batch: int = 16
     """Prompts per step."""
     accumulate: int = 1
@@ -175,6 +181,7 @@ def build(name: str, config: AlignConfig, run) -> dict[str, Any]:
     from polybit.hub.workspace import Workspace
     from polybit.train import align as course_of
     from polybit.train.latent import freeze
+    from polybit.train.pairs import summary
 
     check_output(config.out, overwrite=config.overwrite)
     objective = objective_of(config)
@@ -182,31 +189,35 @@ def build(name: str, config: AlignConfig, run) -> dict[str, Any]:
     with output_lock(config.out):
         pairs = config.pairs or make_pairs(name, config)
         model, tokenizer = load_float(models.float_name, trust_remote_code=config.trust_remote_code)
-        presets = presets_of(config, models, pairs)
+        widths = choose(config, models, summary(pairs))
         digest = fingerprint_of(model)
-        store = Workspace(config.out, fingerprint(config, models, digest, presets), restart=config.restart)
+        store = Workspace(config.out, fingerprint(config, models, digest, widths.presets), restart=config.restart)
         try:
             material = read_material(pairs, reference=digest, pad_token=tokenizer.pad_token_id or 0)
             count = config.held_out or max(1, min(HELD_OUT_MOST, int(len(material) * HELD_OUT_SHARE)))
             material, held_out = material.split(count)
-            trainable = make(model, models, presets, config)
+            stats = statistics(
+                model, widths, [[*p, *a.tokens] for p, a in zip(material.prompts, material.chosen, strict=True)]
+            )
+            trainable = make(model, models, widths, config)
             outcome = course_of.run(
                 trainable,
                 tokenizer,
                 material,
                 held_out,
                 objective,
-                tuple(presets),
+                widths.trained,
                 out=store.path / "run",
-                course=course(config, pairs),
+                course=course(config, pairs, widths),
             )
-            frozen = freeze(trainable, next(iter(presets)) if config.adapter == "nested" else None)
-            numbers = describe(outcome, frozen, len(material), len(held_out))
+            settled = settle(trainable, widths, stats, held_out, outcome)
+            frozen = freeze(trainable, widths.trained[0] if config.adapter == "nested" else None)
+            numbers = describe(outcome, frozen, len(material), len(held_out), settled)
             notes = {"base_model": parent_name(name, models), "aligned": summary_of(config, outcome)}
-            widths = tuple(sorted({plan.default.w for plan in presets.values()}, reverse=True))
-            set_plain_presets(frozen, presets)
+            stored = tuple(sorted({plan.default.w for plan in widths.presets.values()}, reverse=True))
+            set_plain_presets(frozen, widths.presets)
             saved = save(
-                frozen, config.out, tokenizer=tokenizer, widths=widths, notes=notes, overwrite=config.overwrite
+                frozen, config.out, tokenizer=tokenizer, widths=stored, notes=notes, overwrite=config.overwrite
             )
             verify(saved, frozen)
             store.discard()
@@ -217,20 +228,8 @@ def build(name: str, config: AlignConfig, run) -> dict[str, Any]:
 
 def replace_precision(config: AlignConfig) -> Any:
     """The configuration as `find_models` reads it: one precision, the narrowest."""
-    names = precision_names(config)
+    names = precision_names(config.precision)
     return replace(config, precision=names[-1] if names else None)
-
-
-def precision_names(config: AlignConfig) -> list[str]:
-    """The precisions asked for, widest first; only weights can be aligned."""
-    from polybit.core.precision import FLOAT, Precision
-
-    names = [part.strip() for part in (config.precision or "").split(",") if part.strip()]
-    for name in names:
-        precision = Precision.parse(name)
-        if precision.w == FLOAT or precision != Precision(w=precision.w):
-            raise PolybitError(f"--precision {name} cannot be aligned: give weight widths w2 to w8, as in w3 or w4,w3")
-    return sorted(set(names), key=lambda name: -Precision.parse(name).w)
 
 
 def make_pairs(name: str, config: AlignConfig) -> Path:
@@ -238,7 +237,7 @@ def make_pairs(name: str, config: AlignConfig) -> Path:
     from polybit.commands import pairs as pairs_of
     from polybit.train.pairs import SUMMARY, summary
 
-    names = precision_names(config)
+    names = precision_names(config.precision)
     directory = config.out.with_name(f"{config.out.name}.pairs")
     assert config.prompts is not None
     wanted = PairsConfig(
@@ -263,70 +262,11 @@ def make_pairs(name: str, config: AlignConfig) -> Path:
     return directory
 
 
-def presets_of(config: AlignConfig, models: Models, pairs: Path) -> dict[str, Any]:
-    """Name -> Plan of every width to align, and a warning where the pairs are of another precision."""
-    from polybit.commands.sizes import stored_widths
-    from polybit.core.plan import Plan
-    from polybit.hub.load import load_quantized
-    from polybit.train.pairs import summary
-
-    noted = summary(pairs)
-    names = precision_names(config)
-    if not names and models.checkpoint is not None:
-        names = [f"w{b}" for b in stored_widths(load_quantized(models.checkpoint)[0]) or ()]
-    names = names or [str(noted["precision"])]
-    if config.method.startswith("qdpo") and not refresh_of(config) and names != [noted["precision"]]:
-        warn(f"the pairs are of {noted['precision']}, not of {', '.join(names)}: answers are only renewed with refresh")
-    if config.adapter == "nested" and len(names) > 1:
-        raise PolybitError(
-            "--adapter nested gives every width weights of its own: align one width at a time, or use --adapter none"
-        )
-    return {name: Plan.uniform(name) for name in names}
-
-
-def make(model, models: Models, presets: Mapping[str, Any], config: AlignConfig):
-    """The trainable model: the float weights inside the cells of the checkpoint's codes, or of a plain rounding."""
-    from polybit.core.planes import unpack
-    from polybit.hub.load import load_quantized
-    from polybit.nn.linear import QuantLinear
-    from polybit.train.latent import Freedom, make_trainable
-
-    start = None
-    if models.checkpoint is not None:
-        quantized, _ = load_quantized(models.checkpoint, trust_remote_code=config.trust_remote_code)
-        start = {n: unpack(m.planes) for n, m in quantized.named_modules() if isinstance(m, QuantLinear)}
-        left = set(quantized_names(quantized)) - set(start)
-        if left:
-            raise PolybitError(
-                f"{models.checkpoint} quantizes {min(left)!r:.120}, which is no linear layer and cannot be trained: "
-                "make the checkpoint without --include-embeddings, from a model without fused experts"
-            )
-    scales = config.scales or ("recomputed" if start is None and len(presets) == 1 else "learned")
-    return make_trainable(
-        model,
-        presets,
-        start=start,
-        group_size=config.group_size,
-        zero="group",
-        adapter=config.adapter,
-        # a checkpoint's codes are compensated: latents at the borders of their cells would undo that in a few steps
-        freedom=Freedom(
-            scales=scales, base=config.adapter == "none", rank=config.rank, margin=0.0 if start is None else 0.5
-        ),
-    )
-
-
-def quantized_names(model) -> list[str]:
-    """Names of every quantized module."""
-    from polybit.commands.sizes import quantized_layers
-
-    return list(quantized_layers(model))
-
-
-def course(config: AlignConfig, pairs: Path):
+def course(config: AlignConfig, pairs: Path, widths: Widths):
     """The course of the run."""
-    from polybit.train.align import Course
+    from polybit.train.align import Course, every_preset
     from polybit.train.pairs import summary
+    from polybit.train.schedules import in_turn
 
     return Course(
         steps=config.steps,
@@ -337,6 +277,8 @@ def course(config: AlignConfig, pairs: Path):
         max_tokens=int(summary(pairs)["max_tokens"]),
         share=config.share,
         seed=config.seed,
+        schedule=in_turn if widths.chained else every_preset,
+        allowed=widths.allowed(config.keep_within),
         further={"gradient_accumulation_steps": config.accumulate},
     )
 

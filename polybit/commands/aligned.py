@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 
-def describe(outcome, frozen, trained: int, held_out: int) -> dict[str, Any]:
-    """Numbers of the run: each width before and after, the choice, the history, the sizes."""
+def describe(outcome, frozen, trained: int, held_out: int, settled: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of the run: each width before and after, the choice, the history, the sizes.
+
+    settled: numbers of widths that were kept, after their own bits were chosen again.
+    """
     from polybit.commands.sizes import stored_bits_per_weight
 
     return {
         "prompts": {"train": trained, "held_out": held_out},
         "presets": {
-            name: {"before": dict(outcome.start[name]), "after": dict(outcome.best[name])} for name in outcome.start
+            name: {"before": dict(outcome.start[name]), "after": dict({**outcome.best, **settled}[name])}
+            for name in outcome.start
         },
         "kept": outcome.picker.reason(),
         "stopped": outcome.picker.stopped,

@@ -29,7 +29,8 @@ class Course:
     batch: prompts per step · probes: how often held-out flips and KL are measured · refresh_every: steps between two
     renewals of the quantized answers, 0 = never · share: how several widths share the weights: "sum" of their losses,
     "loss" = each weighted by 1/its loss at the start, "gradient" = equal lengths of gradients, "project" = those
-    without what works against another · patience: probes below the start before a run is stopped.
+    without what works against another · patience: probes below the start before a run is stopped · allowed: presets of
+    the same file that are probed and not trained -> nats of KL they may lose (Picker).
     """
 
     steps: int = 150
@@ -42,6 +43,7 @@ class Course:
     patience: int = 3
     seed: int = 0
     schedule: Schedule = every_preset
+    allowed: Mapping[str, float] = field(default_factory=dict)
     further: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ def run(
         )
     torch.manual_seed(course.seed)
     rows = order_of(len(material), course.steps * course.batch, seed=course.seed)
-    probe = Probe(held_out, presets)
+    probe = Probe(held_out, (*presets, *course.allowed))
     renewal = None
     if course.refresh_every:
         top = kept_tokens(model.config.get_text_config().vocab_size) if needs_own(objective) else 0  # type: ignore
@@ -128,7 +130,7 @@ def run(
         train_sampling_strategy="sequential",  # the order is drawn above
         **course.further,
     )
-    picker = Picker(patience=course.patience)
+    picker = Picker(patience=course.patience, allowed=course.allowed)
     trainer = PrecisionTrainer(
         model,
         objective=objective,

@@ -22,13 +22,16 @@ class Picker:
 
     slack: how far above its start a width's flips or KL may lie, as a share of the start, before that moment is refused
     (the guard per width) · alarm, patience: so many probes in a row with every width that far below the start stop the
-    run; the first steps of a good run may well be a hair below · judged: numbers of a probe that count, low is good.
+    run; the first steps of a good run may well be a hair below · judged: numbers of a probe that count, low is good ·
+    allowed: widths that are stored with the others but not trained -> nats of KL they may lose, or `alarm`
+    as a share where that is more; they count nothing otherwise.
     """
 
     slack: float = 0.0
     alarm: float = 0.05
     patience: int = 3
     judged: Sequence[str] = JUDGED
+    allowed: Mapping[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     stopped: str | None = None
 
@@ -41,7 +44,8 @@ class Picker:
         entry["score"] = 1.0 if not self.history else self.score(probed)
         best = self.best
         self.history.append(entry)
-        falling = [e for e in self.history[-self.patience :] if len(e["lost"]) == len(e["presets"])]
+        trained = len(probed) - len(self.allowed)
+        falling = [e for e in self.history[-self.patience :] if len({*e["lost"]} - self.allowed.keys()) == trained]
         if len(falling) == self.patience:
             names = ", ".join(sorted(worse))
             self.stopped = (
@@ -55,16 +59,24 @@ class Picker:
         start = self.history[0]["presets"]
         found = {}
         for name, numbers in probed.items():
-            for key in self.judged:
+            for key in ("kl",) if name in self.allowed else self.judged:
                 now, then = numbers[key], start[name][key]
-                if not isfinite(now) or now > then * (1 + slack):
+                most = then * (1 + slack)
+                if name in self.allowed:
+                    most = then + max(self.allowed[name], self.alarm * then)
+                if not isfinite(now) or now > most:
                     found[name] = f"{name}: {key} {now:.4g}, at the start {then:.4g}"
         return found
 
     def score(self, probed: Probed) -> float:
         """Mean over widths of flips and KL relative to the start: 1 = no gain, 0 = the float model; lower is better."""
         start = self.history[0]["presets"]
-        pairs = [(now[key], start[name][key]) for name, now in probed.items() for key in self.judged]
+        pairs = [
+            (now[key], start[name][key])
+            for name, now in probed.items()
+            if name not in self.allowed
+            for key in self.judged
+        ]
         shares = [now / max(then, 1e-12) for now, then in pairs]
         return sum(shares) / len(shares)
 

@@ -38,6 +38,11 @@ def every(step: int, presets: tuple[str, ...]) -> tuple[str, ...]:
     return presets
 
 
+def in_turn(step: int, presets: tuple[str, ...]) -> tuple[str, ...]:
+    """One preset a step, each in its turn."""
+    return (presets[step % len(presets)],)
+
+
 @dataclass(frozen=True, slots=True)
 class Fixed:
     """One preset at every step: the model trained for it alone."""

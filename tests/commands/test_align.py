@@ -9,8 +9,10 @@ import torch
 
 from polybit.cli import main
 from polybit.commands import pairs as pairs_of
+from polybit.core.planes import unpack
 from polybit.hub.checkpoint import describe
 from polybit.hub.load import load
+from polybit.nn.switch import panel
 from polybit.train.pairs import read_pairs
 
 QUICK = ["--group-size", "16", "--max-tokens", "8"]
@@ -115,6 +117,41 @@ def test_one_run_for_several_widths(tiny_llama, made, tmp_path):
     assert set(numbers["presets"]) == {"w4", "w2"}
     model, _ = load(tmp_path / "out")
     assert {layer.bits for layer in describe(model).layers.values()} == {4}
+
+
+@pytest.fixture(scope="module")
+def nested(tiny_llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("nested") / "nested"
+    flags = ["--widths", "8,4,3,2", "--group-size", "16", "--effort", "fast", "--no-measure", "--samples", "4"]
+    main(["quantize", str(tiny_llama), "--out", str(out), *flags, "--window", "32"])
+    return out
+
+
+def codes(path):
+    return {name: unpack(layer.planes).codes_OI for name, layer in panel(load(path)[0]).layers.items()}
+
+
+def test_other_widths_of_a_nested_file_are_kept(nested, made, tmp_path, capsys):
+    flags = ["--precision", "w2", "--learning-rate", "2e-3", "--keep-within", "1", "--held-out", "4"]
+    numbers = aligned(nested, made, tmp_path / "out", *flags)
+    assert set(numbers["presets"]) == {"w8", "w4", "w3", "w2"} and "the start is kept" not in numbers["kept"]
+    before, after = codes(nested), codes(tmp_path / "out")
+    moved = {name: (before[name] >> 6) != (after[name] >> 6) for name in before}
+    assert any(bool(m.any()) for m in moved.values()) and not all(bool(m.all()) for m in moved.values())
+    for name in before:  # what 2 bits left in its cell stays near: only the settling may move it, inside the cell
+        assert int((before[name].int() - after[name].int())[~moved[name]].abs().max()) < 64
+    kept = aligned(nested, made, tmp_path / "kept", *flags[:4], "--keep-within", "0")
+    assert kept["presets"]["w8"]["after"]["kl"] <= 1.05 * kept["presets"]["w8"]["before"]["kl"]
+    assert "does not hold w5" in refused(
+        capsys, "align", nested, "--pairs", made, "--precision", "w5", "--out", tmp_path / "five"
+    )
+
+
+def test_a_nested_file_aligns_its_narrow_widths_by_default(nested, made, tmp_path):
+    numbers = aligned(nested, made, tmp_path / "out")
+    assert list(numbers["presets"]) == ["w4", "w3", "w2", "w8"]  # trained ones, then those that were kept
+    shared = aligned(nested, made, tmp_path / "shared", "--latents", "shared")
+    assert set(shared["presets"]) == {"w4", "w3", "w2"}
 
 
 def test_scores_of_another_model_are_refused(broken_llama, made, tmp_path, capsys):

@@ -64,3 +64,15 @@ def test_history_survives_and_what_came_later_is_forgotten(tmp_path):
     fresh = Picker()
     fresh.read(tmp_path / "nothing", until=5)
     assert fresh.history == []
+
+
+def test_widths_that_are_not_trained_may_lose_what_is_allowed():
+    picker = Picker(allowed={"w8": 0.005}, patience=2)
+    picker.judge(0, probed(0.3, 0.5) | probed(0.001, 0.0002, "w8"))
+    assert picker.judge(10, probed(0.2, 0.3) | probed(0.02, 0.005, "w8"))
+    assert picker.history[-1]["score"] == (0.2 / 0.3 + 0.3 / 0.5) / 2  # they count nothing
+    assert not picker.judge(20, probed(0.1, 0.2) | probed(0.02, 0.006, "w8"))
+    assert picker.history[-1]["worse"].keys() == {"w8"} and picker.best["step"] == 10
+    picker.judge(30, probed(0.4, 0.7) | probed(0.001, 0.0002, "w8"))
+    picker.judge(40, probed(0.4, 0.7) | probed(0.001, 0.0002, "w8"))
+    assert picker.stopped is not None  # every trained width is below its start
