@@ -128,7 +128,7 @@ def test_kl_is_to_the_float_model_when_norms_have_moved():
     same = rows_of(model, rows, "A", source=source)
     assert all(torch.equal(same[name], value) for name, value in rows_of(model, rows, "A").items())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for _name, parameter in model.named_parameters():
             if parameter.ndim == 1 and parameter.requires_grad:
                 parameter.mul_(1.5)
     moved = rows_of(model, rows, "A", source=source)
