@@ -47,7 +47,8 @@ def linear(
     common width is read whole. x: float32, bfloat16 or float16. activations: "float" multiplies with the exactly
     decoded weight; "int8" rounds the input to 8 bits per token and group of columns (fast; error about 1 % of the
     output's size); "int16" to 16 bits (nearly as fast when one token is decoded; error below 1e-4). A token holding NaN
-    or infinity gives NaN. An input that wants a gradient is always multiplied by the exactly decoded weight.
+    or infinity gives NaN. An input that wants a gradient is always multiplied by the exactly decoded weight. On a GPU
+    more than a dozen tokens are not rounded: the weight is decoded in their float type, for torch's dense product.
     Raises PolybitError for a shape, type, device or width that does not fit.
     """
     check(x, planes, width, bias, activations)
@@ -101,6 +102,8 @@ def linear_mixed(
 def decode(planes: Planes, width: int | Sequence[int]) -> Tensor:
     """The weight in float32 [O, I] as seen at `width` bits, bit for bit what `QWeight.dequantize` gives."""
     check_width(planes, width)
+    if planes.planes.is_cuda and isinstance(width, int) and fits_gpu(planes) and (kernels := gpu_kernels()):
+        return kernels[1].decode(planes, width)
     made = cpu.decode(planes, width) if planes.planes.is_cpu else None
     return reference.decode(planes, width) if made is None else made
 
@@ -212,24 +215,31 @@ def linear_on_gpu(
     width: int,
     mode: int,
 ) -> Tensor:
-    """polybit::linear on a GPU: by the Triton kernels for few and for many tokens, without triton slowly."""
+    """polybit::linear on a GPU: few tokens by the Triton kernel, many by decoding and a dense product, which is exact
+    in float32 unless torch was told to use TF32; without triton slowly."""
     stored = assemble(planes, scale, zero, ratio, column_scale, numbers, (rows, x.shape[-1]), group_size, width)
-    kernels = gpu_kernels() if mode and group_size in cpu.GROUPS and planes.is_contiguous() else None
-    if kernels is not None and x.numel():
-        few, many = kernels
-        kernel = few if x.numel() <= few.MOST_TOKENS * x.shape[-1] else many
-        return kernel.linear(x, stored, width, bias, NAMES[mode])
-    return reference.linear(x, stored, width, bias, activations=NAMES[mode])
+    kernels = gpu_kernels() if fits_gpu(stored) and x.numel() else None
+    if kernels is None:
+        return reference.linear(x, stored, width, bias, activations=NAMES[mode])
+    few, many = kernels
+    if mode and x.numel() <= few.MOST_TOKENS * x.shape[-1]:
+        return few.linear(x, stored, width, bias, NAMES[mode])
+    return many.linear(x, stored, width, bias, x.dtype if mode else torch.float32)
+
+
+def fits_gpu(stored: Planes) -> bool:
+    """Whether the Triton kernels read this weight: not a width per group, no odd group size, not spread in memory."""
+    return stored.bits_G is None and stored.group_size in cpu.GROUPS and stored.planes[0].is_contiguous()
 
 
 @cache
 def gpu_kernels() -> tuple[ModuleType, ModuleType] | None:
     """The Triton kernels for a few tokens and for many, or None where triton is not installed."""
     try:
-        from polybit.kernels import triton_gemm, triton_gemv
+        from polybit.kernels import triton_decode, triton_gemv
     except ImportError:
         return None
-    return triton_gemv, triton_gemm
+    return triton_gemv, triton_decode
 
 
 def assemble(

@@ -63,9 +63,11 @@ def test_the_operator_takes_it_for_a_few_tokens(kernel):
         p, x = random_planes(20, 96, 8, group_size), random_input(tokens, 96, dtype=torch.bfloat16)
         parts = (x, p.planes, p.scale, None, None, None, None, (p.gain, p.zero, 1.0, 1.0))
         y = ops.linear_on_gpu(*parts, 20, group_size, 4, 8)
-        expected = reference.linear(x, p, 4, activations="int8")
+        rounded = tokens <= kernel.MOST_TOKENS
+        expected = reference.linear(x, p, 4, activations="int8" if rounded else "float")
         assert y.shape == (tokens, 20) and y.dtype == torch.bfloat16
-        assert torch.allclose(y.float(), expected.float(), rtol=2**-7, atol=1e-3)
+        # triton's interpreter cuts the decoded weight off to bfloat16 instead of rounding it
+        assert not tokens or relative(y, expected) <= (1 if rounded else 2) * torch.finfo(torch.bfloat16).eps
 
 
 COMPILE = """
