@@ -91,7 +91,7 @@ def elastic(bench: Bench, spec: str, widths: tuple[int, ...], seed: int, course:
     if "pace" in knobs:
         paces = zip((2, 3, 4), map(float, knobs["pace"].split("/")), strict=True)
         chain.PACE |= dict(paces)
-    chain.FOLLOW = knobs.get("follow", 0.0)
+    chain.FOLLOW = knobs.get("follow", chain.FOLLOW)
     start = bench.start("nested", 8, widths)
     model = make_trainable(
         copy.deepcopy(bench.model), presets, start=start, group_size=bench.setting.group_size, zero="group",

@@ -87,12 +87,19 @@ def test_a_latent_weight_moves_only_its_own_bits():
     assert bool(((after >> 4) % 2 == 1).all())  # 4 bits are at the upper end of their cell
 
 
-def test_gradient_goes_to_who_decides():
+def test_gradient_goes_to_who_decides(monkeypatch):
     """Three weights: free, held by the cell of the narrower width, beyond the range; pushed up and down."""
     yes, no = torch.tensor([[False, True, True]]), torch.tensor([[False, False, False]])
     narrow = Link(torch.zeros(1, 3), torch.tensor([[False, False, True]]), no)
     wide = Link(torch.zeros(1, 3), yes, no)
-    for sign, wanted in ((-1.0, ([[0, -1, 0]], [[-1, 0, 0]])), (1.0, ([[0, 0, 0]], [[1, 1, 1]]))):
+    cases = {
+        (-1.0, 0.0): ([[0, -1, 0]], [[-1, 0, 0]]),
+        (1.0, 0.0): ([[0, 0, 0]], [[1, 1, 1]]),
+        (-1.0, 0.5): ([[-0.5, -1, 0]], [[-1, 0, 0]]),
+        (1.0, 0.5): ([[0.5, 0.5, 0.5]], [[1, 1, 1]]),
+    }
+    for (sign, follow), wanted in cases.items():
+        monkeypatch.setattr("polybit.train.chain.FOLLOW", follow)
         latents = [torch.zeros(1, 3, requires_grad=True) for _ in range(2)]
         value_OI = ThroughChain.apply(torch.ones(1, 3), [narrow, wide], *latents)
         value_OI.backward(torch.full((1, 3), sign))

@@ -15,6 +15,7 @@ from polybit.train.schedules import (
     cyclic,
     cyclic_bits,
     every,
+    in_turn,
     precision_range,
     preset_bits,
     widest_first,
@@ -99,3 +100,10 @@ def test_by_name():
     assert choose("sandwich", PLANS, LAYERS, steps=10)(0, ("A", "B", "C")) == ("A", "B", "C")
     with pytest.raises(PolybitError, match="leaves a trained layer in float"):
         choose("random", {"A": Plan.uniform("float")}, LAYERS, steps=10)
+
+
+def test_in_turn_gives_the_most_precise_two_turns():
+    """Ten steps written out."""
+    taken = [in_turn(step, ("w4", "w3", "w2")) for step in range(10)]
+    assert taken == [(name,) for name in "w2 w3 w4 w4 w2 w3 w4 w4 w2 w3".split()]
+    assert [in_turn(step, ("w3",)) for step in range(3)] == [("w3",)] * 3
