@@ -1,6 +1,6 @@
 """Arms of a question about alignment on one model: pairs, training, evaluation, a table. See README.md here.
 
-python run.py MODEL QUESTION.toml --prompts FILE --held-out FILE --out DIR [--steps 150] [--seeds 3]
+python run.py MODEL QUESTION.toml --prompts FILE --held-out FILE --out DIR [--steps 150] [--seeds 3] [--precision w3]
 """
 
 from __future__ import annotations
@@ -54,20 +54,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int)
+    parser.add_argument("--precision", help="instead of the question's own, as in w2")
     parser.add_argument("--max-tokens", type=int, default=64)
     args = parser.parse_args()
     asked = tomllib.loads(args.question.read_text())
+    precision = args.precision or asked["precision"]
     args.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in range(args.seeds or asked.get("seeds", 3)):
         for name, arm in asked["arms"].items():
-            wanted = {"precision": asked["precision"], "prompts": args.prompts, "max-tokens": args.max_tokens}
+            wanted = {"precision": precision, "prompts": args.prompts, "max-tokens": args.max_tokens}
             pairs = pairs_of(args.model, wanted | asked.get("pairs", {}) | arm.get("pairs", {}), args.out)
             learn = asked.get("align", {}) | arm.get("align", {})
             slug = hashlib.sha256(f"{name}{learn}{args.steps}".encode()).hexdigest()[:8]
             target = args.out / f"{slug}-{seed}"
             if not target.is_dir():
-                shared = {"pairs": pairs, "precision": asked["precision"], "steps": args.steps, "seed": seed}
+                shared = {"pairs": pairs, "precision": precision, "steps": args.steps, "seed": seed}
                 polybit("align", args.model, shared | learn | {"out": target})
             look = {"prompts": args.held_out, "answers": 128} | asked.get("eval", {}) | arm.get("eval", {})
             found.setdefault(name, []).append(measured(target, args.model, look, args.out / f"{slug}-{seed}.json"))
