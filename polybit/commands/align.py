@@ -179,6 +179,7 @@ def build(name: str, config: AlignConfig, run) -> dict[str, Any]:
     from polybit.hub.directory import check_output, output_lock
     from polybit.hub.load import load_float
     from polybit.hub.workspace import Workspace
+    from polybit.nn.rotation import rotate
     from polybit.train import align as course_of
     from polybit.train.latent import freeze
     from polybit.train.pairs import summary
@@ -191,6 +192,8 @@ def build(name: str, config: AlignConfig, run) -> dict[str, Any]:
         model, tokenizer = load_float(models.float_name, trust_remote_code=config.trust_remote_code)
         widths = choose(config, models, summary(pairs))
         digest = fingerprint_of(model)
+        if models.rotation is not None:
+            rotate(model, models.rotation)  # it says the same, in the basis of the codes
         store = Workspace(config.out, fingerprint(config, models, digest, widths.presets), restart=config.restart)
         try:
             material = read_material(pairs, reference=digest, pad_token=tokenizer.pad_token_id or 0)

@@ -6,12 +6,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from polybit.commands.models import open_model, resolve
 from polybit.core.runtime import PolybitError, track
+
+if TYPE_CHECKING:  # `polybit VERB --help` loads no torch
+    from polybit.nn.rotation import Rotation
 
 DEFAULT_PRECISION = "w4"
 
@@ -106,12 +109,14 @@ class Models:
     precision: str
     group_size: int
     trust_remote_code: bool = False
+    rotation: Rotation | None = None  # of the checkpoint; its float model is stored as it was
 
 
 def find_models(model: str, config: Any) -> Models:
     """Which float model and which quantized one MODEL means; `config` has precision, reference, group_size."""
     from polybit.commands.sizes import base_model, stored_widths
     from polybit.core.precision import FLOAT, Precision
+    from polybit.nn.rotation import rotation_of
 
     loaded, _ = open_model(model, trust_remote_code=config.trust_remote_code)
     widths = stored_widths(loaded)
@@ -126,7 +131,8 @@ def find_models(model: str, config: Any) -> Models:
     parent = config.reference or base_model(loaded)
     if parent is None:
         raise PolybitError(f"{model} does not say which model it was made from: name it with --reference")
-    return Models(resolve(parent), resolve(model), precision, config.group_size, config.trust_remote_code)
+    rotation = rotation_of(loaded)
+    return Models(resolve(parent), resolve(model), precision, config.group_size, config.trust_remote_code, rotation)
 
 
 class PairMaker:

@@ -53,6 +53,10 @@ class QuantizeConfig:
     """Tokens per window (default: 256 or 512 by the model's context)."""
     effort: Literal["fast", "normal", "best"] = "normal"
     """fast = no learned rounding; best = also try to train nested files over the whole model, kept only if it helps."""
+    rotate: bool = False
+    """Turn the residual stream and the heads by Hadamard matrices folded into the weights (Llama, Mistral, Qwen2,
+    Qwen3): the float model says the same, and large channels are spread over all, for narrow activations as in w4a4.
+    A tied output head usually becomes a weight of its own."""
     include_embeddings: bool = False
     """Quantize the token embedding and the output head as all other layers, at every width."""
     ends: int | None = None
@@ -112,6 +116,11 @@ def recipe_of(config: QuantizeConfig):
             f"--method {config.method} makes a checkpoint of one width: give --bits, or --method nested with --widths"
         )
     plan = None if config.plan is None else read_plan(config.plan)
+    if config.rotate and plan is not None and plan.columns:
+        raise PolybitError(
+            f"{config.plan} gives columns inside layers widths of their own, and --rotate mixes the columns: "
+            "give a plan with one width per layer, or leave --rotate out"
+        )
     if plan is not None and fixed:
         widths: tuple[int, ...] = (largest_width(plan),)
     elif config.bits is not None:
@@ -144,12 +153,11 @@ def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
     from polybit.commands.ends import end_bits, end_targets, hold_ends, quantize_ends
     from polybit.commands.recipes import within_memory
     from polybit.hub.checkpoint import save, verify
-    from polybit.hub.load import load_float
     from polybit.hub.workspace import Workspace
     from polybit.nn.convert import left_in_float, targets
 
     recipe = recipe_of(config)
-    model, tokenizer = load_float(resolve(name), trust_remote_code=config.trust_remote_code)
+    model, tokenizer, untied = load_source(name, config)
     chosen = targets(model, include_embeddings=config.include_embeddings)
     if not chosen:
         raise PolybitError(f"{name} has no weight that can be quantized: only embeddings, norms or unknown layers")
@@ -192,12 +200,32 @@ def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
         store.discard()
     finally:
         store.close()
-    numbers = describe(model, recipe, errors, leftovers)
+    numbers = {**describe(model, recipe, errors, leftovers), **describe_rotation(model, untied)}
     numbers["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if config.measure:
         numbers["measured"] = measure(name, model, tokenizer, gathered, recipe, config)
     write_card(saved, name, run, numbers, config)
     return numbers
+
+
+def load_source(name: str, config: QuantizeConfig) -> tuple[Any, Any, bool]:
+    """(the float model as it will be quantized, its tokenizer, whether rotating it untied its head)."""
+    from polybit.hub.load import load_float
+    from polybit.nn.rotation import Rotation, rotate
+
+    model, tokenizer = load_float(resolve(name), trust_remote_code=config.trust_remote_code)
+    return model, tokenizer, config.rotate and rotate(model, Rotation(config.seed))
+
+
+def describe_rotation(model, untied: bool) -> dict[str, Any]:
+    """How the model was rotated, and the bytes of a head that is no longer the embedding; {} where it was not."""
+    from polybit.nn.rotation import rotation_of
+
+    rotation = rotation_of(model)
+    if rotation is None:
+        return {}
+    head = model.get_output_embeddings().state_dict().values() if untied else ()
+    return {"rotation": {**rotation.to_json(), "untied_head_bytes": sum(t.numel() * t.element_size() for t in head)}}
 
 
 def replace_weights(model, chosen: Sequence[Any], windows: Sequence[Any], recipe, store) -> dict[str, dict[str, float]]:
@@ -344,7 +372,7 @@ def command_line(name: str, config: QuantizeConfig) -> str:
 def print_result(name: str, config: QuantizeConfig, numbers: Mapping[str, Any]) -> None:
     """What was made, what it costs, and what to type next."""
     from polybit.report.summary import terminal_table
-    from polybit.report.tables import percent
+    from polybit.report.tables import percent, size
 
     if "measured" in numbers:
         print(terminal_table(numbers["measured"]))
@@ -353,6 +381,12 @@ def print_result(name: str, config: QuantizeConfig, numbers: Mapping[str, Any]) 
         f"{numbers['stored_bits_per_weight']:.2f} stored bits per weight; {percent(numbers['float_share'])} of the "
         "model's weights stay in float. Saved, reloaded and compared: equal."
     )
+    added = numbers.get("rotation", {}).get("untied_head_bytes", 0)
+    if added:
+        print(
+            "Rotated: the output head, which was the embedding, is a weight of its own now and adds "
+            f"{size(added)} to the file, since the gains of the last norm are in it."
+        )
     print(f'Next: polybit generate {config.out} --prompt "Hello" --precision {numbers["presets"][-1]}')
     print(f"      polybit eval {config.out} --reference {name} --json eval.json")
     print(f"      polybit report {config.out} --eval eval.json --out report.html")

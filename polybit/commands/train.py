@@ -231,6 +231,7 @@ def prepare(name: str, config: TrainConfig, presets: Mapping[str, Any]):
     from polybit.core.planes import unpack
     from polybit.hub.load import load_float
     from polybit.nn.linear import QuantLinear
+    from polybit.nn.rotation import rotate, rotation_of
     from polybit.train.latent import Freedom, make_trainable
 
     loaded, tokenizer = open_model(name, trust_remote_code=config.trust_remote_code)
@@ -248,6 +249,8 @@ def prepare(name: str, config: TrainConfig, presets: Mapping[str, Any]):
             )
         start = {key: unpack(layer.planes) for key, layer in quantized_layers(loaded).items()}
         model, tokenizer = load_float(resolve(parent), trust_remote_code=config.trust_remote_code)
+        if (rotation := rotation_of(loaded)) is not None:
+            rotate(model, rotation)  # it says the same, in the basis of the codes
     elif config.reference is not None:
         raise PolybitError(f"--reference {config.reference}: {name} is itself a float model, leave it out")
     # codes of a checkpoint make up for each other's errors, which latents at the borders of their cells would undo

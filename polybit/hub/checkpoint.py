@@ -23,6 +23,7 @@ from polybit.hub.directory import absolute, check_manifest, restore, staged_dire
 from polybit.hub.files import Header, check_sizes, read_headers, read_json, shards_of
 from polybit.nn.convert import is_kind
 from polybit.nn.fields import Fields, check_columns, is_integer
+from polybit.nn.rotation import Rotation, rotation_of
 from polybit.nn.switch import panel
 
 METHOD, VERSION = "polybit", 1
@@ -49,7 +50,7 @@ class Description:
 
     weights: the file (or index) with the tensors · widths: the weight widths it was made for, widest first ·
     presets: named plans · layers: name -> numbers of its stored weight · kinds: name -> how the float model stored it ·
-    notes: free remarks on how it was made.
+    notes: free remarks on how it was made; of a rotated model, how it was rotated.
     """
 
     weights: str
@@ -96,6 +97,8 @@ class Description:
         presets = read_presets(value["presets"], layers)
         if not isinstance(value["notes"], Mapping):
             raise PolybitError("the checkpoint's notes must be an object")
+        if "rotation" in value["notes"]:
+            Rotation.from_json(value["notes"]["rotation"])
         return cls(value["weights"], widths, presets, layers, kinds, value["notes"])
 
 
@@ -156,7 +159,9 @@ def describe(
     kinds = {name: layer.kind for name, layer in board.layers.items()}
     top = max(fields.bits for fields in layers.values())
     chosen = tuple(sorted(set(widths or (top,)), reverse=True))
-    return Description(weights, read_widths(list(chosen), top), dict(board.presets), layers, kinds, notes or {})
+    rotation = rotation_of(model)
+    noted = {**(notes or {}), **({} if rotation is None else {"rotation": rotation.to_json()})}
+    return Description(weights, read_widths(list(chosen), top), dict(board.presets), layers, kinds, noted)
 
 
 def save(

@@ -93,6 +93,7 @@ class PolybitQuantizer(HfQuantizer):
         from polybit.hub.cache import keep_packed
         from polybit.hub.checkpoint import Description
         from polybit.nn.linear import QuantWeight
+        from polybit.nn.rotation import Rotation, mark
         from polybit.nn.switch import multiply_by, set_presets
 
         for name, layer in model.named_modules():
@@ -103,7 +104,10 @@ class PolybitQuantizer(HfQuantizer):
                 raise PolybitError(
                     f"the weight {name!r:.120} was not in the checkpoint: it is incomplete, fetch it again"
                 )
-        set_presets(model, Description.from_json(self.quantization_config.to_dict()).presets)
+        description = Description.from_json(self.quantization_config.to_dict())
+        set_presets(model, description.presets)
+        if "rotation" in description.notes:
+            mark(model, Rotation.from_json(description.notes["rotation"]))
         multiply_by(model)  # several times faster than in float and within 1e-4 of it; gradients stay exact
         model.save_pretrained = types.MethodType(save_pretrained, model)
         keep_packed(model)

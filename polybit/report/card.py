@@ -51,9 +51,14 @@ def what_it_is(numbers: Mapping[str, Any]) -> str:
         many = "a fixed file with a width for each layer"
     else:
         many = f"{widths[0]} bits"
+    turned = ""
+    if "rotation" in numbers:
+        added = numbers["rotation"]["untied_head_bytes"]
+        turned = " Its residual stream and values are rotated, which changes no output of the float model"
+        turned += f"; its output head is no longer tied and adds {size(added)}." if added else "."
     return (
         f"{len(numbers['layers'])} layers as {many}; {numbers['stored_bits_per_weight']:.2f} stored bits per weight, "
-        "scales and zero points counted."
+        f"scales and zero points counted.{turned}"
     )
 
 
