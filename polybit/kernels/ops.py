@@ -103,7 +103,8 @@ def decode(planes: Planes, width: int | Sequence[int]) -> Tensor:
     """The weight in float32 [O, I] as seen at `width` bits, bit for bit what `QWeight.dequantize` gives."""
     check_width(planes, width)
     if planes.planes.is_cuda and isinstance(width, int) and fits_gpu(planes) and (kernels := gpu_kernels()):
-        return kernels[1].decode(planes, width)
+        with torch.cuda.device_of(planes.planes):
+            return kernels[1].decode(planes, width)
     made = cpu.decode(planes, width) if planes.planes.is_cpu else None
     return reference.decode(planes, width) if made is None else made
 
@@ -222,9 +223,10 @@ def linear_on_gpu(
     if kernels is None:
         return reference.linear(x, stored, width, bias, activations=NAMES[mode])
     few, many = kernels
-    if mode and x.numel() <= few.MOST_TOKENS * x.shape[-1]:
-        return few.linear(x, stored, width, bias, NAMES[mode])
-    return many.linear(x, stored, width, bias, x.dtype if mode else torch.float32)
+    with torch.cuda.device_of(x):  # triton starts kernels on the current device
+        if mode and x.numel() <= few.MOST_TOKENS * x.shape[-1]:
+            return few.linear(x, stored, width, bias, NAMES[mode])
+        return many.linear(x, stored, width, bias, x.dtype if mode else torch.float32)
 
 
 def fits_gpu(stored: Planes) -> bool:

@@ -7,6 +7,8 @@ which meet four int8 activation codes at a time. 16-bit activations are two such
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,12 +16,12 @@ from torch import Tensor
 
 from polybit.core.planes import COLUMNS, ROWS, Planes, RatioTable
 from polybit.kernels.reference import LEVELS, chunk_of
-from polybit.kernels.triton_round import round_words
+from polybit.kernels.triton_round import round_blocks, round_words
 
 # Beyond these tokens decoding and a dense product are faster. On an H200, 4096 x 4096: this kernel takes 7 + 1.2 µs for
 # every further token at 4 bits and 9 + 2 at 8; decoding moves 40 to 50 MB, about 12 µs, and bf16 cuBLAS takes 14.
 MOST_TOKENS = 12
-INTERPRETED = triton.knobs.runtime.interpret
+REGISTERS = 128  # of a thread that rounds too: two programs of 8 warps on a multiprocessor for a few bytes spilled
 
 
 @triton.jit
@@ -39,6 +41,9 @@ def select(MASK: tl.constexpr, a, b, INTERPRET: tl.constexpr):
         return tl.inline_asm_elementwise(
             "lop3.b32 $0, $1, $2, 0xF0F0F0F0, 0xE4;", "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1
         )
+
+
+INTERPRETED = not isinstance(select, triton.JITFunction)
 
 
 @triton.jit
@@ -104,19 +109,13 @@ def two_groups(total, high, low, x, x_far, WIDTH: tl.constexpr, INTERPRET: tl.co
 
 
 @triton.jit
-def add_token(
-    total, x, x_scale, x_sum, token, blocks, k, inside, h0, h1, h2, h3, l0, l1, l2, l3, factor, offset, step,
+def add_words(
+    total, x0, x1, x2, x3, x4, x5, x6, x7, y0, y1, y2, y3, y4, y5, y6, y7, sums, x_step,
+    h0, h1, h2, h3, l0, l1, l2, l3, factor, offset, step,
     WIDTH: tl.constexpr, DIGITS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """total + what the column blocks `k` give one token. Everything is loaded before anything is used."""
+    """total + what some column blocks give one token, whose rounded activations are words [blocks] of column groups."""
     UNIT: tl.constexpr = (1 << (4 - WIDTH)) if WIDTH <= 4 else (1 << (8 - WIDTH))
-    words = x + token * DIGITS * 8 * blocks + k
-    x0, x1, x2, x3, x4, x5, x6, x7 = eight_words(words, blocks, inside)
-    y0, y1, y2, y3, y4, y5, y6, y7 = x0, x1, x2, x3, x4, x5, x6, x7
-    if DIGITS == 2:
-        y0, y1, y2, y3, y4, y5, y6, y7 = eight_words(words + 8 * blocks, blocks, inside)
-    sums = tl.load(x_sum + token * blocks + k, mask=inside, other=0)[:, None]
-    x_step = tl.load(x_scale + token * blocks + k, mask=inside, other=0.0)[:, None]
     dot = two_groups((h0 & 0).to(tl.int32), h0, l0, x0, x4, WIDTH, INTERPRET)
     dot = two_groups(dot, h1, l1, x1, x5, WIDTH, INTERPRET)
     dot = two_groups(dot, h2, l2, x2, x6, WIDTH, INTERPRET)
@@ -127,8 +126,25 @@ def add_token(
         dot = two_groups(dot, h2, l2, y2, y6, WIDTH, INTERPRET)
         dot = two_groups(dot, h3, l3, y3, y7, WIDTH, INTERPRET)
     # twice the centred sum is an integer: UNIT * sum of (2 p - (2^WIDTH - 1)) q
-    centred = (2 * dot - UNIT * ((1 << WIDTH) - 1) * sums).to(tl.float32)
-    return total + (centred * factor + offset * sums.to(tl.float32)) * (step * x_step)
+    centred = (2 * dot - UNIT * ((1 << WIDTH) - 1) * sums[:, None]).to(tl.float32)
+    return total + (centred * factor + offset * sums.to(tl.float32)[:, None]) * (step * x_step[:, None])
+
+
+@triton.jit
+def add_token(
+    total, x, x_scale, x_sum, token, blocks, k, inside, h0, h1, h2, h3, l0, l1, l2, l3, factor, offset, step,
+    WIDTH: tl.constexpr, DIGITS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """`add_words` of a token rounded before. Everything is loaded before anything is used."""
+    words = x + token * DIGITS * 8 * blocks + k
+    x0, x1, x2, x3, x4, x5, x6, x7 = eight_words(words, blocks, inside)
+    y0, y1, y2, y3, y4, y5, y6, y7 = x0, x1, x2, x3, x4, x5, x6, x7
+    if DIGITS == 2:
+        y0, y1, y2, y3, y4, y5, y6, y7 = eight_words(words + 8 * blocks, blocks, inside)
+    sums = tl.load(x_sum + token * blocks + k, mask=inside, other=0)
+    x_step = tl.load(x_scale + token * blocks + k, mask=inside, other=0.0)
+    return add_words(total, x0, x1, x2, x3, x4, x5, x6, x7, y0, y1, y2, y3, y4, y5, y6, y7, sums, x_step,
+                     h0, h1, h2, h3, l0, l1, l2, l3, factor, offset, step, WIDTH, DIGITS, INTERPRET)  # fmt: skip
 
 
 @triton.jit
@@ -142,15 +158,17 @@ def store_token(y, bias, total, token, tokens, row, rows, gain, HAS_BIAS: tl.con
 
 @triton.jit(do_not_specialize=["tokens"])  # another number of tokens must not mean compiling again
 def gemv(
-    x, x_scale, x_sum, planes, scale, zero, ratio, bias, y, tokens, stride, rows, blocks, groups,
+    x, x_scale, x_sum, planes, scale, zero, ratio, bias, y, tokens, stride, rows, columns, blocks, groups,
     gain, fixed_zero, low, high,
-    STORED: tl.constexpr, WIDTH: tl.constexpr, GROUP_BLOCKS: tl.constexpr, DIGITS: tl.constexpr,
-    HAS_ZERO: tl.constexpr, HAS_RATIO: tl.constexpr, HAS_BIAS: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCKS: tl.constexpr, INTERPRET: tl.constexpr,
+    STORED: tl.constexpr, WIDTH: tl.constexpr, GROUP_BLOCKS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
+    DIGITS: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_RATIO: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_COLUMN_SCALE: tl.constexpr, ROUND: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One row block times TOKENS tokens (1, 2 or 4), for which it is read and interleaved once.
 
-    x: int32 words of four codes [tokens, DIGITS, 8, blocks] · x_scale, x_sum: float32, int32 [tokens, blocks] ·
+    x: int32 words of four codes [tokens, DIGITS, 8, blocks] · x_scale, x_sum: float32, int32 [tokens, blocks]; or with
+    ROUND one token's float input [columns], x_scale its column scale and x_sum nothing: every program rounds it all ·
     planes: uint32 words · zero, ratio: uint8 · y: [tokens, rows] · GROUP_BLOCKS 0: one group per row.
     """
     row_block, token = tl.program_id(0), tl.program_id(1) * TOKENS
@@ -190,8 +208,17 @@ def gemv(
         l0, l1, l2, l3 = h0, h1, h2, h3
         if WIDTH > 4:
             l0, l1, l2, l3 = nibbles(p4, p5, p6, p7, INTERPRET)
-        total0 = add_token(total0, x, x_scale, x_sum, token, blocks, k, inside, h0, h1, h2, h3, l0, l1, l2, l3,
-                           factor, offset, step, WIDTH, DIGITS, INTERPRET)  # fmt: skip
+        if ROUND:
+            x0, x1, x2, x3, x4, x5, x6, x7, y0, y1, y2, y3, y4, y5, y6, y7, sums, x_step = round_blocks(
+                x, x_scale, k, columns, 127 if DIGITS == 1 else 32512, DIGITS, CHUNK_BLOCKS, BLOCKS, HAS_COLUMN_SCALE
+            )
+            total0 = add_words(
+                total0, x0, x1, x2, x3, x4, x5, x6, x7, y0, y1, y2, y3, y4, y5, y6, y7, sums, x_step,
+                h0, h1, h2, h3, l0, l1, l2, l3, factor, offset, step, WIDTH, DIGITS, INTERPRET,
+            )  # fmt: skip
+        else:
+            total0 = add_token(total0, x, x_scale, x_sum, token, blocks, k, inside, h0, h1, h2, h3, l0, l1, l2, l3,
+                               factor, offset, step, WIDTH, DIGITS, INTERPRET)  # fmt: skip
         if TOKENS > 1:
             total1 = add_token(total1, x, x_scale, x_sum, real1, blocks, k, inside, h0, h1, h2, h3, l0, l1, l2, l3,
                                factor, offset, step, WIDTH, DIGITS, INTERPRET)  # fmt: skip
@@ -229,28 +256,44 @@ def linear(
     bias: Tensor | None,
     activations: str,
     tile: tuple[int, int, int] | None = None,
+    fuse: bool = True,
 ) -> Tensor:
     """`ops.linear` with integer activations for a few tokens on a GPU (or interpreted); shapes as checked there.
 
-    tile: in place of what `tile_of` chooses.
+    tile: in place of what `tile_of` chooses. fuse: one token is rounded in the kernel that multiplies it.
     """
+    tokens = x.numel() // x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], planes.shape[0])
+    bias = bias if bias is None else bias.contiguous()
+    tile = tile or tile_of(-(-x.shape[-1] // COLUMNS), tokens)
+    if tokens == 1 and fuse:
+        scale = x if planes.column_scale is None else planes.column_scale
+        launch(x.contiguous(), scale, x, planes, width, bias, y, 1, activations, tile, fuse)
+    else:
+        levels, chunk = LEVELS[activations], chunk_of(planes.group_size)
+        rounded = round_words(x.reshape(tokens, -1), planes.column_scale, chunk, levels)
+        launch(*rounded, planes, width, bias, y, tokens, activations, tile, False)
+    return y
+
+
+def launch(
+    x: Tensor, x_scale: Tensor, x_sum: Tensor, planes: Planes, width: int, bias: Tensor | None, y: Tensor,
+    tokens: int, activations: str, tile: tuple[int, int, int], fuse: bool,
+) -> tuple[Any, tuple[int, int, int], list[Any]]:  # fmt: skip
+    """Starts the kernel; returns it as it was compiled, its grid and its arguments, with which it can start again."""
     rows, columns = planes.shape
-    blocks, tokens = -(-columns // COLUMNS), x.numel() // columns
-    words, x_scale, x_sum = round_words(
-        x.reshape(-1, columns), planes.column_scale, chunk_of(planes.group_size), LEVELS[activations], by_block=True
-    )
-    table, none = planes.ratios.get(width, RatioTable(1.0, 1.0)), words
-    at_once, wide, warps = tile or tile_of(blocks, tokens)
-    y = x.new_empty(tokens, rows)
-    gemv[(-(-rows // ROWS), -(-tokens // at_once))](
-        words, x_scale, x_sum, planes.planes.view(torch.uint32), planes.scale,
-        planes.zero if isinstance(planes.zero, Tensor) else none, none if table.index is None else table.index,
-        none if bias is None else bias.contiguous(), y,
-        tokens, planes.planes.stride(0) // 4, rows, blocks, planes.scale.shape[1],
-        planes.gain, 0.0 if isinstance(planes.zero, Tensor) else float(planes.zero), table.low, table.high,
-        STORED=planes.bits, WIDTH=width, GROUP_BLOCKS=planes.group_size // COLUMNS,
-        DIGITS=1 if activations == "int8" else 2,
-        HAS_ZERO=isinstance(planes.zero, Tensor), HAS_RATIO=table.index is not None, HAS_BIAS=bias is not None,
-        TOKENS=at_once, BLOCKS=wide, INTERPRET=INTERPRETED, num_warps=warps,
-    )  # fmt: skip
-    return y.view(*x.shape[:-1], rows)
+    table = planes.ratios.get(width, RatioTable(1.0, 1.0))
+    zero, fixed = (planes.zero, 0.0) if isinstance(planes.zero, Tensor) else (x, float(planes.zero))
+    at_once, wide, warps = tile
+    grid = (-(-rows // ROWS), -(-tokens // at_once), 1)
+    arguments = [
+        x, x_scale, x_sum, planes.planes.view(torch.uint32), planes.scale, zero,
+        x if table.index is None else table.index, x if bias is None else bias, y,
+        tokens, planes.planes.stride(0) // 4, rows, columns, -(-columns // COLUMNS), planes.scale.shape[1],
+        planes.gain, fixed, table.low, table.high,
+        planes.bits, width, planes.group_size // COLUMNS, chunk_of(planes.group_size) // COLUMNS,
+        1 if activations == "int8" else 2, isinstance(planes.zero, Tensor), table.index is not None, bias is not None,
+        planes.column_scale is not None, fuse, at_once, wide, INTERPRETED,
+    ]  # fmt: skip
+    most = REGISTERS if fuse else None
+    return gemv[grid](*arguments, num_warps=warps, maxnreg=most, enable_fp_fusion=False), grid, arguments

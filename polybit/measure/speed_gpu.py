@@ -19,6 +19,7 @@ from polybit.core.planes import Planes
 from polybit.core.runtime import PolybitError, track
 from polybit.hub.random_model import random_planes
 from polybit.kernels import ops, reference
+from polybit.kernels.prepared import Prepared
 from polybit.measure.speed import GROUP
 from polybit.measure.timing import Job, Timed, paired_ratio, summarize
 
@@ -53,9 +54,10 @@ def time_on_gpu(
 
 
 def polybit_jobs(rows: int, columns: int, tokens: int, widths: Sequence[int], modes: Sequence[Any]) -> list[Job]:
-    """The operator at every width and kind of activation, each verified first."""
+    """A layer's product at every width and kind of activation, each verified first."""
     first = to_gpu(random_planes(rows, columns, 0))
     weights = [first, *(copied(first) for _ in range(copies_of(first.nbytes(min(widths))) - 1))]
+    layers = [Prepared(planes) for planes in weights]
     x = torch.randn(tokens, columns, device="cuda", dtype=torch.float16)
 
     def job(width: int, mode: Any) -> Job:
@@ -63,7 +65,7 @@ def polybit_jobs(rows: int, columns: int, tokens: int, widths: Sequence[int], mo
         name, bits = f"polybit w{width} {mode}", size * 8 / (rows * columns)
 
         def call(i: int) -> Tensor:
-            return ops.linear(x, weights[i], width, activations=mode)
+            return layers[i].linear(x, width, None, mode)
 
         verify(call(0), x, first, width, mode)
         return Job(name, "polybit", call, len(weights), size, 2 * rows * columns * tokens, bits)

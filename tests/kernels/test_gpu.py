@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from polybit.kernels import ops, reference
+from polybit.kernels.prepared import Prepared
 from polybit.measure.speed_gpu import time_on_gpu, to_gpu
 from tests.kernels.test_ops import KINDS, random_input, random_planes, relative
+from tests.kernels.test_triton_round import awkward_input
 from tests.kernels.test_triton_round import check as check_rounding
 
 triton_gemv, triton_decode = ops.gpu_kernels() or (None, None)
@@ -71,6 +73,22 @@ def test_many_tokens_of_16_bits(dtype):
         y = ops.linear(x, p, 5, bias, activations=mode)
         assert y.dtype == dtype
         assert relative(y, reference.linear(x.float(), p, 5, bias.float())) <= digits * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+def test_one_token_rounded_in_the_kernel_and_launched_again_is_the_same(dtype, mode):
+    for kind in KINDS.values():
+        p = to_gpu(random_planes(84, 5000, **kind))
+        x = awkward_input(1, 5000).clamp(-1e3, 1e3).to(DEVICE, dtype)
+        layer, other, bias = Prepared(p), torch.randn_like(x), random_input(84, seed=2).to(DEVICE)
+        for width in (3, 4, 8):
+            y = ops.linear(x, p, width, bias, activations=mode)
+            assert y.isfinite().all() and torch.equal(y, triton_gemv.linear(x, p, width, bias, mode, fuse=False))
+            for given in (x, other, x):
+                again = layer.linear(given, width, bias, mode)
+                assert torch.equal(again, ops.linear(given, p, width, bias, activations=mode))
+        assert len(layer.on_gpu.launches) == 3
 
 
 def test_rows_decoded_in_blocks_are_the_same(monkeypatch):

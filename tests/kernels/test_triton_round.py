@@ -40,15 +40,13 @@ def check(device, tokens, columns, chunk, dtype, scaled):
     x = awkward_input(tokens, columns, dtype).to(device)
     column_scale = (random_input(columns).abs() + 0.5).half().to(device) if scaled else None
     for levels in LEVELS.values():
-        for by_block in (True, False):
-            fast = round_words(x, column_scale, chunk, levels, by_block=by_block)
-            slow = slow_round_words(x, column_scale, chunk, levels, by_block=by_block)
-            for ours, theirs in zip(fast, slow, strict=True):
-                assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-                spoiled = theirs.isnan()
-                assert torch.equal(ours.isnan(), spoiled)
-                same = ours.view(torch.int32) == theirs.view(torch.int32)
-                assert bool((same | spoiled).all()), (levels, by_block)
+        fast, slow = (rounded(x, column_scale, chunk, levels) for rounded in (round_words, slow_round_words))
+        for ours, theirs in zip(fast, slow, strict=True):
+            assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+            spoiled = theirs.isnan()
+            assert torch.equal(ours.isnan(), spoiled)
+            same = ours.view(torch.int32) == theirs.view(torch.int32)
+            assert bool((same | spoiled).all()), levels
 
 
 @pytest.mark.parametrize(("columns", "chunk"), [(200, 64), (32, 32), (300, 128), (1500, 128), (1, 32)])
@@ -63,10 +61,10 @@ def test_the_twin_rounds_as_the_reference_does(levels):
     from polybit.kernels.triton_round import slow_round_words
 
     x = awkward_input(5, 200)
-    words, scale, _ = slow_round_words(x, None, 64, levels, by_block=False)
-    digits = words.view(torch.int8).view(5, -1, 224).int()
+    words, scale, _ = slow_round_words(x, None, 64, levels)
+    digits = words.transpose(-1, -2).contiguous().view(torch.int8).view(5, -1, 224).int()
     codes = digits[:, 0] if levels < 256 else 256 * digits[:, 0] + digits[:, 1]
-    decoded = codes.double()[:, :200] * scale.double().repeat_interleave(64, 1)[:, :200]
+    decoded = codes.double()[:, :200] * scale.double().repeat_interleave(32, 1)[:, :200]
     assert torch.equal(decoded.nan_to_num(-1), round_activations(x, 64, levels, torch.float64).nan_to_num(-1))
 
 
@@ -74,14 +72,14 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from polybit.kernels.triton_round import TILE, WARPS, round_chunks
-arch, chunk, levels, by_block = map(int, sys.argv[1:])
+from polybit.kernels.triton_round import TILE, WARPS, round_tokens
+arch, chunk, levels = map(int, sys.argv[1:])
 signature = dict(x="*bf16", column_scale="*fp16", words="*i32", scale="*fp32", sums="*i32", columns="i32",
-                 blocks="i32", chunks="i32")
-fixed = dict(LEVELS=levels, DIGITS=1 if levels < 256 else 2, CHUNK_BLOCKS=chunk // 32, CHUNKS=TILE // chunk,
-             BY_BLOCK=bool(by_block), HAS_COLUMN_SCALE=True)
-names = round_chunks.arg_names
-source = ASTSource(fn=round_chunks, signature=signature | {n: "constexpr" for n in fixed},
+                 blocks="i32")
+fixed = dict(LEVELS=levels, DIGITS=1 if levels < 256 else 2, CHUNK_BLOCKS=chunk // 32, BLOCKS=TILE,
+             HAS_COLUMN_SCALE=True)
+names = round_tokens.arg_names
+source = ASTSource(fn=round_tokens, signature=signature | {n: "constexpr" for n in fixed},
                    constexprs={(names.index(n),): v for n, v in fixed.items()},
                    attrs={(names.index(n),): [["tt.divisibility", 16]] for n in ("x", "words", "scale", "sums")})
 options = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -93,12 +91,12 @@ assert "fma" not in ptx and ".ftz" not in ptx and "approx" not in ptx, "arithmet
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("chunk", "levels", "by_block"), [(32, 127, 1), (64, 32512, 1), (128, 127, 0), (32, 32512, 0)])
-def test_compiles_without_a_gpu(arch, chunk, levels, by_block):
+@pytest.mark.parametrize(("chunk", "levels"), [(32, 127), (64, 32512), (128, 127), (32, 32512)])
+def test_compiles_without_a_gpu(arch, chunk, levels):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, *map(str, (arch, chunk, levels, by_block))]
+    command = [sys.executable, "-c", COMPILE, *map(str, (arch, chunk, levels))]
     subprocess.run(command, check=True, env=environment, timeout=600)
 
 
 def test_one_compiles_without_a_gpu():
-    test_compiles_without_a_gpu(90, 64, 32512, 1)
+    test_compiles_without_a_gpu(90, 64, 32512)
