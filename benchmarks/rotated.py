@@ -2,9 +2,8 @@
 
     python benchmarks/rotated.py --work DIR --seeds 0 1 2 [--arms rotated plain] [--steps 80] [--rate 5e-4] [--batch 8]
 
-plain: GPTQ at w4a4 per row, then distillation from the float model, norms trained too · rotated: the same after the
-residual stream and the heads of the model are turned by Hadamard matrices with random signs, folded into the weights,
-so that the float model says the same (QuaRot, arXiv 2404.00456, without its rotations at run time). --pose all
+plain: GPTQ at w4a4 per row, then distillation from the float model, norms trained too · rotated: the same behind
+`polybit quantize --rotate`, which turns the residual stream and the heads (polybit/nn/rotation.py). --pose all
 distills on all tokens, prompts included; answer on those of the replies. Rows go to DIR/rows.jsonl; tables of them:
 benchmarks/switch_tables.py.
 """
@@ -18,51 +17,14 @@ from typing import Any
 import torch
 from bench_rows import Rows, device_of
 from switch_bench import Bench, fit
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from polybit.core.plan import Plan
+from polybit.nn.rotation import Rotation, rotate
 from polybit.train.cascade import Cascade, answer_part
 from polybit.train.latent import Freedom, make_trainable
 
 PRESET = "w4a4"
 START = "--bits 4 --method gptq --group-size 0 --calibration embedded"
-
-
-def hadamard(size: int) -> Tensor:
-    """Orthogonal Hadamard matrix of a power of two, float64."""
-    found = torch.ones(1, 1, dtype=torch.float64)
-    while len(found) < size:
-        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-    return found / size**0.5
-
-
-@torch.no_grad()
-def rotate(model):
-    """A Llama with the same logits, its residual stream and values rotated, the gains of its norms folded away."""
-    config, old = model.config, {name: tensor.double().cpu() for name, tensor in model.state_dict().items()}
-    size, head = config.hidden_size, hadamard(config.head_dim)
-    signs = torch.rand(size, generator=torch.Generator().manual_seed(0)) < 0.5
-    turn = hadamard(size) * torch.where(signs, -1.0, 1.0).double()[:, None]
-    values = torch.block_diag(*[head] * config.num_key_value_heads)
-    outputs = torch.block_diag(*[head] * config.num_attention_heads)
-    table, unit = old["model.embed_tokens.weight"], torch.ones(size)
-    new = {"lm_head.weight": table * old["model.norm.weight"] @ turn, "model.embed_tokens.weight": table @ turn}
-    new["model.norm.weight"] = unit
-    for layer in (f"model.layers.{index}." for index in range(config.num_hidden_layers)):
-        for norm, readers in (("input_layernorm", "qkv"), ("post_attention_layernorm", ("gate", "up"))):
-            gain, new[f"{layer}{norm}.weight"] = old[f"{layer}{norm}.weight"], unit
-            for reader in readers:
-                name = f"{layer}{'self_attn' if len(reader) == 1 else 'mlp'}.{reader}_proj.weight"
-                new[name] = old[name] * gain @ turn
-        name = layer + "self_attn.v_proj.weight"
-        new[name] = values.T @ new[name]
-        new[layer + "self_attn.o_proj.weight"] = turn.T @ old[layer + "self_attn.o_proj.weight"] @ outputs
-        new[layer + "mlp.down_proj.weight"] = turn.T @ old[layer + "mlp.down_proj.weight"]
-    untied = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
-    rotated = AutoModelForCausalLM.from_config(untied, dtype=torch.float32).eval()
-    rotated.load_state_dict({name: tensor.float() for name, tensor in new.items()})
-    return rotated
 
 
 def every_token(batch):
@@ -87,15 +49,6 @@ def corrupted(share: float, vocabulary: int, seed: int):
     return pose
 
 
-def source_of(bench: Bench) -> str:
-    """The rotated model on disk, for `polybit quantize`; only where its codes are not kept already."""
-    path = bench.data / "rotated"
-    if not path.is_dir() and not any(bench.data.glob("rotated-start-*")):
-        rotate(bench.teacher).save_pretrained(path)
-        bench.tokenizer.save_pretrained(path)
-    return str(path)
-
-
 def one(bench: Bench, rows: Rows, knobs: argparse.Namespace, arm: str, seed: int) -> None:
     """Start, train, measure."""
     given: dict[str, Any] = {"steps": knobs.steps, "batch": knobs.batch, "rate": knobs.rate, "items": knobs.items}
@@ -104,8 +57,10 @@ def one(bench: Bench, rows: Rows, knobs: argparse.Namespace, arm: str, seed: int
     if rows.has(key):
         return
     turned = arm == "rotated"
-    model = rotate(bench.load()[0]) if turned else bench.load()[0]
-    start = bench.start(START, source_of(bench) if turned else None)
+    model, _ = bench.load()
+    if turned:
+        rotate(model, Rotation(seed=0))
+    start = bench.start(f"{START} --rotate" if turned else START)
     freedom = Freedom(others=True if knobs.others == "all" else "norms", margin=knobs.margin)
     make_trainable(model, {PRESET: Plan.uniform(PRESET)}, start=start, freedom=freedom).to(bench.device)
     before = bench.measure(model, (PRESET, "float"))

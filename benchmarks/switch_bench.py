@@ -103,16 +103,15 @@ class Bench:
 
         return kept_rows(self.data / f"{self.name}-rows-{count}-{seed}.npz", draw)
 
-    def start(self, flags: str, source: str | None = None) -> dict[str, QWeight]:
+    def start(self, flags: str) -> dict[str, QWeight]:
         """Codes that `polybit quantize MODEL` makes with these flags, made once."""
         label = re.sub(r"[^a-z0-9]+", "_", flags.lower()).strip("_")
-        path = self.data / f"{Path(source or self.name).name}-start-{label}.npz"
+        path = self.data / f"{self.name}-start-{label}.npz"
         if not path.is_file():
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "made"
-                model = source or self.model
                 chosen = [*flags.split(), "--samples", "64", "--no-measure", "--out", str(out)]
-                command = [sys.executable, "-m", "polybit", "quantize", model, *chosen]
+                command = [sys.executable, "-m", "polybit", "quantize", self.model, *chosen]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 layers = panel(load(out)[0]).layers
                 keep(path, {k: v for n, layer in layers.items() for k, v in as_arrays(n, unpack(layer.planes)).items()})
