@@ -107,6 +107,17 @@ def test_a_head_stays_tied_where_the_last_norm_is_one_number():
     assert (logits(model) - before).abs().max() <= 1e-4 * before.abs().max()
 
 
+def test_an_untied_float_model_is_saved_like_any_other(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = lively("llama-tied")
+    rotate(model, Rotation())
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), logits(model)) and not is_tied(again)
+
+
 def test_a_seed_is_a_rotation_of_its_own():
     found = [lively("llama") for _ in range(3)]
     for model, seed in zip(found, (0, 0, 1), strict=True):
