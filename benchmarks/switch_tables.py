@@ -56,12 +56,15 @@ def sets(rows: Sequence[Row]) -> None:
             for name in names:
                 there = [r for r in mine if r.get("preset", name) == name]
                 ends = [r["end"][name] for r in there]
+                if not ends:
+                    cells.append("–")
+                    continue
                 parts = [cell([100 * e["exact"] for e in ends], 1)] if exact else []
                 parts += ["nats " + cell([e["nll"] for e in ends], 4), "KL " + cell([e["kl"] for e in ends], 4)]
                 pairs = [(r, alone.get((name, r["seed"]))) for r in there if arm != "independent"]
                 shares = [share(r, a, name) for r, a in pairs if a]
                 parts += ["**" + cell(shares, 2, " %") + "**"] if shares else []
-                cells.append(", ".join(parts) if ends else "–")
+                cells.append(", ".join(parts))
             seeds = sorted({row["seed"] for row in mine})
             times = [times_of(mine, alone, names, clock) for clock in ("cpu", "wall")]
             print(f"| {arm} | {len(seeds)} | {' | '.join(cells)} | {' | '.join(times)} |")

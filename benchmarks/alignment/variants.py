@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from polybit.train.distill import Distillation, kl, with_rest
+from polybit.train.distill import Distillation, kl, lead_shortfall, with_rest
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Variant(Distillation):
         if self.early:
             weight_N = torch.exp(-part["place_N"].float() / self.early)
             each_N = each_N * weight_N / weight_N.mean()
-        return each_N.mean()
+        best = part["top_logp_NK"], part["top_index_NK"]
+        return each_N.mean() + (self.hinge * lead_shortfall(logits_NV, *best).mean() if self.hinge else 0.0)
 
 
 def contests(teacher_NK: Tensor, student_NK: Tensor, rivals: int = 16) -> Tensor:

@@ -26,7 +26,7 @@ from polybit.train.straight import Clock, Code
 # How fast the latent weights of a width move for one learning rate, which Adam makes the size of a step whatever the
 # gradient: a cell of 2 bits is wide, one of 8 narrow. Latent weights are kept divided by these.
 PACE = {2: 1.0, 3: 1.0, 4: 0.3, 5: 0.15, 6: 0.08, 7: 0.04, 8: 0.02}
-FOLLOW = 1.0  # share of a width's gradient that narrower widths' latent weights get although their bits did not decide
+FOLLOW = 3.0  # times a width's gradient that narrower widths' latent weights get although their bits did not decide
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class ThroughChain(torch.autograd.Function):
 
     Where the cell of a narrower width holds a code back and the gradient pushes against that border, it goes to the
     narrower width's latent weight instead, and so on; past the narrowest it ends. Elsewhere narrower widths follow the
-    wider one's gradient by the share FOLLOW: what makes 4 bits better mostly makes 2 bits better too, and each width
-    has only its own few steps otherwise.
+    wider one's gradient, FOLLOW times (its loss is the smaller one): what makes 4 bits better mostly makes 2 bits
+    better too, and each width has only its own few steps otherwise.
     """
 
     @staticmethod

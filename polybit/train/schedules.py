@@ -39,12 +39,8 @@ def every(step: int, presets: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def in_turn(step: int, presets: tuple[str, ...]) -> tuple[str, ...]:
-    """One preset a step, from the least precise to the most, which has two turns.
-
-    Of widths in one code the widest has the least room and must follow the others' moves (docs/log.md).
-    """
-    order = (*reversed(presets), *(presets[:1] if len(presets) > 1 else ()))
-    return (order[step % len(order)],)
+    """One preset a step, each in its turn."""
+    return (presets[step % len(presets)],)
 
 
 @dataclass(frozen=True, slots=True)
