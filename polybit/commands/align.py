@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from polybit.commands.align_widths import Widths, choose, make, precision_names, settle, statistics
 from polybit.commands.aligned import describe, print_result
+from polybit.commands.models import device_of
 from polybit.commands.pairs import Models, PairsConfig, find_models, fingerprint_of, read_material
 from polybit.core.runtime import PolybitError
 
@@ -91,6 +92,8 @@ class AlignConfig:
     """The float model of a polybit checkpoint (default: the one it says it was made from)."""
     workers: int = 1
     """Processes that make pairs, with --prompts."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train (auto: a GPU where there is one)."""
     seed: int = 0
     """Seed of the order of prompts."""
     overwrite: bool = False
@@ -202,7 +205,7 @@ def build(name: str, config: AlignConfig, run) -> dict[str, Any]:
             stats = statistics(
                 model, widths, [[*p, *a.tokens] for p, a in zip(material.prompts, material.chosen, strict=True)]
             )
-            trainable = make(model, models, widths, config)
+            trainable = make(model, models, widths, config).to(device_of(config.device))
             outcome = course_of.run(
                 trainable,
                 tokenizer,
@@ -214,7 +217,7 @@ def build(name: str, config: AlignConfig, run) -> dict[str, Any]:
                 course=course(config, pairs, widths),
             )
             settled = settle(trainable, widths, stats, held_out, outcome)
-            frozen = freeze(trainable, widths.trained[0] if config.adapter == "nested" else None)
+            frozen = freeze(trainable.cpu(), widths.trained[0] if config.adapter == "nested" else None)
             numbers = describe(outcome, frozen, len(material), len(held_out), settled)
             notes = {"base_model": parent_name(name, models), "aligned": summary_of(config, outcome)}
             stored = tuple(sorted({plan.default.w for plan in widths.presets.values()}, reverse=True))
@@ -251,6 +254,7 @@ def make_pairs(name: str, config: AlignConfig) -> Path:
         group_size=config.group_size,
         max_tokens=config.max_tokens,
         workers=config.workers,
+        device=config.device,
         restart=config.restart,
         trust_remote_code=config.trust_remote_code,
     )
@@ -289,7 +293,7 @@ def course(config: AlignConfig, pairs: Path, widths: Widths):
 def fingerprint(config: AlignConfig, models: Models, digest: str, presets: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides the result of a run, so that a resumed one cannot mix two."""
     kept = asdict(config)
-    for key in ("out", "json", "overwrite", "restart", "workers", "trust_remote_code"):
+    for key in ("out", "json", "overwrite", "restart", "workers", "device", "trust_remote_code"):
         del kept[key]
     return {
         **{key: str(value) if isinstance(value, Path) else value for key, value in kept.items()},

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.commands.models import open_model, resolve
+from polybit.commands.models import device_of, open_model, resolve
 from polybit.core.runtime import PolybitError, track
 
 if TYPE_CHECKING:  # `polybit VERB --help` loads no torch
@@ -45,6 +45,8 @@ class PairsConfig:
     """Processes to spread the work over, each with both models."""
     ray: bool = False
     """Spread the work over a Ray cluster instead of processes of this machine."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where both models answer (auto: a GPU where there is one)."""
     overwrite: bool = False
     """Replace existing pairs at --out."""
     restart: bool = False
@@ -138,15 +140,15 @@ def find_models(model: str, config: Any) -> Models:
 class PairMaker:
     """Answers and scores one shard of prompts; made once per process."""
 
-    def __init__(self, models: Models, directory: Path, max_tokens: int, top: int | None) -> None:
+    def __init__(self, models: Models, directory: Path, max_tokens: int, top: int | None, device: str) -> None:
         from polybit.hub.lm import LocalLM
         from polybit.hub.load import load_float
 
         float_model, tokenizer = load_float(models.float_name, trust_remote_code=models.trust_remote_code)
-        self.reference = LocalLM(float_model, tokenizer)
-        self.quantized = LocalLM(quantized_of(models), tokenizer)
-        self.precision, self.directory, self.max_tokens, self.top = models.precision, directory, max_tokens, top
         self.fingerprint = fingerprint_of(float_model)
+        self.reference = LocalLM(float_model.to(device_of(device)), tokenizer)
+        self.quantized = LocalLM(quantized_of(models).to(device_of(device)), tokenizer)
+        self.precision, self.directory, self.max_tokens, self.top = models.precision, directory, max_tokens, top
 
     def __call__(self, task: tuple[int, list[list[int]]]) -> dict[str, Any]:
         """Write the shard's answers and then its scores; returns what was counted."""
@@ -282,7 +284,7 @@ def answer_shards(models: Models, shards: list[Any], directory: Path, config: Pa
     missing = [task for task in shards if not (directory / shard_name(task[0])).is_file()]
     if not missing:
         return
-    arguments = (models, directory, config.max_tokens, config.top)
+    arguments = (models, directory, config.max_tokens, config.top, config.device)
     results = spread(PairMaker, arguments, missing, workers=config.workers, ray=config.ray)
     for _ in track(results, "shards of prompts", len(shards), done=len(shards) - len(missing)):
         pass

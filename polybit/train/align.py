@@ -127,6 +127,7 @@ def run(
         learning_rate=course.learning_rate,
         save_every=course.probe_every,
         seed=course.seed,
+        device=next(model.parameters()).device,
         train_sampling_strategy="sequential",  # the order is drawn above
         **course.further,
     )
