@@ -43,7 +43,8 @@ class AlignConfig:
     """Precisions to align, with commas, as in w3 or w4,w3,w2 (default: a checkpoint's widths of 4 bits and less, that
     of the pairs for a float model). All other widths of a checkpoint are kept."""
     keep_within: float = 0.005
-    """Nats of KL a width that is kept may lose, or 5 % of what it has where that is more."""
+    """Nats of KL a width that is kept may lose, or 5 % of what it has where that is more; of several aligned ones also
+    those that begin within it."""
     latents: Literal["own", "shared"] = "own"
     """Of several widths in one file: own = each moves only the bits that narrower ones do not read; shared = one latent
     weight for all."""
@@ -286,6 +287,7 @@ def course(config: AlignConfig, pairs: Path, widths: Widths):
         seed=config.seed,
         schedule=in_turn if widths.chained else every_preset,
         allowed=widths.allowed(config.keep_within),
+        exact=config.keep_within if len(widths.trained) > 1 else 0.0,
         further={"gradient_accumulation_steps": config.accumulate},
     )
 

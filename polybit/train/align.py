@@ -30,7 +30,8 @@ class Course:
     renewals of the quantized answers, 0 = never · share: how several widths share the weights: "sum" of their losses,
     "loss" = each weighted by 1/its loss at the start, "gradient" = equal lengths of gradients, "project" = those
     without what works against another · patience: probes below the start before a run is stopped · allowed: presets of
-    the same file that are probed and not trained -> nats of KL they may lose (Picker).
+    the same file that are probed and not trained -> nats of KL they may lose · exact: the same for trained ones that
+    begin nearer to the float model than this (Picker).
     """
 
     steps: int = 150
@@ -44,6 +45,7 @@ class Course:
     seed: int = 0
     schedule: Schedule = every_preset
     allowed: Mapping[str, float] = field(default_factory=dict)
+    exact: float = 0.0
     further: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -131,7 +133,7 @@ def run(
         train_sampling_strategy="sequential",  # the order is drawn above
         **course.further,
     )
-    picker = Picker(patience=course.patience, allowed=course.allowed)
+    picker = Picker(patience=course.patience, allowed=course.allowed, exact=course.exact)
     trainer = PrecisionTrainer(
         model,
         objective=objective,

@@ -24,7 +24,8 @@ class Picker:
     (the guard per width) · alarm, patience: so many probes in a row with every width that far below the start stop the
     run; the first steps of a good run may well be a hair below · judged: numbers of a probe that count, low is good ·
     allowed: widths that are stored with the others but not trained -> nats of KL they may lose, or `alarm`
-    as a share where that is more; they count nothing otherwise.
+    as a share where that is more; they count nothing otherwise · exact: a trained width whose KL at the start is below
+    so many nats is treated like these, with so much allowed, as long as another one has more to gain.
     """
 
     slack: float = 0.0
@@ -32,6 +33,7 @@ class Picker:
     patience: int = 3
     judged: Sequence[str] = JUDGED
     allowed: Mapping[str, float] = field(default_factory=dict)
+    exact: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     stopped: str | None = None
 
@@ -44,8 +46,9 @@ class Picker:
         entry["score"] = 1.0 if not self.history else self.score(probed)
         best = self.best
         self.history.append(entry)
-        trained = len(probed) - len(self.allowed)
-        falling = [e for e in self.history[-self.patience :] if len({*e["lost"]} - self.allowed.keys()) == trained]
+        excused = self.excused
+        trained = len(probed) - len(excused)
+        falling = [e for e in self.history[-self.patience :] if len({*e["lost"]} - excused.keys()) == trained]
         if len(falling) == self.patience:
             names = ", ".join(sorted(worse))
             self.stopped = (
@@ -54,16 +57,24 @@ class Picker:
             )
         return best is None or (not worse and entry["score"] < best["score"])
 
+    @property
+    def excused(self) -> Mapping[str, float]:
+        """Widths that only must not lose more than so many nats: those allowed, and those nearly exact at the start."""
+        start = self.history[0]["presets"]
+        trained = [name for name in start if name not in self.allowed]
+        near = [name for name in trained if start[name].get("kl", float("inf")) < self.exact]
+        return {**self.allowed, **dict.fromkeys(near if len(near) < len(trained) else (), self.exact)}
+
     def below_start(self, probed: Probed, slack: float) -> dict[str, str]:
         """The widths that are worse than at the start by more than a share, each with what is worse."""
         start = self.history[0]["presets"]
-        found = {}
+        found, excused = {}, self.excused
         for name, numbers in probed.items():
-            for key in ("kl",) if name in self.allowed else self.judged:
+            for key in ("kl",) if name in excused else self.judged:
                 now, then = numbers[key], start[name][key]
                 most = then * (1 + slack)
-                if name in self.allowed:
-                    most = then + max(self.allowed[name], self.alarm * then)
+                if name in excused:
+                    most = then + max(excused[name], self.alarm * then)
                 if not isfinite(now) or now > most:
                     found[name] = f"{name}: {key} {now:.4g}, at the start {then:.4g}"
         return found
@@ -71,12 +82,8 @@ class Picker:
     def score(self, probed: Probed) -> float:
         """Mean over widths of flips and KL relative to the start: 1 = no gain, 0 = the float model; lower is better."""
         start = self.history[0]["presets"]
-        pairs = [
-            (now[key], start[name][key])
-            for name, now in probed.items()
-            if name not in self.allowed
-            for key in self.judged
-        ]
+        counted = {name: now for name, now in probed.items() if name not in self.excused}
+        pairs = [(now[key], start[name][key]) for name, now in counted.items() for key in self.judged]
         shares = [now / max(then, 1e-12) for now, then in pairs]
         return sum(shares) / len(shares)
 

@@ -76,3 +76,16 @@ def test_widths_that_are_not_trained_may_lose_what_is_allowed():
     picker.judge(30, probed(0.4, 0.7) | probed(0.001, 0.0002, "w8"))
     picker.judge(40, probed(0.4, 0.7) | probed(0.001, 0.0002, "w8"))
     assert picker.stopped is not None  # every trained width is below its start
+
+
+def test_a_nearly_exact_width_does_not_hold_back_one_with_more_to_gain():
+    start = probed(0.04, 0.1) | probed(0.001, 0.002, "w4")
+    strict, lenient = Picker(), Picker(exact=0.005)
+    for picker in (strict, lenient):
+        picker.judge(0, start)
+    assert not strict.judge(10, probed(0.01, 0.02) | probed(0.002, 0.005, "w4"))
+    assert lenient.judge(10, probed(0.01, 0.02) | probed(0.002, 0.005, "w4"))
+    assert not lenient.judge(20, probed(0.001, 0.001) | probed(0.002, 0.008, "w4"))
+    alone = Picker(exact=0.005)  # nobody has more to gain: the guard stays strict
+    alone.judge(0, probed(0.001, 0.002, "w4"))
+    assert not alone.judge(10, probed(0.001, 0.003, "w4"))
