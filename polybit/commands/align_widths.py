@@ -78,6 +78,10 @@ def choose(config, models: Models, noted: Mapping[str, Any]) -> Widths:
     if config.method.startswith("qdpo") and config.refresh_every == 0 and names != [noted["precision"]]:
         warn(f"the pairs are of {noted['precision']}, not of {', '.join(names)}: answers are only renewed with refresh")
     chained = config.adapter == "none" and config.latents == "own" and max(len(stored), len(names)) > 1
+    if chained and config.scales not in (None, "frozen"):
+        raise PolybitError(
+            f"--scales {config.scales} would move what all widths of the file share: leave it out, or add --latents shared"
+        )
     every = sorted({*stored, *names}, key=lambda name: -int(name[1:])) if chained else names
     return Widths({name: Plan.uniform(name) for name in every}, tuple(names), chained)
 

@@ -154,6 +154,11 @@ def test_a_nested_file_aligns_its_narrow_widths_by_default(nested, made, tmp_pat
     assert set(shared["presets"]) == {"w4", "w3", "w2"}
 
 
+def test_scales_all_widths_share_are_not_trained_for_one(nested, made, tmp_path, capsys):
+    said = refused(capsys, "align", nested, "--pairs", made, "--scales", "learned", "--out", tmp_path / "out")
+    assert "--latents shared" in said and not (tmp_path / "out").exists()
+
+
 def test_scores_of_another_model_are_refused(broken_llama, made, tmp_path, capsys):
     other = broken_llama(lambda tensors: tensors["model.norm.weight"].mul_(1.5))
     said = refused(capsys, "align", other, "--pairs", made, "--group-size", "16", "--out", tmp_path / "out")
