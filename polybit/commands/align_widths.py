@@ -80,7 +80,7 @@ def choose(config, models: Models, noted: Mapping[str, Any]) -> Widths:
     chained = config.adapter == "none" and config.latents == "own" and max(len(stored), len(names)) > 1
     if chained and config.scales not in (None, "frozen"):
         raise PolybitError(
-            f"--scales {config.scales} would move what all widths of the file share: leave it out, or add --latents shared"
+            f"--scales {config.scales} moves what all widths of the file share: leave it out, or add --latents shared"
         )
     every = sorted({*stored, *names}, key=lambda name: -int(name[1:])) if chained else names
     return Widths({name: Plan.uniform(name) for name in every}, tuple(names), chained)
