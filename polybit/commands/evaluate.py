@@ -32,7 +32,8 @@ class EvalConfig:
     window: int | None = None
     """Tokens per window (default: 256 or 512 by the model's context)."""
     prompts: str | None = None
-    """Prompts both models answer freely: a .txt (one per line) or .jsonl file (default: beginnings of the text)."""
+    """Prompts both models answer freely: a .txt (one per line) or .jsonl file, or any source of polybit pairs (default:
+    beginnings of the text)."""
     answers: int = 32
     """How many prompts to answer; 0 = none."""
     max_tokens: int = 48

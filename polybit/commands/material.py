@@ -8,7 +8,8 @@ from typing import Any
 
 from polybit.commands.calibration import SELF, text_name, window_length
 from polybit.core.runtime import PolybitError
-from polybit.data.chat import Prompt, read_prompts
+from polybit.data.chat import Prompt
+from polybit.data.prompts import gather_prompts
 from polybit.data.text import has_chat_template, read_windows
 from polybit.evals.compare import Material
 from polybit.evals.tasks import embedded_items
@@ -55,7 +56,7 @@ def choose_prompts(tokenizer, config: Any, windows, items, context: int | None) 
             f"--max-tokens {config.max_tokens} leaves no room for a prompt: the model reads {context} tokens"
         )
     if config.prompts:
-        return read_prompts(config.prompts, chat=has_chat_template(tokenizer))[: config.answers]
+        return gather_prompts(config.prompts, chat=has_chat_template(tokenizer), limit=config.answers)
     if items:
         each = [[list(item.messages) for item in rows] for rows in items.values()]
         return [prompt for group in zip(*each, strict=False) for prompt in group][: config.answers]
