@@ -13,6 +13,7 @@ from polybit.core.planes import unpack
 from polybit.hub.checkpoint import describe
 from polybit.hub.load import load
 from polybit.nn.switch import panel
+from polybit.train.chain import Chain
 from polybit.train.pairs import read_pairs
 
 QUICK = ["--group-size", "16", "--max-tokens", "8"]
@@ -152,6 +153,22 @@ def test_a_nested_file_aligns_its_narrow_widths_by_default(nested, made, tmp_pat
     assert list(numbers["presets"]) == ["w4", "w3", "w2", "w8"]  # trained ones, then those that were kept
     shared = aligned(nested, made, tmp_path / "shared", "--latents", "shared")
     assert set(shared["presets"]) == {"w4", "w3", "w2"}
+
+
+def test_settling_that_does_harm_is_undone(nested, made, tmp_path, monkeypatch):
+    flags = ["--precision", "w2", "--learning-rate", "2e-3", "--keep-within", "1", "--held-out", "4"]
+
+    def spoil(code, weight_OI, stats, widths):
+        code.start_OI = 255 - code.start_OI
+        code.forget()
+
+    monkeypatch.setattr(Chain, "settle", lambda *_: None)
+    plain = aligned(nested, made, tmp_path / "plain", *flags)
+    monkeypatch.setattr(Chain, "settle", spoil)
+    aligned(nested, made, tmp_path / "spoiled", *flags)
+    assert "the start is kept" not in plain["kept"]
+    one, other = codes(tmp_path / "plain"), codes(tmp_path / "spoiled")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_scales_all_widths_share_are_not_trained_for_one(nested, made, tmp_path, capsys):
