@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from polybit.commands.models import resolve
+from polybit.hub.models import resolve
 from polybit.core.plan import Plan
 from polybit.data.chat import encode_prompt
 from polybit.hub.lm import LocalLM

@@ -31,7 +31,7 @@ from polybit.allocate.groups import fused_groups
 from polybit.allocate.knapsack import solve
 from polybit.allocate.swap import improve
 from polybit.commands.allocation import choices_of, even, inner_targets
-from polybit.commands.models import resolve
+from polybit.hub.models import resolve
 from polybit.commands.sensitivities import Quantizing, Task, run, unpacked
 from polybit.core.records import machine
 from polybit.core.runtime import write_json
@@ -40,7 +40,7 @@ from polybit.data.text import read_windows
 from polybit.hub.load import load_float
 from polybit.measure.plan_loss import PlanLoss
 from polybit.measure.probe import Probe, answer_probe, text_probe
-from polybit.measure.refine import FINISH, finish_model
+from polybit.compress.refine import FINISH, finish_model
 from polybit.measure.signals import Signal, agreement, gather, kendall, scores
 
 WIDTHS = (2, 3, 4, 5, 6)
@@ -300,8 +300,8 @@ def versus(args: argparse.Namespace) -> dict[str, Any]:
     from polybit.evals import tasks as tasks_of
     from polybit.evals.scoring import bootstrap
     from polybit.hub.lm import LocalLM
-    from polybit.measure.blocks import as_stored
-    from polybit.measure.stats import collect
+    from polybit.compress.blocks import as_stored
+    from polybit.compress.stats import collect
 
     found = []
     for seed in args.seeds:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polybit.commands.models import open_model
+from polybit.hub.models import open_model
 from polybit.core.plan import Plan
 from polybit.data.text import read_windows
 from polybit.evals.scoring import bootstrap

@@ -22,7 +22,7 @@ def one(depth: int) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from polybit.commands.compress import Recipe
+    from polybit.compress.loop import Recipe
     from polybit.commands.quantize import replace_weights
     from polybit.core.affine import Grid
     from polybit.hub.workspace import Workspace

@@ -23,7 +23,7 @@ from polybit.core.records import machine
 from polybit.hub.random_model import random_planes
 from polybit.kernels.adapter import Adapter
 from polybit.kernels.prepared import Bundle, Prepared
-from polybit.measure.timing import Job, Probe, clock_for, time_rounds
+from polybit.speed.timing import Job, Probe, clock_for, time_rounds
 
 GROUP = 64
 BLOCK = 128  # columns that share a width

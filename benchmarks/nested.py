@@ -24,7 +24,7 @@ from polybit.core.records import LayerStats
 from polybit.core.runtime import write_json
 from polybit.data.text import read_windows
 from polybit.hub.load import load_float
-from polybit.measure.stats import collect
+from polybit.compress.stats import collect
 from polybit.nn.convert import targets
 from polybit.quant.gptq import gptq
 from polybit.quant.nested import WIDTHS, nested

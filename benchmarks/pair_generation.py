@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from polybit.commands.models import resolve
+from polybit.hub.models import resolve
 from polybit.data import synth
 from polybit.data.chat import encode_prompt
 from polybit.hub.lm import LocalLM

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from polybit.commands.compress import Recipe, compress
-from polybit.commands.recipes import BLOCK_STEPS, FINISH_STEPS
+from polybit.compress.loop import Recipe, compress
+from polybit.compress.recipe import BLOCK_STEPS, FINISH_STEPS
 from polybit.core.affine import Grid, QWeight
 from polybit.core.records import machine
 from polybit.core.runtime import write_json
 from polybit.data.text import read_windows
 from polybit.hub.load import load_float
-from polybit.measure.blocks import Whole, outside
+from polybit.compress.blocks import Whole, outside
 from polybit.nn.convert import Target, targets
 
 WINDOW, CALIBRATION, EVALUATION = 256, 128, 392

@@ -28,7 +28,7 @@ from bench_rows import Rows, cell, device_of, read_rows
 from switch_bench import Bench, read_chats
 
 from polybit.commands.attack import AttackConfig, one_seed
-from polybit.commands.models import open_model
+from polybit.hub.models import open_model
 from polybit.core.plan import Plan
 from polybit.core.planes import pack
 from polybit.data import synth

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from polybit.commands.models import resolve
+from polybit.hub.models import resolve
 from polybit.core.affine import QWeight
 from polybit.core.planes import unpack
 from polybit.core.runtime import atomic_path

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polybit.commands.models import resolve
+from polybit.hub.models import resolve
 from polybit.core.affine import Grid, QWeight
 from polybit.core.plan import Plan
 from polybit.data.chat import encode_prompt
@@ -150,7 +150,7 @@ class Bench:
         model, grid = copy.deepcopy(self.model).cpu(), Grid(bits, self.setting.group_size, "group")
         if method == "rtn":
             return {t.name: QUANTIZERS["rtn"](t.weight_OI(model), None, grid) for t in targets(model)}
-        from polybit.commands.compress import Recipe, compress
+        from polybit.compress.loop import Recipe, compress
 
         rows = [[*p, *a] for p, a in zip(self.train, self.answers, strict=False)]
         count, length = CALIBRATION

@@ -16,7 +16,7 @@ from features import Features
 from variants import Variant
 
 from polybit.core.plan import Plan
-from polybit.measure.stats import collect
+from polybit.compress.stats import collect
 from polybit.nn.convert import targets
 from polybit.train import align, chain, latent
 from polybit.train.distill import Distillation

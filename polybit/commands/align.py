@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from polybit.commands.align_widths import Widths, choose, make, precision_names, settle, statistics
 from polybit.commands.aligned import describe, print_result
-from polybit.commands.models import device_of
+from polybit.hub.models import device_of
 from polybit.commands.pairs import Models, PairsConfig, find_models, fingerprint_of, read_material
 from polybit.core.runtime import PolybitError
 
@@ -307,7 +307,7 @@ def fingerprint(config: AlignConfig, models: Models, digest: str, presets: Mappi
 
 def parent_name(name: str, models: Models) -> str:
     """The float model as the user named it, tinychat by its own name."""
-    from polybit.commands.models import EMBEDDED, resolve
+    from polybit.hub.models import EMBEDDED, resolve
 
     parent = name if models.checkpoint is None else models.float_name
     return EMBEDDED if Path(resolve(parent)) == Path(resolve(EMBEDDED)) else parent

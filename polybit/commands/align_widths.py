@@ -55,7 +55,7 @@ def choose(config, models: Models, noted: Mapping[str, Any]) -> Widths:
 
     noted: what `polybit pairs` said about the pairs.
     """
-    from polybit.commands.sizes import stored_widths
+    from polybit.compress.sizes import stored_widths
     from polybit.core.plan import Plan
     from polybit.hub.load import load_quantized
 
@@ -91,7 +91,7 @@ def statistics(model, widths: Widths, rows: list[list[int]]):
     will be settled."""
     import torch
 
-    from polybit.measure.stats import collect
+    from polybit.compress.stats import collect
     from polybit.nn.convert import targets
 
     wider = [name for name in widths.kept if widths.presets[name].default.w > max(widths.bits)]
@@ -131,7 +131,7 @@ def make(model, models: Models, widths: Widths, config):
 
 def start_codes(checkpoint: str | Path, config) -> dict[str, Any]:
     """The codes of a checkpoint's layers; one that quantizes more than linear layers is refused."""
-    from polybit.commands.sizes import quantized_layers
+    from polybit.compress.sizes import quantized_layers
     from polybit.core.planes import unpack
     from polybit.hub.load import load_quantized
     from polybit.nn.linear import QuantLinear

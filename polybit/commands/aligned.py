@@ -12,7 +12,7 @@ def describe(outcome, frozen, trained: int, held_out: int, settled: Mapping[str,
 
     settled: numbers of widths that were kept, after their own bits were chosen again.
     """
-    from polybit.commands.sizes import stored_bits_per_weight
+    from polybit.compress.sizes import stored_bits_per_weight
 
     return {
         "prompts": {"train": trained, "held_out": held_out},

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.commands.models import EMBEDDED, resolve
+from polybit.hub.models import EMBEDDED, resolve
 from polybit.core.precision import check_width, parse_widths
 from polybit.core.runtime import PolybitError
 

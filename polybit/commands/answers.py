@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from polybit.commands.models import open_model
+from polybit.hub.models import open_model
 from polybit.core.runtime import PolybitError, atomic_path, write_json
 
 SHARD = 16  # questions per file of unfinished work
@@ -163,7 +163,7 @@ def read_part(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def open_reference(entrants: Sequence[Entrant], named: str | None, *, trust_remote_code: bool):
     """The float model the others are compared with: (name, model, tokenizer)."""
-    from polybit.commands.sizes import base_model, stored_widths
+    from polybit.compress.sizes import base_model, stored_widths
 
     name = named
     for entrant in entrants:
@@ -189,7 +189,7 @@ def gather_rows(
 ) -> list[Row]:
     """Answers of every entrant at every precision; one model is in memory at a time."""
     from polybit.commands.quantize import model_digest
-    from polybit.commands.sizes import default_presets, preset_sizes, stored_widths
+    from polybit.compress.sizes import default_presets, preset_sizes, stored_widths
     from polybit.evals.conversation import converse
     from polybit.evals.judge_questions import read_answers
     from polybit.hub.lm import LocalLM

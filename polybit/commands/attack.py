@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from polybit.commands.models import open_model
-from polybit.commands.sizes import stored_widths
+from polybit.hub.models import open_model
+from polybit.compress.sizes import stored_widths
 from polybit.commands.squad import EMBEDDED, open_file
 from polybit.core.runtime import PolybitError, atomic_path, write_json
 

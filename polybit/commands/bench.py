@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.commands.models import resolve
+from polybit.hub.models import resolve
 from polybit.core.precision import parse_widths
 from polybit.core.runtime import PolybitError, atomic_path
 
@@ -119,14 +119,14 @@ def linear(_: str | None, config: BenchConfig) -> dict[str, Any]:
     """Every width of one product; keeps the machine's constants when one token is multiplied."""
     import torch
 
-    from polybit.measure import speed
-    from polybit.measure.timing import Probe, clock_for, int8_peak, summarize, time_rounds
+    from polybit.speed import products as speed
+    from polybit.speed.timing import Probe, clock_for, int8_peak, summarize, time_rounds
 
     rows, columns = matrix(config.shape)
     modes = modes_of(config)
     widths = parse_widths(config.widths)
     if config.device == "cuda":
-        from polybit.measure.speed_gpu import time_on_gpu
+        from polybit.speed.products_gpu import time_on_gpu
 
         return time_on_gpu(rows, columns, config.batch, widths, modes, config.rounds, peers=config.peers)
     speed.verify()
@@ -152,7 +152,7 @@ def keep_constants(
     import torch
 
     from polybit.core.records import processor_name
-    from polybit.measure.machine import Constants, keep, today
+    from polybit.speed.machine import Constants, keep, today
 
     by_name = {row["name"]: row for row in table}
     kept = [(b, by_name[f"polybit w{b} {mode}"]) for b in widths]
@@ -175,8 +175,8 @@ def generate(model: str | None, config: BenchConfig) -> dict[str, Any]:
     """Tokens per second of every width by the fast path and by transformers, against bf16 and llama.cpp."""
     import torch
 
-    from polybit.measure import speed_model
-    from polybit.measure.timing import Probe, clock_for, summarize, time_rounds
+    from polybit.speed import models as speed_model
+    from polybit.speed.timing import Probe, clock_for, summarize, time_rounds
 
     presets = [f"w{b}" for b in parse_widths(config.widths)]
     modes = modes_of(config)
@@ -203,7 +203,7 @@ def switching(model: str | None, config: BenchConfig) -> dict[str, Any]:
     """Time from one width to the next."""
     import time
 
-    from polybit.measure.speed_model import switch_seconds
+    from polybit.speed.models import switch_seconds
 
     loaded = open_quantized(model, config)
     presets = [f"w{b}" for b in parse_widths(config.widths)]
@@ -213,14 +213,14 @@ def switching(model: str | None, config: BenchConfig) -> dict[str, Any]:
 def open_quantized(model: str | None, config: BenchConfig) -> Any:
     """The polybit model to time."""
     if model is None:
-        from polybit.commands.ends import end_targets, hold_ends
+        from polybit.compress.ends import end_targets, hold_ends
         from polybit.hub.random_model import random_quantized, skeleton
 
         made = random_quantized(random_shape(config))
         names = [target.name for target in end_targets(skeleton(random_shape(config)))] if config.ends else []
         hold_ends(made, names, config.ends, parse_widths(config.widths))
         return made
-    from polybit.commands.sizes import quantized_layers
+    from polybit.compress.sizes import quantized_layers
     from polybit.hub.load import load
 
     loaded, _ = load(resolve(model), trust_remote_code=config.trust_remote_code)
@@ -236,8 +236,9 @@ def peers(model: str | None, config: BenchConfig, prompt: Any) -> list[Any]:
     """bf16 transformers, and llama.cpp where it can be imported."""
     import torch
 
-    from polybit.measure import llama, speed_model
-    from polybit.measure.machine import cache_directory
+    from polybit.speed import llama
+    from polybit.speed import models as speed_model
+    from polybit.speed.machine import cache_directory
 
     if config.float_model is not None:
         from polybit.hub.load import load_float
@@ -287,7 +288,7 @@ def matrix(text: str) -> tuple[int, int]:
 
 def with_ratios(table: list[dict[str, Any]], found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each of our rows with its paired speed against the fastest peer that reads at least as many bits."""
-    from polybit.measure.timing import paired_ratio
+    from polybit.speed.timing import paired_ratio
 
     for row in table:
         kind = row["engine"].removeprefix("polybit")

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.commands.models import EMBEDDED, resolve
-from polybit.commands.plans import LEAST_GROUP
+from polybit.hub.models import EMBEDDED, resolve
+from polybit.compress.plan_files import LEAST_GROUP
 from polybit.core.runtime import PolybitError
 
 SEARCH_ROWS = 256  # output rows that stand for the whole layer while offsets are searched
@@ -70,7 +70,7 @@ def columns(model: str, /, *, config: Annotated[ColumnsConfig, Parameter(name="*
         raise PolybitError(
             f"--group-size {config.group_size} is too small for widths inside layers: give {LEAST_GROUP} or more"
         )
-    from polybit.commands.plans import write_plan
+    from polybit.compress.plan_files import write_plan
     from polybit.core.records import Run
 
     run = Run(
@@ -86,7 +86,7 @@ def columns(model: str, /, *, config: Annotated[ColumnsConfig, Parameter(name="*
 
 def build(name: str, config: ColumnsConfig) -> tuple[Any, dict[str, Any]]:
     """Load, calibrate, sort when asked, search layer by layer, check on held-out text: (Plan, numbers)."""
-    from polybit.commands import calibration as text
+    from polybit.compress import text
     from polybit.commands.mix import gather_mixture
     from polybit.commands.quantize import BATCH
     from polybit.hub.load import load_float
@@ -126,7 +126,7 @@ def build(name: str, config: ColumnsConfig) -> tuple[Any, dict[str, Any]]:
 def starting_plan(config: ColumnsConfig, every: Sequence[Any]) -> tuple[Any, dict[str, float]]:
     """The plan without columns, and the mean bits of every layer it quantizes."""
     from polybit.allocate.columns import base_width
-    from polybit.commands.plans import check_document, check_plan, read_plan
+    from polybit.compress.plan_files import check_document, check_plan, read_plan
     from polybit.core.plan import Plan
 
     if config.plan is None:
@@ -143,7 +143,7 @@ def sort_model(model, tokenizer, chosen: Sequence[Any], batches: Sequence[Any], 
     import torch
 
     from polybit.hub.directory import check_output, staged_directory
-    from polybit.measure.stats import collect
+    from polybit.compress.stats import collect
     from polybit.nn.sorting import feed_forwards, sort_units
     from polybit.quant.salience import column_salience
 
@@ -174,7 +174,7 @@ def search_layers(
 ) -> dict[str, Any]:
     """Offsets of every layer, a decoder block at a time, on the float model's inputs."""
     from polybit.core.runtime import track
-    from polybit.measure.blocks import find_blocks, outside, run_blocks
+    from polybit.compress.blocks import find_blocks, outside, run_blocks
 
     rest = {target.name for target in outside(model, chosen)}
     _, modules = find_blocks(model, chosen)
@@ -252,7 +252,7 @@ def check_plans(model, chosen: Sequence[Any], base, plan, gathered, config: Colu
     """
     from polybit.allocate.columns import block_lengths, ranked_offsets
     from polybit.core.plan import ColumnWidths
-    from polybit.measure.blocks import Whole
+    from polybit.compress.blocks import Whole
     from polybit.measure.mixture_truth import harm
 
     plain = base
@@ -277,8 +277,8 @@ def check_plans(model, chosen: Sequence[Any], base, plan, gathered, config: Colu
 
 def quantize_by(model, chosen: Sequence[Any], gathered, plan, config: ColumnsConfig) -> tuple[dict[str, Any], float]:
     """Dequantized weights of a plan by GPTQ, block after block, and effective bits per weight."""
-    from polybit.commands.calibration import batches
-    from polybit.commands.compress import Recipe, compress
+    from polybit.compress.text import batches
+    from polybit.compress.loop import Recipe, compress
     from polybit.commands.mix import Nowhere
     from polybit.commands.quantize import BATCH, largest_width
     from polybit.core.affine import Grid

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from polybit.commands.models import open_model
-from polybit.commands.sizes import preset_sizes, quantized_layers, stored_widths
+from polybit.hub.models import open_model
+from polybit.compress.sizes import preset_sizes, quantized_layers, stored_widths
 from polybit.core.cost import Cost, Work, bitops_of
 from polybit.core.plan import Plan
 from polybit.core.runtime import PolybitError

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from polybit.commands import suites
-from polybit.commands.models import EMBEDDED, open_model, resolve
+from polybit.hub.models import EMBEDDED, open_model, resolve
 from polybit.core.runtime import PolybitError
 
 TASKS = ("reading", "arithmetic", "dialogue")  # those of evals.tasks, spelled here so that --help loads no torch
@@ -145,7 +145,7 @@ def measure(target: str, config: EvalConfig) -> tuple[dict[str, Any], dict[str, 
 
         return {"squad": measure_spans(target, config)}, {"target_name": Path(target).name}
     from polybit.commands.material import gather_material
-    from polybit.commands.sizes import base_model, default_presets, preset_sizes, stored_widths
+    from polybit.compress.sizes import base_model, default_presets, preset_sizes, stored_widths
     from polybit.evals.compare import compare
     from polybit.hub.lm import LocalLM
 

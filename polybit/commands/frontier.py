@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.commands.models import open_model, resolve
+from polybit.hub.models import open_model, resolve
 from polybit.core.runtime import PolybitError
 
 COSTS = {"bytes": "bytes read per token", "bitops": "bit operations per token (MACs x w x a)"}
@@ -71,7 +71,7 @@ def search(checkpoint: str, config: FrontierConfig) -> dict[str, Any]:
     """Sensitivities, the three searches, and every whole model that was measured."""
     from polybit.allocate.frontier import Point, evolve, exact, greedy, price
     from polybit.allocate.frontier import frontier as best_of
-    from polybit.commands.sizes import quantized_layers
+    from polybit.compress.sizes import quantized_layers
 
     model, meter = prepare(checkpoint, config)
     layers = quantized_layers(model)
@@ -158,10 +158,10 @@ class Meter:
 
 def prepare(checkpoint: str, config: FrontierConfig):
     """(quantized model, the meter of its harm)."""
-    from polybit.commands.sizes import base_model, stored_widths
+    from polybit.compress.sizes import base_model, stored_widths
     from polybit.data.text import read_windows
     from polybit.hub.load import load_float
-    from polybit.measure.calibration import self_text
+    from polybit.compress.self_text import self_text
 
     model, tokenizer = open_model(checkpoint, trust_remote_code=config.trust_remote_code)
     if stored_widths(model) is None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from polybit.commands.models import open_model
+from polybit.hub.models import open_model
 from polybit.core.runtime import PolybitError
 
 NARROW = 4  # bits up to which int8 activations add less than 2 % to the KL the weights cost (docs/results.md)

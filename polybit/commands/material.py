@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from polybit.commands.calibration import SELF, text_name, window_length
+from polybit.compress.text import SELF, text_name, window_length
 from polybit.core.runtime import PolybitError
 from polybit.data.chat import Prompt
 from polybit.data.prompts import gather_prompts
@@ -33,7 +33,7 @@ def gather_material(reference, tokenizer, config: Any, *, embedded: bool, tasks:
     length = window_length(reference, config.window)
     source = config.text or (EMBEDDED_TEXT if embedded else SELF)
     if source == SELF:
-        from polybit.measure.calibration import self_text
+        from polybit.compress.self_text import self_text
 
         bos = tokenizer.bos_token_id
         windows = self_text(reference, bos, count=config.windows, length=length, seed=config.seed + 1)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.commands.models import resolve
+from polybit.hub.models import resolve
 from polybit.core.precision import check_width
 from polybit.core.runtime import PolybitError
 
@@ -122,7 +122,7 @@ def search(name: str, config: MixConfig) -> dict[str, Any]:
 
 def read_texts(model, tokenizer, sources: Sequence[str], config: MixConfig) -> dict[str, tuple[Any, Any]]:
     """Source -> windows to calibrate on and windows to measure on, [N, T] each, all of one length."""
-    from polybit.commands.calibration import gather, window_length
+    from polybit.compress.text import gather, window_length
 
     length = window_length(model, config.window)
     samples = config.samples * (DRAWS if config.verify else 1)
@@ -152,7 +152,7 @@ def verify(
     config: MixConfig,
 ) -> dict[str, Any]:
     """Quantize at a coarse grid and at every criterion's pick; the measured table and the regrets."""
-    from polybit.commands.journal import Journal
+    from polybit.core.journal import Journal
     from polybit.commands.quantize import model_digest
     from polybit.measure.mixture import simplex
     from polybit.measure.mixture_truth import judge, measure_mixtures
@@ -205,10 +205,10 @@ class Nowhere:
 
 def quantizer(model, chosen: Sequence[Any], config: MixConfig):
     """(windows, seed) -> dequantized weights by layer, as `polybit quantize` would make them."""
-    from polybit.commands.calibration import batches
-    from polybit.commands.compress import compress
+    from polybit.compress.text import batches
+    from polybit.compress.loop import compress
     from polybit.commands.quantize import BATCH
-    from polybit.commands.recipes import choose
+    from polybit.compress.recipe import choose
 
     recipe = choose(
         config.method, (config.bits,), config.group_size, asymmetric=None, effort="normal", seed=config.seed
@@ -253,7 +253,7 @@ def read_mix(spec: str) -> dict[str, float]:
 
 def gather_mixture(model, tokenizer, spec: str, *, samples: int, length: int, seed: int):
     """Calibration windows drawn by the shares of `spec`, and held-out windows in the same shares."""
-    from polybit.commands.calibration import Calibration, gather
+    from polybit.compress.text import Calibration, gather
     from polybit.measure.mixture import mix as draw
     from polybit.measure.mixture import whole_shares
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.commands.models import device_of, open_model, resolve
+from polybit.hub.models import device_of, open_model, resolve
 from polybit.core.runtime import PolybitError, track
 
 if TYPE_CHECKING:  # `polybit VERB --help` loads no torch
@@ -116,7 +116,7 @@ class Models:
 
 def find_models(model: str, config: Any) -> Models:
     """Which float model and which quantized one MODEL means; `config` has precision, reference, group_size."""
-    from polybit.commands.sizes import base_model, stored_widths
+    from polybit.compress.sizes import base_model, stored_widths
     from polybit.core.precision import FLOAT, Precision
     from polybit.nn.rotation import rotation_of
 

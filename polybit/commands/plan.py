@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from polybit.commands.models import resolve
+from polybit.hub.models import resolve
 from polybit.commands.quantize import Method, QuantizeConfig, recipe_of
 
 STATISTICS_COPIES = 4  # Hessian, its damped copy, its factor, and one working copy live at the same time
@@ -52,8 +52,8 @@ def plan(model: str, /, *, config: Annotated[PlanConfig, Parameter(name="*")] = 
     """Say what quantizing MODEL would give and cost. Reads its configuration only, never its weights."""
     asked = {key: getattr(config, key) for key in ("widths", "bits", "method", "group_size", "asymmetric")}
     recipe = recipe_of(QuantizeConfig(out=Path("unused"), **asked))
-    from polybit.commands.calibration import window_length
-    from polybit.commands.ends import end_bits, end_targets
+    from polybit.compress.text import window_length
+    from polybit.compress.ends import end_bits, end_targets
     from polybit.core.precision import FLOAT
     from polybit.core.records import Run
     from polybit.hub.skeleton import load_skeleton
@@ -121,7 +121,7 @@ def speed(
 
     from polybit.core.precision import FLOAT
     from polybit.hub.decode import FAMILIES
-    from polybit.measure.machine import PLAIN_BLOCK_SECONDS, recall
+    from polybit.speed.machine import PLAIN_BLOCK_SECONDS, recall
     from polybit.nn.convert import ends as ends_of
     from polybit.nn.convert import targets
 
@@ -154,7 +154,7 @@ def dry_run(chosen: Sequence[Any], recipe) -> dict[str, Any]:
     """
     import torch
 
-    from polybit.commands.compress import quantize_layer
+    from polybit.compress.loop import quantize_layer
     from polybit.core.records import LayerStats
 
     shapes = [(t.rows // t.experts, t.columns) for t in chosen]

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.commands.models import EMBEDDED, resolve
-from polybit.commands.plans import check_document, check_plan, read_plan
+from polybit.hub.models import EMBEDDED, resolve
+from polybit.compress.plan_files import check_document, check_plan, read_plan
 from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT, check_width, parse_widths
 from polybit.core.runtime import PolybitError
@@ -133,7 +133,7 @@ def recipe_of(config: QuantizeConfig):
         raise PolybitError(
             f"--widths {config.widths} is a single width: use --bits {widths[0]} for the best file of that width"
         )
-    from polybit.commands.recipes import choose
+    from polybit.compress.recipe import choose
 
     method = config.method or ("rounding" if fixed else "nested")
     return choose(
@@ -149,9 +149,9 @@ def recipe_of(config: QuantizeConfig):
 
 def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
     """Load, calibrate, quantize block by block, save, verify, measure; returns the numbers of the run."""
-    from polybit.commands import calibration as text
-    from polybit.commands.ends import end_bits, end_targets, hold_ends, quantize_ends
-    from polybit.commands.recipes import within_memory
+    from polybit.compress import text
+    from polybit.compress.ends import end_bits, end_targets, hold_ends, quantize_ends
+    from polybit.compress.recipe import within_memory
     from polybit.hub.checkpoint import save, verify
     from polybit.hub.workspace import Workspace
     from polybit.nn.convert import left_in_float, targets
@@ -230,7 +230,7 @@ def describe_rotation(model, untied: bool) -> dict[str, Any]:
 
 def replace_weights(model, chosen: Sequence[Any], windows: Sequence[Any], recipe, store) -> dict[str, dict[str, float]]:
     """Quantize `model` in place, letting float weights go block by block; returns the relative error of every layer."""
-    from polybit.commands.compress import compress, relative_errors
+    from polybit.compress.loop import compress, relative_errors
     from polybit.core.planes import pack
     from polybit.nn.convert import convert
 
@@ -245,7 +245,7 @@ def replace_weights(model, chosen: Sequence[Any], windows: Sequence[Any], recipe
 
 def narrowed(recipe, chosen: Sequence[Any]):
     """The recipe of a fixed plan with no more bits than its widest layer has; others as they are."""
-    from polybit.commands.compress import is_nested
+    from polybit.compress.loop import is_nested
 
     if is_nested(recipe):
         return recipe
@@ -255,8 +255,8 @@ def narrowed(recipe, chosen: Sequence[Any]):
 
 def name_plan(model, recipe) -> None:
     """Store the plan as a preset: a nested file is read by it, a fixed one holds just what it says."""
-    from polybit.commands.compress import PLAN, is_nested
-    from polybit.commands.plans import fixed_preset
+    from polybit.compress.loop import PLAN, is_nested
+    from polybit.compress.plan_files import fixed_preset
     from polybit.nn.switch import panel, set_presets
 
     if recipe.plan is None:
@@ -267,7 +267,7 @@ def name_plan(model, recipe) -> None:
 
 def preset_names(recipe) -> list[str]:
     """What the new checkpoint can be read at."""
-    from polybit.commands.compress import PLAN, is_nested
+    from polybit.compress.loop import PLAN, is_nested
 
     widths = [f"w{b}" for b in recipe.widths]
     if recipe.plan is None:
@@ -301,7 +301,7 @@ def describe(
     model, recipe, errors: Mapping[str, Mapping[str, float]], leftovers: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Sizes at every width, per layer and together, and what stays in float."""
-    from polybit.commands.sizes import bytes_read, preset_sizes, quantized_layers, stored_bits_per_weight
+    from polybit.compress.sizes import bytes_read, preset_sizes, quantized_layers, stored_bits_per_weight
     from polybit.nn.switch import at
 
     presets = preset_names(recipe)
@@ -326,7 +326,7 @@ def describe(
 
 def measure(name: str, quantized, tokenizer, gathered, recipe, config: QuantizeConfig) -> dict[str, Any]:
     """Compare the new checkpoint with a fresh copy of the float model on windows calibration never saw."""
-    from polybit.commands.sizes import preset_sizes
+    from polybit.compress.sizes import preset_sizes
     from polybit.evals.compare import Material, compare
     from polybit.hub.lm import LocalLM
     from polybit.hub.load import load_float

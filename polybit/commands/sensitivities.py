@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polybit.commands.models import resolve
+from polybit.hub.models import resolve
 from polybit.core.affine import Grid, QWeight, ZeroKind
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError, atomic_path, track
@@ -104,7 +104,7 @@ def measured(model, task: Task, digest: str, cache: Path, *, workers: int = 1, r
     name = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:20]
     store = Workspace(cache / name, fingerprint, restart=restart)
     try:
-        from polybit.measure.blocks import find_blocks
+        from polybit.compress.blocks import find_blocks
 
         _, modules = find_blocks(model, task.targets)
         files = [store.path / f"block-{index:05d}.npz" for index in range(len(modules))]

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polybit.commands.models import resolve
+from polybit.hub.models import resolve
 from polybit.core.runtime import PolybitError
 
 if TYPE_CHECKING:  # `polybit VERB --help` loads no torch
@@ -83,7 +83,7 @@ def squad_numbers(models: dict[str, tuple[Any, str | None]], config: Any, *, ref
 
 def measure_spans(target: str, config: Any) -> dict[str, Any]:
     """A model with a span head, at every precision asked for; a float model as it is."""
-    from polybit.commands.sizes import quantized_layers
+    from polybit.compress.sizes import quantized_layers
     from polybit.hub.span import SpanReader, load_span
 
     reader = SpanReader(*load_span(resolve(target)))

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from polybit.commands.evaluate import EvalConfig
-from polybit.commands.models import resolve
+from polybit.hub.models import resolve
 from polybit.commands.quantize import QuantizeConfig
 from polybit.core.runtime import PolybitError
 
@@ -70,7 +70,7 @@ def sweep(model: str, /, *, config: Annotated[SweepConfig, Parameter(name="*")])
     grid = read_grid(config)
     for cell in grid.cells:  # all flags are read before anything runs
         parse(model, cell.flags, grid.measured, seed=0, out=config.out / "cell")
-    from polybit.commands.journal import Journal
+    from polybit.core.journal import Journal
     from polybit.core.records import Run
     from polybit.core.runtime import track
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from polybit.commands import train_spans
-from polybit.commands.models import EMBEDDED, device_of, open_model, resolve
+from polybit.hub.models import EMBEDDED, device_of, open_model, resolve
 from polybit.core.runtime import PolybitError
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 200
@@ -139,7 +139,7 @@ def check(config: TrainConfig) -> None:
 
 def read_presets(text: str) -> dict[str, Any]:
     """Name -> Plan from `A=w8a8,B=w4a4,C=plan.json`; a bare precision is its own name."""
-    from polybit.commands.plans import read_plan
+    from polybit.compress.plan_files import read_plan
     from polybit.core.plan import Plan
 
     found: dict[str, Any] = {}
@@ -227,7 +227,7 @@ def build(name: str, config: TrainConfig, presets: Mapping[str, Any], out: Path,
 def prepare(name: str, config: TrainConfig, presets: Mapping[str, Any]):
     """(trainable model, tokenizer, name of the float model, digest of what it starts from)."""
     from polybit.commands.quantize import model_digest
-    from polybit.commands.sizes import base_model, quantized_layers, stored_widths
+    from polybit.compress.sizes import base_model, quantized_layers, stored_widths
     from polybit.core.planes import unpack
     from polybit.hub.load import load_float
     from polybit.nn.linear import QuantLinear
@@ -378,7 +378,7 @@ def save_all(model, tokenizer, plans: Mapping[str, Any], out: Path, config: Trai
 
 def quantized(model):
     """The quantized layers of a frozen model."""
-    from polybit.commands.sizes import quantized_layers
+    from polybit.compress.sizes import quantized_layers
 
     return quantized_layers(model)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polybit.commands.models import EMBEDDED, resolve
+from polybit.hub.models import EMBEDDED, resolve
 from polybit.core.runtime import PolybitError
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from polybit.core.runtime import PolybitError, track
-from polybit.measure.blocks import Block, find_blocks, run_blocks
-from polybit.measure.stats import watch
+from polybit.compress.blocks import Block, find_blocks, run_blocks
+from polybit.compress.stats import watch
 from polybit.nn.convert import Target
 
 Criterion = Literal["family", "literal", "aligned-diverse", "rank-kept"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from polybit.core.runtime import PolybitError, track
-from polybit.measure.blocks import Whole
+from polybit.compress.blocks import Whole
 from polybit.measure.mixture import mix
 from polybit.measure.seeds import over_seeds
 from polybit.nn.convert import Target

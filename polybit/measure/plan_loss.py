@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polybit.core.affine import QWeight
-from polybit.measure.blocks import Whole
+from polybit.compress.blocks import Whole
 from polybit.measure.probe import Probe, counted_log_probabilities, read_losses
 from polybit.nn.convert import Target
 

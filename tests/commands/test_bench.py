@@ -7,7 +7,7 @@ import torch
 
 from polybit.cli import main
 from polybit.hub.random_model import Shape, random_float, random_quantized
-from polybit.measure import llama
+from polybit.speed import llama
 from polybit.nn import switch
 
 SMALL = ["--hidden", "64", "--layers", "2", "--intermediate", "128", "--vocabulary", "256", "--heads", "4"]

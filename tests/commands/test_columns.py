@@ -7,8 +7,8 @@ import torch
 
 from polybit.cli import main
 from polybit.commands.columns import ColumnsConfig, search_layer
-from polybit.commands.compress import Recipe, quantize_layer
-from polybit.commands.plans import check_plan, fixed_preset, read_plan, write_plan
+from polybit.compress.loop import Recipe, quantize_layer
+from polybit.compress.plan_files import check_plan, fixed_preset, read_plan, write_plan
 from polybit.core.affine import Grid
 from polybit.core.plan import ColumnWidths, Plan
 from polybit.core.precision import Precision

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from polybit.commands.ends import LARGE, end_bits, end_targets, hold_ends, quantize_ends
+from polybit.compress.ends import LARGE, end_bits, end_targets, hold_ends, quantize_ends
 from polybit.core.runtime import PolybitError
 from polybit.hub.checkpoint import save
 from polybit.nn import switch

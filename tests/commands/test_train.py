@@ -106,7 +106,7 @@ def test_frontier_draws_and_writes_plans(trained, tmp_path, capsys):
     assert best and all(a["harm"] > b["harm"] for a, b in pairwise(best))
     assert {p["found_by"] for p in points} >= {"uniform", "evolved"}
     assert "<svg" in (out / "frontier.svg").read_text() and (out / "frontier.md").read_text().startswith("| bit op")
-    from polybit.commands.plans import read_plan
+    from polybit.compress.plan_files import read_plan
 
     model, _ = load(trained[0])
     switch.use(model, read_plan(out / "plan-00.json"))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from polybit.commands.models import resolve
+from polybit.hub.models import resolve
 from polybit.core.runtime import PolybitError
 from polybit.data import synth
 from polybit.data.spans import prompt_windows, span_targets, span_windows

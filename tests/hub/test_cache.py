@@ -199,7 +199,7 @@ def test_keys_per_channel_generate_and_crop():
 def test_a_view_of_a_model_uses_the_packed_cache():
     from transformers import AutoTokenizer
 
-    from polybit.commands.models import resolve
+    from polybit.hub.models import resolve
 
     model, tokenizer = tiny_model("llama"), AutoTokenizer.from_pretrained(resolve("tinychat"))
     lm = LocalLM(model, tokenizer)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polybit.commands.models import resolve
+from polybit.hub.models import resolve
 from polybit.core.runtime import PolybitError
 from polybit.data import synth
 from polybit.data.spans import span_targets, span_windows

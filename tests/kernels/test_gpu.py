@@ -5,7 +5,7 @@ import torch
 
 from polybit.kernels import ops, reference
 from polybit.kernels.prepared import Prepared
-from polybit.measure.speed_gpu import time_on_gpu, to_gpu
+from polybit.speed.products_gpu import time_on_gpu, to_gpu
 from tests.kernels.test_ops import KINDS, random_input, random_planes, relative
 from tests.kernels.test_triton_round import awkward_input
 from tests.kernels.test_triton_round import check as check_rounding

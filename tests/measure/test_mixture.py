@@ -18,7 +18,7 @@ from polybit.measure.mixture import (
     simplex,
     whole_shares,
 )
-from polybit.measure.stats import collect
+from polybit.compress.stats import collect
 from polybit.nn.convert import targets
 from tests.families import tiny_model
 

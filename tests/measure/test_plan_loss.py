@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from polybit.core.affine import Grid
-from polybit.measure.blocks import as_stored
+from polybit.compress.blocks import as_stored
 from polybit.measure.plan_loss import PlanLoss
 from polybit.quant.rtn import rtn
 from tests.families import tiny_model

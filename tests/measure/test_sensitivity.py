@@ -6,7 +6,7 @@ from torch.nn.functional import log_softmax
 
 from polybit.core.affine import Grid
 from polybit.core.runtime import PolybitError
-from polybit.measure.blocks import as_stored, find_blocks, outside
+from polybit.compress.blocks import as_stored, find_blocks, outside
 from polybit.measure.probe import answer_probe, text_probe
 from polybit.measure.sensitivity import measure_layers
 from polybit.measure.signals import gather

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import torch
 
-from polybit.commands.models import open_model
+from polybit.hub.models import open_model
 from polybit.core.affine import Grid
 from polybit.core.planes import pack
 from polybit.data import synth

@@ -1,4 +1,4 @@
-"""What `triton_gemv.tile_of` should choose on a GPU: `python -m polybit.measure.tiles_gpu 4096x4096 1 4,2 int8`.
+"""What `triton_gemv.tile_of` should choose on a GPU: `python -m polybit.speed.tiles_gpu 4096x4096 1 4,2 int8`.
 
 Prints the time of every tile of one product at every width: rows x columns, tokens, widths, kind of activations.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 from polybit.core.runtime import PolybitError
 from polybit.hub.random_model import random_planes
 from polybit.kernels import ops
-from polybit.measure.speed_gpu import copied, copies_of, graphs, time_rounds, to_gpu, verify
-from polybit.measure.timing import Job
+from polybit.speed.products_gpu import copied, copies_of, graphs, time_rounds, to_gpu, verify
+from polybit.speed.timing import Job
 
 TILES = {  # tokens -> (column blocks, warps)
     1: [(32, 2), (32, 4), (64, 4), (64, 8), (128, 4), (128, 8), (128, 16), (256, 16)],

@@ -40,7 +40,7 @@ def gather(
         source = "embedded" if embedded else SELF
     bos = tokenizer.bos_token_id
     if source == SELF:
-        from polybit.measure.calibration import self_text
+        from polybit.compress.self_text import self_text
 
         drawn = self_text(model, bos, count=samples + held_out, length=length, seed=seed)
         return Calibration(drawn[:samples], drawn[samples:], SELF)

@@ -20,8 +20,8 @@ from polybit.core.runtime import PolybitError, track
 from polybit.hub.random_model import random_planes
 from polybit.kernels import ops, reference
 from polybit.kernels.prepared import Prepared
-from polybit.measure.speed import GROUP
-from polybit.measure.timing import Job, Timed, paired_ratio, summarize
+from polybit.speed.products import GROUP
+from polybit.speed.timing import Job, Timed, paired_ratio, summarize
 
 BEYOND_CACHE = 256 << 20  # bytes read between two visits of the same matrix; larger than any L2
 PROBE_BYTES = 1 << 30

@@ -11,7 +11,7 @@ import numpy as np
 
 from polybit.core.runtime import PolybitError, atomic_path
 from polybit.hub.random_model import Shape
-from polybit.measure.timing import Job
+from polybit.speed.timing import Job
 
 TYPES = {"Q8_0": 7, "Q6_K": 18, "Q5_K": 16, "Q4_K": 14, "Q4_0": 2, "Q3_K": 11, "Q2_K": 10}  # name -> llama_ftype
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from polybit.core.runtime import PolybitError
-from polybit.measure import machine
-from polybit.measure.machine import Constants, keep, recall
-from polybit.measure.timing import Job, Timed, paired_ratio, percentile, summarize, time_rounds
+from polybit.speed import machine
+from polybit.speed.machine import Constants, keep, recall
+from polybit.speed.timing import Job, Timed, paired_ratio, percentile, summarize, time_rounds
 
 
 class Clock:

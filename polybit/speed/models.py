@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from polybit.hub.decode import Decoder, supported
 from polybit.kernels import ops
-from polybit.measure.timing import Job, percentile
+from polybit.speed.timing import Job, percentile
 from polybit.nn import switch
 from polybit.nn.convert import ends
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from polybit.commands.compress import Recipe
+from polybit.compress.loop import Recipe
 from polybit.core.affine import Grid, ZeroKind
 from polybit.core.plan import Plan
 

@@ -13,7 +13,7 @@ from polybit.core.runtime import PolybitError
 from polybit.hub.random_model import random_planes
 from polybit.kernels import ops, reference
 from polybit.kernels.prepared import Prepared
-from polybit.measure.timing import BEYOND_CACHE, Job
+from polybit.speed.timing import BEYOND_CACHE, Job
 
 GROUP = 64
 MOST_COPIES = 12

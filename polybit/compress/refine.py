@@ -11,8 +11,8 @@ from torch.nn.functional import log_softmax
 
 from polybit.core.affine import QWeight
 from polybit.core.records import LayerStats
-from polybit.measure.blocks import Block, Whole
-from polybit.measure.stats import collect
+from polybit.compress.blocks import Block, Whole
+from polybit.compress.stats import collect
 from polybit.nn.convert import Target
 from polybit.quant.rounding import Tuning, Values, batch_order, refine, train
 

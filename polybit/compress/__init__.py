@@ -1,0 +1,1 @@
+"""One model through one loop: blocks, statistics, codes, packing, conversion."""

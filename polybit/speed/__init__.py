@@ -1,0 +1,1 @@
+"""How fast: stopwatches, what is timed, llama.cpp beside it."""
