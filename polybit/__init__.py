@@ -9,6 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "generate": "polybit.library",
     "Precision": "polybit.core.precision",
     "Plan": "polybit.core.plan",
     "PolybitError": "polybit.core.runtime",

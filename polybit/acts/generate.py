@@ -1,0 +1,75 @@
+"""Answer a prompt at a chosen width."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from polybit.core.records import Run
+from polybit.core.runtime import PolybitError
+from polybit.hub.decode import generate as write
+from polybit.hub.lm import longest_input
+from polybit.hub.models import open_model
+from polybit.kernels.ops import best_mode
+from polybit.nn.linear import QuantWeight
+from polybit.nn.switch import current, panel, use
+from polybit.options.checks import plain
+from polybit.options.generate import GenerateOptions
+
+NARROW = 4  # bits up to which int8 activations add less than 2 % to the KL the weights cost (docs/results.md)
+
+
+def generate(model: str, options: GenerateOptions) -> Run:
+    """Answer a prompt with MODEL (a polybit directory, any Hugging Face id or path, or tinychat)."""
+    loaded, tokenizer = open_model(model, trust_remote_code=options.trust_remote_code)
+    quantized = any(isinstance(module, QuantWeight) for module in loaded.modules())
+    if options.precision is not None:
+        use(loaded, options.precision)
+    if quantized:
+        choose_activations(loaded, options.activations)
+    ids = prompt_ids(tokenizer, options.prompt, raw=options.raw)
+    room = longest_input(loaded)
+    if room is not None and ids.shape[1] >= room:
+        raise PolybitError(f"the prompt has {ids.shape[1]} tokens but the model reads at most {room}: shorten it")
+    torch.manual_seed(options.seed)
+    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+    started = time.perf_counter()
+    with torch.inference_mode():
+        output = write(
+            loaded,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(options.max_tokens, (room or 1 << 30) - ids.shape[1]),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+        )
+    seconds = time.perf_counter() - started
+    new = output[0, ids.shape[1] :]
+    numbers = {
+        "answer": tokenizer.decode(new, skip_special_tokens=True).strip(),
+        "tokens": [int(t) for t in new],
+        "precision": str(current(loaded)) if quantized else "float",
+        "new_tokens": len(new),
+        "tokens_per_second": len(new) / seconds,
+    }
+    return Run("generate", {"model": model, **plain(options)}, numbers, seconds=seconds)
+
+
+def choose_activations(model, asked: str) -> None:
+    """Tell every layer how to multiply; see the flag."""
+    for layer in panel(model).layers.values():
+        best = best_mode(layer.qplanes.device)
+        automatic = "int8" if best == "int16" and layer.width <= NARROW else best
+        layer.activations = automatic if asked == "auto" else asked  # type: ignore[assignment]
+
+
+def prompt_ids(tokenizer, prompt: str, *, raw: bool):
+    """Token ids [1, T] of a prompt, through the chat template when the model has one."""
+    if tokenizer.chat_template and not raw:
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        return encoded["input_ids"]
+    return tokenizer(prompt, return_tensors="pt")["input_ids"]

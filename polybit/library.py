@@ -1,0 +1,56 @@
+"""The acts as a library: `polybit.quantize("tinychat", out="my-model", bits=4)`, every option a typed keyword.
+
+Nothing heavy is imported before a function is called. Each returns the Run with all its numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+
+from polybit.core.parts import load
+from polybit.options.generate import GenerateOptions
+
+if TYPE_CHECKING:  # importing polybit loads no torch
+    from polybit.core.records import Run
+
+P = ParamSpec("P")
+O = TypeVar("O")
+
+
+def act(record: Callable[P, O], path: str, summary: str) -> Callable[Concatenate[str, P], Run]:
+    """The act at `path`, which takes a model and a record of options, with the fields of the record as keywords."""
+
+    def call(model: str, /, *args: P.args, **kwargs: P.kwargs) -> Run:
+        return load(path)(str(model), record(*args, **kwargs))
+
+    name = path.partition(":")[2]
+    first = inspect.Parameter("model", inspect.Parameter.POSITIONAL_ONLY, annotation="str")
+    signature = inspect.signature(record)
+    call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[first, *signature.parameters.values()], return_annotation="Run"
+    )
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = f"{summary}\n\n{explained(record)}"
+    return call
+
+
+def explained(record: Callable[..., object]) -> str:
+    """The fields of a record with the texts that follow them in its source, one per paragraph."""
+    import ast
+
+    try:
+        tree = ast.parse(inspect.getsource(record))
+    except OSError:  # installed without sources
+        return ""
+    body = tree.body[0].body  # type: ignore[attr-defined]
+    rows = []
+    for field, text in zip(body, body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            said = " ".join(ast.literal_eval(text.value).split())
+            rows.append(f"{ast.unparse(field.target)}: {said}")
+    return "\n".join(rows)
+
+
+generate = act(GenerateOptions, "polybit.acts.generate:generate", "Answer a prompt with a model at a chosen width.")

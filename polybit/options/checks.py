@@ -1,0 +1,28 @@
+"""Checks that several records share, and a record as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from polybit.core.runtime import PolybitError
+
+
+def at_least(options: Any, **least: int) -> None:
+    """Refuse numbers below what is possible; None = the default is meant."""
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise PolybitError(f"--{name.replace('_', '-')} {value} is not possible: give {smallest} or more")
+
+
+def plain(options: Any) -> dict[str, Any]:
+    """The fields of a record as JSON knows them: paths as text."""
+    found = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
+
+
+def names_of(listing: str | None) -> list[str]:
+    """`a, b` as ["a", "b"]; nothing for None or an empty text."""
+    return [name.strip() for name in (listing or "").split(",") if name.strip()]
