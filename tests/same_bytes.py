@@ -38,7 +38,19 @@ CASES: dict[str, list[list[str]]] = {  # name -> commands; OUT is the directory 
     "plan": [["quantize", "tinychat", *SMALL, "--plan", "plan.json", "--method", "gptq", "--out", "OUT"]],
     "columns": [
         ["columns", "tinychat", "--bits", "3.5", "--samples", "8", "--window", "64", "--out", "OUT.json"],
-        ["quantize", "tinychat", *SMALL, "--plan", "OUT.json", "--method", "gptq", "--group-size", "32", "--out", "OUT"],
+        [
+            "quantize",
+            "tinychat",
+            *SMALL,
+            "--plan",
+            "OUT.json",
+            "--method",
+            "gptq",
+            "--group-size",
+            "32",
+            "--out",
+            "OUT",
+        ],
     ],
     "rotate": [["quantize", "tinychat", *SMALL, "--bits", "4", "--method", "gptq", "--rotate", "--out", "OUT"]],
     "align": [
@@ -66,7 +78,9 @@ def main() -> int:
     differing = []
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder) / "tree"
-        subprocess.run(["git", "worktree", "add", "--detach", other, revision], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--detach", other, revision], cwd=ROOT, check=True, capture_output=True
+        )
         try:
             for built in (ROOT / "polybit" / "kernels").glob("*.so"):
                 shutil.copy(built, other / "polybit" / "kernels")

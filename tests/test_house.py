@@ -51,7 +51,7 @@ DOORS = {  # third-party library -> the files or rooms that may import it
     "fastapi": ("serve/server.py",),
     "uvicorn": ("serve/server.py",),
     "cyclopts": ("cli.py", "commands/"),
-        "rich": ("core/runtime.py", "cli.py", "report/"),
+    "rich": ("core/runtime.py", "cli.py", "report/"),
 }
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 

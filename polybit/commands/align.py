@@ -11,9 +11,9 @@ from cyclopts import Parameter
 
 from polybit.commands.align_widths import Widths, choose, make, precision_names, settle, statistics
 from polybit.commands.aligned import describe, print_result
-from polybit.hub.models import device_of
 from polybit.commands.pairs import Models, PairsConfig, find_models, fingerprint_of, read_material
 from polybit.core.runtime import PolybitError
+from polybit.hub.models import device_of
 
 Method = Literal["kd", "kd-own", "flip", "qdpo", "qdpo+kd", "kd-then-qdpo"]
 RATES: dict[str, float] = {

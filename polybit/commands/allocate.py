@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.hub.models import EMBEDDED, resolve
 from polybit.core.precision import check_width, parse_widths
 from polybit.core.runtime import PolybitError
+from polybit.hub.models import EMBEDDED, resolve
 
 Texts = Annotated[list[str], Parameter(consume_multiple=True)]
 HELD_OUT = 16  # windows, and items of each task, that are kept for the proof

@@ -16,11 +16,11 @@ from polybit.allocate.costs import clean, combine, mean_tables, rescaled
 from polybit.allocate.groups import fused_groups
 from polybit.allocate.knapsack import Choice, solve
 from polybit.allocate.swap import improve
-from polybit.compress import text
 from polybit.commands.allocate import FRONT, HELD_OUT, AllocateConfig, is_embedded, pinned
-from polybit.hub.models import EMBEDDED, resolve
-from polybit.commands.quantize import BATCH, model_digest
+from polybit.commands.quantize import BATCH
 from polybit.commands.sensitivities import Measured, Quantizing, Task, default_cache, measured
+from polybit.compress import text
+from polybit.compress.blocks import outside
 from polybit.core.affine import ZeroKind
 from polybit.core.plan import Plan
 from polybit.core.precision import Precision
@@ -29,7 +29,8 @@ from polybit.core.runtime import PolybitError
 from polybit.data.answers import EMBEDDED as EMBEDDED_TASKS
 from polybit.data.answers import encode_task, read_task
 from polybit.hub.lm import longest_input
-from polybit.compress.blocks import outside
+from polybit.hub.models import EMBEDDED, resolve
+from polybit.hub.workspace import model_digest
 from polybit.measure.plan_loss import PlanLoss, PlanReading
 from polybit.measure.probe import Probe, answer_probe, text_probe
 from polybit.measure.signals import agreement

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from polybit.hub.models import open_model
 from polybit.core.runtime import PolybitError, atomic_path, write_json
+from polybit.hub.models import open_model
 
 SHARD = 16  # questions per file of unfinished work
 FLOAT = "float"
@@ -188,11 +188,11 @@ def gather_rows(
     trust_remote_code: bool,
 ) -> list[Row]:
     """Answers of every entrant at every precision; one model is in memory at a time."""
-    from polybit.commands.quantize import model_digest
     from polybit.compress.sizes import default_presets, preset_sizes, stored_widths
     from polybit.evals.conversation import converse
     from polybit.evals.judge_questions import read_answers
     from polybit.hub.lm import LocalLM
+    from polybit.hub.workspace import model_digest
 
     rows: list[Row] = []
     for entrant in entrants:

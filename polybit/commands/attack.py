@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from polybit.hub.models import open_model
-from polybit.compress.sizes import stored_widths
 from polybit.commands.squad import EMBEDDED, open_file
+from polybit.compress.sizes import stored_widths
 from polybit.core.runtime import PolybitError, atomic_path, write_json
+from polybit.hub.models import open_model
 
 METHODS = ("greedy", "hotflip", "random", "characters", "words")
 GRADIENT_FREE = ("characters", "words")

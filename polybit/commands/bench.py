@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.hub.models import resolve
 from polybit.core.precision import parse_widths
 from polybit.core.runtime import PolybitError, atomic_path
+from polybit.hub.models import resolve
 
 GGUF_TYPES = ("Q8_0", "Q4_K", "Q4_0", "Q3_K", "Q2_K")
 

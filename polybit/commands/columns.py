@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.hub.models import EMBEDDED, resolve
 from polybit.compress.plan_files import LEAST_GROUP
 from polybit.core.runtime import PolybitError
+from polybit.hub.models import EMBEDDED, resolve
 
 SEARCH_ROWS = 256  # output rows that stand for the whole layer while offsets are searched
 WORTH = 0.97  # an exchange of blocks must lower the layer's loss to this share of it
@@ -86,9 +86,9 @@ def columns(model: str, /, *, config: Annotated[ColumnsConfig, Parameter(name="*
 
 def build(name: str, config: ColumnsConfig) -> tuple[Any, dict[str, Any]]:
     """Load, calibrate, sort when asked, search layer by layer, check on held-out text: (Plan, numbers)."""
-    from polybit.compress import text
     from polybit.commands.mix import gather_mixture
     from polybit.commands.quantize import BATCH
+    from polybit.compress import text
     from polybit.hub.load import load_float
     from polybit.nn.convert import targets
 
@@ -142,8 +142,8 @@ def sort_model(model, tokenizer, chosen: Sequence[Any], batches: Sequence[Any], 
     """Sort hidden units by salience, most salient first, make sure that the function stayed, and save the model."""
     import torch
 
-    from polybit.hub.directory import check_output, staged_directory
     from polybit.compress.stats import collect
+    from polybit.hub.directory import check_output, staged_directory
     from polybit.nn.sorting import feed_forwards, sort_units
     from polybit.quant.salience import column_salience
 
@@ -173,8 +173,8 @@ def search_layers(
     model, chosen: Sequence[Any], batches: Sequence[Any], means: Mapping[str, float], config: ColumnsConfig
 ) -> dict[str, Any]:
     """Offsets of every layer, a decoder block at a time, on the float model's inputs."""
-    from polybit.core.runtime import track
     from polybit.compress.blocks import find_blocks, outside, run_blocks
+    from polybit.core.runtime import track
 
     rest = {target.name for target in outside(model, chosen)}
     _, modules = find_blocks(model, chosen)
@@ -251,8 +251,8 @@ def check_plans(model, chosen: Sequence[Any], base, plan, gathered, config: Colu
     left to right, take its place, and the searched plan is kept in any case.
     """
     from polybit.allocate.columns import block_lengths, ranked_offsets
-    from polybit.core.plan import ColumnWidths
     from polybit.compress.blocks import Whole
+    from polybit.core.plan import ColumnWidths
     from polybit.measure.mixture_truth import harm
 
     plain = base
@@ -277,10 +277,10 @@ def check_plans(model, chosen: Sequence[Any], base, plan, gathered, config: Colu
 
 def quantize_by(model, chosen: Sequence[Any], gathered, plan, config: ColumnsConfig) -> tuple[dict[str, Any], float]:
     """Dequantized weights of a plan by GPTQ, block after block, and effective bits per weight."""
-    from polybit.compress.text import batches
-    from polybit.compress.loop import Recipe, compress
     from polybit.commands.mix import Nowhere
     from polybit.commands.quantize import BATCH, largest_width
+    from polybit.compress.loop import Recipe, compress
+    from polybit.compress.text import batches
     from polybit.core.affine import Grid
 
     bits = largest_width(plan)

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from polybit.hub.models import open_model
 from polybit.compress.sizes import preset_sizes, quantized_layers, stored_widths
 from polybit.core.cost import Cost, Work, bitops_of
 from polybit.core.plan import Plan
 from polybit.core.runtime import PolybitError
+from polybit.hub.models import open_model
 
 
 @dataclass(frozen=True, kw_only=True)

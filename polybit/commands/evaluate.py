@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from polybit.commands import suites
-from polybit.hub.models import EMBEDDED, open_model, resolve
 from polybit.core.runtime import PolybitError
+from polybit.hub.models import EMBEDDED, open_model, resolve
 
 TASKS = ("reading", "arithmetic", "dialogue")  # those of evals.tasks, spelled here so that --help loads no torch
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.hub.models import open_model, resolve
 from polybit.core.runtime import PolybitError
+from polybit.hub.models import open_model, resolve
 
 COSTS = {"bytes": "bytes read per token", "bitops": "bit operations per token (MACs x w x a)"}
 
@@ -158,10 +158,10 @@ class Meter:
 
 def prepare(checkpoint: str, config: FrontierConfig):
     """(quantized model, the meter of its harm)."""
+    from polybit.compress.self_text import self_text
     from polybit.compress.sizes import base_model, stored_widths
     from polybit.data.text import read_windows
     from polybit.hub.load import load_float
-    from polybit.compress.self_text import self_text
 
     model, tokenizer = open_model(checkpoint, trust_remote_code=config.trust_remote_code)
     if stored_widths(model) is None:

@@ -125,11 +125,11 @@ def check(models: Sequence[str], config: JudgeConfig) -> list[str]:
 
 def measure(entrants, questions, modes: Sequence[str], config: JudgeConfig) -> dict[str, Any]:
     """Answers first, all of them frozen; then the verdicts."""
-    from polybit.commands.quantize import model_digest
     from polybit.evals.conversation import converse
     from polybit.evals.judge import check_answers
     from polybit.evals.judge_questions import questions_digest
     from polybit.hub.lm import LocalLM
+    from polybit.hub.workspace import model_digest
 
     named, model, tokenizer = open_reference(entrants, config.reference, trust_remote_code=config.trust_remote_code)
     reference = LocalLM(model, tokenizer)

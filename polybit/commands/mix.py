@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.hub.models import resolve
 from polybit.core.precision import check_width
 from polybit.core.runtime import PolybitError
+from polybit.hub.models import resolve
 
 Files = Annotated[list[str], Parameter(consume_multiple=True)]
 CRITERIA = ("family", "literal", "aligned-diverse", "rank-kept")
@@ -153,7 +153,7 @@ def verify(
 ) -> dict[str, Any]:
     """Quantize at a coarse grid and at every criterion's pick; the measured table and the regrets."""
     from polybit.core.journal import Journal
-    from polybit.commands.quantize import model_digest
+    from polybit.hub.workspace import model_digest
     from polybit.measure.mixture import simplex
     from polybit.measure.mixture_truth import judge, measure_mixtures
 
@@ -205,10 +205,10 @@ class Nowhere:
 
 def quantizer(model, chosen: Sequence[Any], config: MixConfig):
     """(windows, seed) -> dequantized weights by layer, as `polybit quantize` would make them."""
-    from polybit.compress.text import batches
-    from polybit.compress.loop import compress
     from polybit.commands.quantize import BATCH
+    from polybit.compress.loop import compress
     from polybit.compress.recipe import choose
+    from polybit.compress.text import batches
 
     recipe = choose(
         config.method, (config.bits,), config.group_size, asymmetric=None, effort="normal", seed=config.seed

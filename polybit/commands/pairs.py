@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.hub.models import device_of, open_model, resolve
 from polybit.core.runtime import PolybitError, track
+from polybit.hub.models import device_of, open_model, resolve
 
 if TYPE_CHECKING:  # `polybit VERB --help` loads no torch
     from polybit.nn.rotation import Rotation
@@ -181,7 +181,7 @@ def quantized_of(models: Models):
 
 def fingerprint_of(model) -> str:
     """What cached log-probabilities are known by: the digest of the float model's weights."""
-    from polybit.commands.quantize import model_digest
+    from polybit.hub.workspace import model_digest
 
     return model_digest(model)
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from polybit.hub.models import resolve
 from polybit.commands.quantize import Method, QuantizeConfig, recipe_of
+from polybit.hub.models import resolve
 
 STATISTICS_COPIES = 4  # Hessian, its damped copy, its factor, and one working copy live at the same time
 
@@ -52,8 +52,8 @@ def plan(model: str, /, *, config: Annotated[PlanConfig, Parameter(name="*")] = 
     """Say what quantizing MODEL would give and cost. Reads its configuration only, never its weights."""
     asked = {key: getattr(config, key) for key in ("widths", "bits", "method", "group_size", "asymmetric")}
     recipe = recipe_of(QuantizeConfig(out=Path("unused"), **asked))
-    from polybit.compress.text import window_length
     from polybit.compress.ends import end_bits, end_targets
+    from polybit.compress.text import window_length
     from polybit.core.precision import FLOAT
     from polybit.core.records import Run
     from polybit.hub.skeleton import load_skeleton
@@ -121,9 +121,9 @@ def speed(
 
     from polybit.core.precision import FLOAT
     from polybit.hub.decode import FAMILIES
-    from polybit.speed.machine import PLAIN_BLOCK_SECONDS, recall
     from polybit.nn.convert import ends as ends_of
     from polybit.nn.convert import targets
+    from polybit.speed.machine import PLAIN_BLOCK_SECONDS, recall
 
     constants = recall(config.threads or torch.get_num_threads())
     if constants is None:

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from polybit.hub.models import EMBEDDED, resolve
 from polybit.compress.plan_files import check_document, check_plan, read_plan
 from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT, check_width, parse_widths
 from polybit.core.runtime import PolybitError
+from polybit.hub.models import EMBEDDED, resolve
 
 Method = Literal["nested", "rounding", "gptq", "awq", "hqq", "rtn"]
 DEFAULT_WIDTHS = "8,6,5,4,3,2"
@@ -153,7 +153,7 @@ def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
     from polybit.compress.ends import end_bits, end_targets, hold_ends, quantize_ends
     from polybit.compress.recipe import within_memory
     from polybit.hub.checkpoint import save, verify
-    from polybit.hub.workspace import Workspace
+    from polybit.hub.workspace import Workspace, model_digest
     from polybit.nn.convert import left_in_float, targets
 
     recipe = recipe_of(config)
@@ -282,19 +282,6 @@ def largest_width(plan: Plan) -> int:
     if not plain:
         raise PolybitError("the plan leaves every layer in float: give layers or the default a width such as w4")
     return max(plain + inside)
-
-
-def model_digest(model) -> str:
-    """Digest of every weight of the float model, so that a resumed run cannot mix two models."""
-    import hashlib
-
-    import torch
-
-    digest = hashlib.sha256()
-    for key, tensor in model.state_dict().items():
-        digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def describe(

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polybit.hub.models import resolve
 from polybit.core.affine import Grid, QWeight, ZeroKind
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError, atomic_path, track
+from polybit.hub.models import resolve
 from polybit.measure.probe import Probe
 from polybit.measure.sensitivity import BlockReading, measure_layers
 from polybit.measure.signals import Signal, gather

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polybit.hub.models import resolve
 from polybit.core.runtime import PolybitError
+from polybit.hub.models import resolve
 
 if TYPE_CHECKING:  # `polybit VERB --help` loads no torch
     from polybit.data.squad import SquadFile

@@ -233,11 +233,11 @@ def answers_of(
     path: str, precision: str | None, label: str, asked, file, config: StudyConfig
 ) -> dict[str, list[float]]:
     """Scores per question of one model at one precision; predictions are frozen before an answer is read."""
-    from polybit.hub.models import open_model
     from polybit.core.runtime import write_json
     from polybit.evals.squad import generative, run
     from polybit.hub.files import read_json
     from polybit.hub.lm import LocalLM
+    from polybit.hub.models import open_model
 
     name = f"{Path(path).parent.name}-{Path(path).name}-{label}".replace(" ", "-")
     stored = config.out / "predictions" / f"{name}.scores.json"

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from polybit.commands.evaluate import EvalConfig
-from polybit.hub.models import resolve
 from polybit.commands.quantize import QuantizeConfig
 from polybit.core.runtime import PolybitError
+from polybit.hub.models import resolve
 
 Values = Annotated[list[str], Parameter(consume_multiple=True)]
 OWN = ("out", "seed", "json", "overwrite", "restart", "measure", "reference")  # flags the sweep itself decides

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from polybit.commands import train_spans
-from polybit.hub.models import EMBEDDED, device_of, open_model, resolve
 from polybit.core.runtime import PolybitError
+from polybit.hub.models import EMBEDDED, device_of, open_model, resolve
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 200
 
@@ -226,10 +226,10 @@ def build(name: str, config: TrainConfig, presets: Mapping[str, Any], out: Path,
 
 def prepare(name: str, config: TrainConfig, presets: Mapping[str, Any]):
     """(trainable model, tokenizer, name of the float model, digest of what it starts from)."""
-    from polybit.commands.quantize import model_digest
     from polybit.compress.sizes import base_model, quantized_layers, stored_widths
     from polybit.core.planes import unpack
     from polybit.hub.load import load_float
+    from polybit.hub.workspace import model_digest
     from polybit.nn.linear import QuantLinear
     from polybit.nn.rotation import rotate, rotation_of
     from polybit.train.latent import Freedom, make_trainable

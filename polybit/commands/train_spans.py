@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polybit.hub.models import EMBEDDED, resolve
 from polybit.core.runtime import PolybitError
+from polybit.hub.models import EMBEDDED, resolve
 
 
 def prepare(name: str, config: Any, presets: Mapping[str, Any]):
     """(trainable model, tokenizer, name of the float model, digest, presets without the head)."""
-    from polybit.commands.quantize import model_digest
     from polybit.hub.load import quantization_of
     from polybit.hub.span import load_span
+    from polybit.hub.workspace import model_digest
     from polybit.train.latent import Freedom, make_trainable
     from polybit.train.spans import float_head
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from polybit.compress.stats import Enough, plain_experts, watch
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
-from polybit.compress.stats import Enough, plain_experts, watch
 from polybit.nn.convert import Target
 
 Weights = Mapping[str, Tensor]  # target name -> weight [O, I]; a target that is missing keeps its float weight

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from polybit.core.affine import Grid, QWeight
-from polybit.core.plan import Plan
-from polybit.core.runtime import track
 from polybit.compress.blocks import Block, find_blocks, outside, run_blocks
 from polybit.compress.refine import BLOCK, finish_model, refine_block
 from polybit.compress.refine import FINISH as FINISH_TUNING
+from polybit.core.affine import Grid, QWeight
+from polybit.core.plan import Plan
+from polybit.core.runtime import track
 from polybit.nn.convert import Target
 from polybit.quant.problem import layer_loss
 from polybit.quant.rtn import rtn

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from polybit.core.affine import QWeight
-from polybit.core.records import LayerStats
 from polybit.compress.blocks import Block, Whole
 from polybit.compress.stats import collect
+from polybit.core.affine import QWeight
+from polybit.core.records import LayerStats
 from polybit.nn.convert import Target
 from polybit.quant.rounding import Tuning, Values, batch_order, refine, train
 

@@ -16,6 +16,16 @@ def resolve(model: str) -> str:
     return model
 
 
+def is_embedded(model: str) -> bool:
+    """Whether a MODEL argument means the embedded model, by its name or by any path to it."""
+    return Path(resolve(model)).resolve() == Path(resolve(EMBEDDED)).resolve()
+
+
+def own_name(model: str) -> str:
+    """How a record names a model: as the user did, the embedded one always by its own name."""
+    return EMBEDDED if is_embedded(model) else model
+
+
 def open_model(model: str, *, trust_remote_code: bool = False):
     """Load a float model or a polybit checkpoint: (model in eval mode, tokenizer)."""
     from polybit.hub.load import load

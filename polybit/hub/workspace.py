@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import polybit
 from polybit.core.affine import QWeight
 from polybit.core.planes import pack, unpack
@@ -114,3 +116,12 @@ def check_fingerprint(path: Path, wanted: Mapping[str, Any]) -> None:
                 f"{path} holds the work of another run, whose {key} was {found.get(key)!r:.80} and not "
                 f"{wanted.get(key)!r:.80}: repeat that run to finish it, or discard it with --restart"
             )
+
+
+def model_digest(model) -> str:
+    """Digest of every weight of the float model, so that a resumed run cannot mix two models."""
+    digest = hashlib.sha256()
+    for key, tensor in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

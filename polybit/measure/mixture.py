@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from polybit.core.runtime import PolybitError, track
 from polybit.compress.blocks import Block, find_blocks, run_blocks
 from polybit.compress.stats import watch
+from polybit.core.runtime import PolybitError, track
 from polybit.nn.convert import Target
 
 Criterion = Literal["family", "literal", "aligned-diverse", "rank-kept"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from polybit.core.runtime import PolybitError, track
 from polybit.compress.blocks import Whole
+from polybit.core.runtime import PolybitError, track
 from polybit.measure.mixture import mix
 from polybit.measure.seeds import over_seeds
 from polybit.nn.convert import Target

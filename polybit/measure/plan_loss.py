@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from polybit.core.affine import QWeight
 from polybit.compress.blocks import Whole
+from polybit.core.affine import QWeight
 from polybit.measure.probe import Probe, counted_log_probabilities, read_losses
 from polybit.nn.convert import Target
 

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from polybit.core.records import LayerStats
 from polybit.compress.blocks import Block, as_stored, find_blocks, parameter_name, run_blocks
-from polybit.measure.probe import Probe, counted_log_probabilities, read_losses
 from polybit.compress.stats import HOOKED, plain_experts
+from polybit.core.records import LayerStats
+from polybit.measure.probe import Probe, counted_log_probabilities, read_losses
 from polybit.nn.convert import Target
 
 Array = NDArray[np.float64]

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from polybit.core.runtime import PolybitError
 from polybit.compress.blocks import Block, find_blocks, run_blocks
+from polybit.compress.stats import HOOKED
+from polybit.core.runtime import PolybitError
 from polybit.measure.probe import Probe
 from polybit.measure.sensitivity import BlockReading, Candidates, answers_with_tuple, entered
-from polybit.compress.stats import HOOKED
 from polybit.nn.convert import Target
 
 PASSES = 2  # label draws; each costs one backward pass more

@@ -34,6 +34,8 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         at_least(self, max_tokens=1)
         if not 0 <= self.temperature < float("inf"):
-            raise PolybitError(f"--temperature {self.temperature} is not possible: give 0 (greedy) or a positive number")
+            raise PolybitError(
+                f"--temperature {self.temperature} is not possible: give 0 (greedy) or a positive number"
+            )
         if not self.prompt.strip():
             raise PolybitError("--prompt is empty: give some text to answer")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from polybit.hub.decode import Decoder, supported
 from polybit.kernels import ops
-from polybit.speed.timing import Job, percentile
 from polybit.nn import switch
 from polybit.nn.convert import ends
+from polybit.speed.timing import Job, percentile
 
 
 def polybit_jobs(

@@ -7,8 +7,8 @@ import torch
 
 from polybit.cli import main
 from polybit.hub.random_model import Shape, random_float, random_quantized
-from polybit.speed import llama
 from polybit.nn import switch
+from polybit.speed import llama
 
 SMALL = ["--hidden", "64", "--layers", "2", "--intermediate", "128", "--vocabulary", "256", "--heads", "4"]
 SMALL += ["--kv-heads", "2"]

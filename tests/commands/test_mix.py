@@ -5,8 +5,8 @@ import json
 import pytest
 
 from polybit.cli import main
-from polybit.core.journal import Journal
 from polybit.commands.mix import read_mix
+from polybit.core.journal import Journal
 from polybit.core.runtime import PolybitError
 
 

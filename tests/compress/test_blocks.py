@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from polybit.core.runtime import PolybitError
 from polybit.compress.blocks import Block, Whole, as_stored, find_blocks, outside, parameter_name, run_blocks
 from polybit.compress.stats import collect
+from polybit.core.runtime import PolybitError
 from polybit.nn.convert import targets
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 40}

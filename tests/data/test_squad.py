@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from polybit.hub.models import resolve
 from polybit.core.runtime import PolybitError
 from polybit.data import synth
 from polybit.data.spans import prompt_windows, span_targets, span_windows
 from polybit.data.squad import Answer, Asked, SquadFile, choose, write_squad
+from polybit.hub.models import resolve
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from polybit.hub.models import resolve
 from polybit.core.runtime import PolybitError
 from polybit.data import synth
 from polybit.data.spans import span_targets, span_windows
 from polybit.data.squad import write_squad
 from polybit.evals.squad import run, spans
 from polybit.hub.checkpoint import save
+from polybit.hub.models import resolve
 from polybit.hub.span import SpanReader, load_span
 from polybit.nn.convert import convert
 from polybit.nn.switch import use

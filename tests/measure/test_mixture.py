@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from polybit.compress.stats import collect
 from polybit.core.runtime import PolybitError
 from polybit.measure.mixture import (
     Traces,
@@ -18,7 +19,6 @@ from polybit.measure.mixture import (
     simplex,
     whole_shares,
 )
-from polybit.compress.stats import collect
 from polybit.nn.convert import targets
 from tests.families import tiny_model
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from polybit.core.runtime import PolybitError
 from polybit.compress.blocks import Whole
+from polybit.core.runtime import PolybitError
 from polybit.measure.mixture_truth import Harm, harm, judge, measure_mixtures
 from polybit.nn.convert import targets
 from tests.families import tiny_model

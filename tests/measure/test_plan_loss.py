@@ -5,8 +5,8 @@ import copy
 import torch
 from torch.nn.functional import log_softmax
 
-from polybit.core.affine import Grid
 from polybit.compress.blocks import as_stored
+from polybit.core.affine import Grid
 from polybit.measure.plan_loss import PlanLoss
 from polybit.quant.rtn import rtn
 from tests.families import tiny_model

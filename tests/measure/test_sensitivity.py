@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
+from polybit.compress.blocks import as_stored, find_blocks, outside
 from polybit.core.affine import Grid
 from polybit.core.runtime import PolybitError
-from polybit.compress.blocks import as_stored, find_blocks, outside
 from polybit.measure.probe import answer_probe, text_probe
 from polybit.measure.sensitivity import measure_layers
 from polybit.measure.signals import gather

@@ -4,12 +4,12 @@ from functools import lru_cache
 
 import torch
 
-from polybit.hub.models import open_model
 from polybit.core.affine import Grid
 from polybit.core.planes import pack
 from polybit.data import synth
 from polybit.data.squad import Answer, Asked
 from polybit.hub.lm import LocalLM
+from polybit.hub.models import open_model
 from polybit.nn.convert import convert, targets
 from polybit.quant.rtn import rtn
 
