@@ -100,6 +100,133 @@ def test_first_line_says_what_the_file_is(path):
     assert ast.get_docstring(ast.parse(path.read_text())), f"{path.name} has no docstring"
 
 
+def internal(path: Path) -> set[str]:
+    """The files of the package that a file imports when it is loaded or later, as dotted modules."""
+    found = set()
+    for name in imports(path):
+        if name.startswith("polybit."):
+            found |= {name, name.rpartition(".")[0]} & MODULES.keys()
+    return found - {module_name(path)}
+
+
+def module_name(path: Path) -> str:
+    """polybit/core/plan.py -> polybit.core.plan."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of more than one node that reach each other (Tarjan's strongly connected components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in graph[node]:
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            group = [stack.pop()]
+            while group[-1] != node:
+                group.append(stack.pop())
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_no_two_files_import_each_other():
+    """No circle anywhere, imports inside functions counted."""
+    packages = {module_name(path) for path in FILES if path.name == "__init__.py"}
+    graph = {name: internal(path) - packages for name, path in MODULES.items() if name not in packages}
+    assert not circles(graph)
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
+
+
+def functions(path: Path) -> list[tuple[str, int]]:
+    """(name, lines) of every function and method of a file."""
+    tree = ast.parse(path.read_text())
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [(n.name, n.end_lineno - n.lineno + 1) for n in ast.walk(tree) if isinstance(n, kinds)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_sizes(path):
+    """A file has at most 400 lines, a verb's 150, a function 60."""
+    most = 150 if path.parent.name == "commands" else 400
+    lines = path.read_text().count("\n")
+    assert lines <= most, f"{path.name} has {lines} lines, more than {most}"
+    long = [f"{name}: {size}" for name, size in functions(path) if size > 60]
+    assert not long, f"functions of more than 60 lines in {path.name}: {', '.join(long)}"
+
+
+def test_class_names_are_unique():
+    """One word, one thing: a class can be found, and spoken of, by its name alone."""
+    where: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                where.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    twice = {name: files for name, files in where.items() if len(files) > 1}
+    assert not twice
+
+
+def test_file_names_do_not_nearly_repeat():
+    """No allocate beside allocation: in one room no file's name is another's with an ending."""
+    for room in {path.parent for path in FILES}:
+        stems = sorted(path.stem for path in room.glob("*.py") if path.stem != "__init__")
+        for stem, after in zip(stems, stems[1:], strict=False):
+            close = after.removeprefix(stem.rstrip("e"))
+            assert close not in ("d", "ed", "ion", "ation", "s", "es", "ing"), f"{room.name}: {stem} and {after}"
+
+
+def test_verbs_wrap_the_library():
+    """A file of commands imports flags and printing at the top, and the act late and once."""
+    for path in sorted((PACKAGE / "commands").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        top = {id(node) for node in tree.body}
+        late = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and id(node) not in top and str(node.module).startswith("polybit.acts")
+        ]
+        assert len(late) <= 1, f"commands/{path.name} imports {len(late)} acts late"
+        early = [
+            n.module for n in tree.body if isinstance(n, ast.ImportFrom) and str(n.module).startswith("polybit.acts")
+        ]
+        assert not early, f"commands/{path.name} imports {early} before it is called: --help would load torch"
+
+
+def test_nothing_outside_the_package_imports_commands():
+    """Benchmarks, recipes and examples use the library."""
+    for folder in ("benchmarks", "recipes", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not any(name.startswith("polybit.commands") for name in imports(path)), path
+
+
+def test_tables_load_no_torch():
+    code = "import sys\n" + "".join(
+        f"import {name}\n" for name in MODULES if name.endswith(".table") or name.startswith("polybit.options")
+    )
+    code += "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy import'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_polybit_loads_no_torch():
     code = "import sys, polybit; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy import'"
     subprocess.run([sys.executable, "-c", code], check=True)
