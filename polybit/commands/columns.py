@@ -86,9 +86,9 @@ def columns(model: str, /, *, config: Annotated[ColumnsConfig, Parameter(name="*
 
 def build(name: str, config: ColumnsConfig) -> tuple[Any, dict[str, Any]]:
     """Load, calibrate, sort when asked, search layer by layer, check on held-out text: (Plan, numbers)."""
-    from polybit.commands.mix import gather_mixture
     from polybit.commands.quantize import BATCH
     from polybit.compress import text
+    from polybit.compress.mix_files import gather_mixture
     from polybit.hub.load import load_float
     from polybit.nn.convert import targets
 

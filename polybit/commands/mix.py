@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -122,6 +121,7 @@ def search(name: str, config: MixConfig) -> dict[str, Any]:
 
 def read_texts(model, tokenizer, sources: Sequence[str], config: MixConfig) -> dict[str, tuple[Any, Any]]:
     """Source -> windows to calibrate on and windows to measure on, [N, T] each, all of one length."""
+    from polybit.compress.mix_files import about
     from polybit.compress.text import gather, window_length
 
     length = window_length(model, config.window)
@@ -132,15 +132,6 @@ def read_texts(model, tokenizer, sources: Sequence[str], config: MixConfig) -> d
             part = gather(model, tokenizer, source, samples=samples, length=length, seed=config.seed, held_out=HELD_OUT)
         texts[source] = part.windows_NT, part.held_out_MT
     return texts
-
-
-@contextmanager
-def about(source: str) -> Iterator[None]:
-    """Name the text in what is said against it: there are several."""
-    try:
-        yield
-    except PolybitError as error:
-        raise (error if source in str(error) else PolybitError(f"text {source!r}: {error}")) from None
 
 
 def verify(
@@ -219,65 +210,6 @@ def quantizer(model, chosen: Sequence[Any], config: MixConfig):
         return {key: q.dequantize() for part in parts for key, q in part.items()}
 
     return quantize
-
-
-def read_mix(spec: str) -> dict[str, float]:
-    """Read `stories.txt=0.25,gsm8k.jsonl=0.75`, or the .json that `polybit mix --json` wrote, into shares by text."""
-    if spec.endswith(".json"):
-        from polybit.hub.files import read_json
-
-        numbers = read_json(Path(spec)).get("numbers") if Path(spec).is_file() else None
-        best = numbers.get("mixture", {}).get("best", {}).get("weights") if isinstance(numbers, Mapping) else None
-        if not isinstance(best, Mapping):
-            raise PolybitError(
-                f"--mix {spec}: this is no file that polybit mix --json wrote; write FILE=SHARE,FILE=SHARE"
-            )
-        return {str(source): float(share) for source, share in best.items() if share > 0}
-    shares: dict[str, float] = {}
-    for part in filter(None, (piece.strip() for piece in spec.split(","))):
-        source, sign, share = part.rpartition("=")
-        try:
-            value = float(share)
-        except ValueError:
-            value = -1.0
-        if not (sign and source) or source in shares or not 0 <= value < float("inf"):
-            raise PolybitError(
-                f"--mix {spec!r:.120} cannot be read at {part!r:.60}: give every text once with its share, as in "
-                "--mix stories.txt=0.25,gsm8k.jsonl=0.75"
-            )
-        shares[source] = value
-    if sum(shares.values()) <= 0:
-        raise PolybitError(f"--mix {spec!r:.120} gives no text a share: write as in stories.txt=0.25,gsm8k.jsonl=0.75")
-    return {source: share for source, share in shares.items() if share > 0}
-
-
-def gather_mixture(model, tokenizer, spec: str, *, samples: int, length: int, seed: int):
-    """Calibration windows drawn by the shares of `spec`, and held-out windows in the same shares."""
-    from polybit.compress.text import Calibration, gather
-    from polybit.measure.mixture import mix as draw
-    from polybit.measure.mixture import whole_shares
-
-    shares = read_mix(spec)
-    counts = dict(zip(shares, whole_shares(list(shares.values()), samples), strict=True))
-    parts = {}
-    for source, count in counts.items():
-        if count:
-            with about(source):
-                parts[source] = gather(model, tokenizer, source, samples=count, length=length, seed=seed)
-    short = [source for source, part in parts.items() if len(part.windows_NT) < counts[source]]
-    if short:
-        raise PolybitError(
-            f"--mix asks for {counts[short[0]]} windows of {short[0]!r}, which gives "
-            f"{len(parts[short[0]].windows_NT)}: give a longer text, a shorter --window or fewer --samples"
-        )
-    used = {source: shares[source] for source in parts}
-    least = min(len(part.held_out_MT) / shares[source] for source, part in parts.items())
-    held_out = max(1, int(least * sum(used.values())))
-    mixed_NT = draw(
-        {s: p.windows_NT for s, p in parts.items()}, {s: float(counts[s]) for s in parts}, samples, seed=seed
-    )
-    held_MT = draw({s: p.held_out_MT for s, p in parts.items()}, used, min(held_out, 32), seed=seed)
-    return Calibration(mixed_NT, held_MT, ",".join(f"{source}={share:g}" for source, share in shares.items()))
 
 
 def print_result(name: str, config: MixConfig, numbers: Mapping[str, Any]) -> None:

@@ -172,7 +172,7 @@ def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
     embedded = Path(resolve(name)) == Path(resolve(EMBEDDED))
     length = text.window_length(model, config.window)
     if config.mix is not None:
-        from polybit.commands.mix import gather_mixture
+        from polybit.compress.mix_files import gather_mixture
 
         gathered = gather_mixture(model, tokenizer, config.mix, samples=config.samples, length=length, seed=config.seed)
     else:

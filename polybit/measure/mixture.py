@@ -114,9 +114,8 @@ def best_mixture(
     """Find the mixture of calibration texts whose activations look most like those of the texts that matter.
 
     sources: name -> batches of token ids [B, T]; every name not in `general` is a task. One forward pass per source, no
-    gradient; memory as for one block. For `polybit allocate`: pass the same batches the sensitivities are measured on,
-    then draw calibration windows with `mix(windows, found.weights, count, seed=...)` and keep `found.to_json()` for
-    the report. Criteria (after TASA, arXiv 2607.00908, which chooses argmax cos(h(D_α), h(D_target))):
+    gradient; memory as for one block. Calibration windows are then drawn by `compress.mix_files.draw`, and `to_json()`
+    is kept for the report. Criteria (after TASA, arXiv 2607.00908, which chooses argmax cos(h(D_α), h(D_target))):
 
     literal: the target is the calibration task pool itself. h is linear in α, so pure task text always wins:
     degenerate, kept for comparison.
@@ -294,48 +293,3 @@ def score_points(
         )
         for index, shares_S in enumerate(points_PS)
     ]
-
-
-def mix(windows: Mapping[str, Tensor], weights: Mapping[str, float], count: int, *, seed: int = 0) -> Tensor:
-    """Draw `count` windows [count, T], each source its share of them, in random order without repetition.
-
-    windows: source -> [N, T], equal T. Shares are rounded to whole windows, largest remainders first.
-    """
-    check_weights(windows, weights)
-    counts = whole_shares([weights[name] for name in weights], count)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for name, wanted in zip(weights, counts, strict=True):
-        have = len(windows[name])
-        if wanted > have:
-            raise PolybitError(
-                f"the mixture asks for {wanted} windows of {name!r}, which gives {have}: "
-                "give a longer text, a shorter --window or fewer --samples"
-            )
-        drawn.append(windows[name][torch.randperm(have, generator=generator)[:wanted]])
-    mixed_NT = torch.cat(drawn)
-    return mixed_NT[torch.randperm(len(mixed_NT), generator=generator)]
-
-
-def check_weights(windows: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
-    """Refuse shares that are no shares, unknown sources, and windows of different lengths."""
-    unknown = [name for name in weights if name not in windows]
-    bad = [value for value in weights.values() if not 0 <= value < float("inf")]
-    if unknown or bad or sum(weights.values()) <= 0:
-        raise PolybitError(
-            f"mixture {dict(weights)!r:.120} cannot be drawn from {', '.join(map(repr, windows))}: "
-            "give each of these texts a share of 0 or more, not all 0"
-        )
-    lengths = {windows[name].shape[1] for name in weights}
-    if len(lengths) > 1:
-        raise PolybitError(f"windows of {sorted(lengths)} tokens cannot be mixed: cut all texts to the same length")
-
-
-def whole_shares(weights: Sequence[float], count: int) -> list[int]:
-    """`count` split in whole numbers by weight, largest remainders rounded up."""
-    exact = [weight / sum(weights) * count for weight in weights]
-    counts = [int(value + 1e-9) for value in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
-    for index in by_remainder[: count - sum(counts)]:
-        counts[index] += 1
-    return counts

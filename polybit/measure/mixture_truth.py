@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from polybit.compress.blocks import Whole
+from polybit.compress.mix_files import draw
 from polybit.core.runtime import PolybitError, track
-from polybit.measure.mixture import mix
 from polybit.measure.seeds import over_seeds
 from polybit.nn.convert import Target
 
@@ -69,7 +69,7 @@ def measure_mixtures(
         key = f"seed {seed} mixture {','.join(f'{w:.4f}' for w in point)}"
         record = (kept or {}).get(key)
         if record is None:
-            drawn_NT = mix(windows, dict(zip(windows, point, strict=True)), samples, seed=seed)
+            drawn_NT = draw(windows, dict(zip(windows, point, strict=True)), samples, seed=seed)
             weights = quantize(drawn_NT, seed)
             harms = {name: harm(whole, weights, part) for name, part in held_out.items()}
             record = {name: [h.kl, h.nll] for name, h in harms.items()}

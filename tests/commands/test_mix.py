@@ -5,7 +5,7 @@ import json
 import pytest
 
 from polybit.cli import main
-from polybit.commands.mix import read_mix
+from polybit.compress.mix_files import read_mix
 from polybit.core.journal import Journal
 from polybit.core.runtime import PolybitError
 

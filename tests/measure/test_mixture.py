@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from polybit.compress.mix_files import draw, whole_shares
 from polybit.compress.stats import collect
 from polybit.core.runtime import PolybitError
 from polybit.measure.mixture import (
@@ -12,12 +13,10 @@ from polybit.measure.mixture import (
     check_sources,
     collect_traces,
     effective_rank,
-    mix,
     pool,
     score_points,
     search_mixtures,
     simplex,
-    whole_shares,
 )
 from polybit.nn.convert import targets
 from tests.families import tiny_model
@@ -143,11 +142,11 @@ def test_simplex(count, step, points):
 
 def test_windows_are_drawn_by_share():
     windows = {"a": torch.zeros(20, 4).long(), "b": torch.ones(20, 4).long()}
-    drawn = mix(windows, {"a": 0.25, "b": 0.75}, 16, seed=3)
+    drawn = draw(windows, {"a": 0.25, "b": 0.75}, 16, seed=3)
     assert drawn.shape == (16, 4) and int(drawn[:, 0].sum()) == 12
-    assert torch.equal(drawn, mix(windows, {"a": 0.25, "b": 0.75}, 16, seed=3))
+    assert torch.equal(drawn, draw(windows, {"a": 0.25, "b": 0.75}, 16, seed=3))
     numbered = {"a": torch.arange(20)[:, None].repeat(1, 4)}
-    assert len(set(mix(numbered, {"a": 1}, 20)[:, 0].tolist())) == 20  # none twice
+    assert len(set(draw(numbered, {"a": 1}, 20)[:, 0].tolist())) == 20  # none twice
 
 
 def test_whole_shares_add_up():
@@ -168,7 +167,7 @@ def test_whole_shares_add_up():
 )
 def test_bad_mixtures(weights, words):
     with pytest.raises(PolybitError, match=words) as caught:
-        mix({"a": torch.zeros(3, 4), "b": torch.zeros(9, 4)}, weights, 8)
+        draw({"a": torch.zeros(3, 4), "b": torch.zeros(9, 4)}, weights, 8)
     assert "\n" not in str(caught.value)
 
 
@@ -180,7 +179,7 @@ def test_bad_sources():
     with pytest.raises(PolybitError, match="holds no text"):
         check_sources({"a": [1], "b": []}, ["a"])
     with pytest.raises(PolybitError, match="same length"):
-        mix({"a": torch.zeros(3, 4), "b": torch.zeros(9, 5)}, {"a": 1.0, "b": 1.0}, 2)
+        draw({"a": torch.zeros(3, 4), "b": torch.zeros(9, 5)}, {"a": 1.0, "b": 1.0}, 2)
     with pytest.raises(PolybitError, match="does not divide"):
         simplex(2, 0.3)
 

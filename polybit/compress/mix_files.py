@@ -1,0 +1,122 @@
+"""Mixtures of texts on their way in: a `--mix` read into shares, and calibration windows drawn by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polybit.compress.text import Calibration, gather
+from polybit.core.runtime import PolybitError
+from polybit.hub.files import read_json
+
+
+def read_mix(spec: str) -> dict[str, float]:
+    """Read `stories.txt=0.25,gsm8k.jsonl=0.75`, or the .json that `polybit mix --json` wrote, into shares by text."""
+    if spec.endswith(".json"):
+        numbers = read_json(Path(spec)).get("numbers") if Path(spec).is_file() else None
+        best = numbers.get("mixture", {}).get("best", {}).get("weights") if isinstance(numbers, Mapping) else None
+        if not isinstance(best, Mapping):
+            raise PolybitError(
+                f"--mix {spec}: this is no file that polybit mix --json wrote; write FILE=SHARE,FILE=SHARE"
+            )
+        return {str(source): float(share) for source, share in best.items() if share > 0}
+    shares: dict[str, float] = {}
+    for part in filter(None, (piece.strip() for piece in spec.split(","))):
+        source, sign, share = part.rpartition("=")
+        try:
+            value = float(share)
+        except ValueError:
+            value = -1.0
+        if not (sign and source) or source in shares or not 0 <= value < float("inf"):
+            raise PolybitError(
+                f"--mix {spec!r:.120} cannot be read at {part!r:.60}: give every text once with its share, as in "
+                "--mix stories.txt=0.25,gsm8k.jsonl=0.75"
+            )
+        shares[source] = value
+    if sum(shares.values()) <= 0:
+        raise PolybitError(f"--mix {spec!r:.120} gives no text a share: write as in stories.txt=0.25,gsm8k.jsonl=0.75")
+    return {source: share for source, share in shares.items() if share > 0}
+
+
+def gather_mixture(model: Any, tokenizer: Any, spec: str, *, samples: int, length: int, seed: int) -> Calibration:
+    """Calibration windows drawn by the shares of `spec`, and held-out windows in the same shares."""
+    shares = read_mix(spec)
+    counts = dict(zip(shares, whole_shares(list(shares.values()), samples), strict=True))
+    parts = {}
+    for source, count in counts.items():
+        if count:
+            with about(source):
+                parts[source] = gather(model, tokenizer, source, samples=count, length=length, seed=seed)
+    short = [source for source, part in parts.items() if len(part.windows_NT) < counts[source]]
+    if short:
+        raise PolybitError(
+            f"--mix asks for {counts[short[0]]} windows of {short[0]!r}, which gives "
+            f"{len(parts[short[0]].windows_NT)}: give a longer text, a shorter --window or fewer --samples"
+        )
+    used = {source: shares[source] for source in parts}
+    least = min(len(part.held_out_MT) / shares[source] for source, part in parts.items())
+    held_out = max(1, int(least * sum(used.values())))
+    mixed_NT = draw(
+        {s: p.windows_NT for s, p in parts.items()}, {s: float(counts[s]) for s in parts}, samples, seed=seed
+    )
+    held_MT = draw({s: p.held_out_MT for s, p in parts.items()}, used, min(held_out, 32), seed=seed)
+    return Calibration(mixed_NT, held_MT, ",".join(f"{source}={share:g}" for source, share in shares.items()))
+
+
+@contextmanager
+def about(source: str) -> Iterator[None]:
+    """Name the text in what is said against it: there are several."""
+    try:
+        yield
+    except PolybitError as error:
+        raise (error if source in str(error) else PolybitError(f"text {source!r}: {error}")) from None
+
+
+def draw(windows: Mapping[str, Tensor], weights: Mapping[str, float], count: int, *, seed: int = 0) -> Tensor:
+    """Draw `count` windows [count, T], each source its share of them, in random order without repetition.
+
+    windows: source -> [N, T], equal T. Shares are rounded to whole windows, largest remainders first.
+    """
+    check_weights(windows, weights)
+    counts = whole_shares([weights[name] for name in weights], count)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for name, wanted in zip(weights, counts, strict=True):
+        have = len(windows[name])
+        if wanted > have:
+            raise PolybitError(
+                f"the mixture asks for {wanted} windows of {name!r}, which gives {have}: "
+                "give a longer text, a shorter --window or fewer --samples"
+            )
+        drawn.append(windows[name][torch.randperm(have, generator=generator)[:wanted]])
+    mixed_NT = torch.cat(drawn)
+    return mixed_NT[torch.randperm(len(mixed_NT), generator=generator)]
+
+
+def check_weights(windows: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+    """Refuse shares that are no shares, unknown sources, and windows of different lengths."""
+    unknown = [name for name in weights if name not in windows]
+    bad = [value for value in weights.values() if not 0 <= value < float("inf")]
+    if unknown or bad or sum(weights.values()) <= 0:
+        raise PolybitError(
+            f"mixture {dict(weights)!r:.120} cannot be drawn from {', '.join(map(repr, windows))}: "
+            "give each of these texts a share of 0 or more, not all 0"
+        )
+    lengths = {windows[name].shape[1] for name in weights}
+    if len(lengths) > 1:
+        raise PolybitError(f"windows of {sorted(lengths)} tokens cannot be mixed: cut all texts to the same length")
+
+
+def whole_shares(weights: Sequence[float], count: int) -> list[int]:
+    """`count` split in whole numbers by weight, largest remainders rounded up."""
+    exact = [weight / sum(weights) * count for weight in weights]
+    counts = [int(value + 1e-9) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: count - sum(counts)]:
+        counts[index] += 1
+    return counts
