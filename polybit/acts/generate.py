@@ -11,13 +11,13 @@ from polybit.core.runtime import PolybitError
 from polybit.hub.decode import generate as write
 from polybit.hub.lm import longest_input
 from polybit.hub.models import open_model
-from polybit.kernels.ops import best_mode
+from polybit.kernels.ops import best_arithmetic
 from polybit.nn.linear import QuantWeight
 from polybit.nn.switch import current, panel, use
 from polybit.options.checks import plain
 from polybit.options.generate import GenerateOptions
 
-NARROW = 4  # bits up to which int8 activations add less than 2 % to the KL the weights cost (docs/results.md)
+NARROW = 4  # bits up to which int8 arithmetic adds less than 2 % to the KL the weights cost (docs/results.md)
 
 
 def generate(model: str, options: GenerateOptions) -> Run:
@@ -27,7 +27,7 @@ def generate(model: str, options: GenerateOptions) -> Run:
     if options.precision is not None:
         use(loaded, options.precision)
     if quantized:
-        choose_activations(loaded, options.activations)
+        choose_arithmetic(loaded, options.arithmetic)
     ids = prompt_ids(tokenizer, options.prompt, raw=options.raw)
     room = longest_input(loaded)
     if room is not None and ids.shape[1] >= room:
@@ -56,12 +56,12 @@ def generate(model: str, options: GenerateOptions) -> Run:
     return Run("generate", {"model": model, **plain(options)}, numbers, seconds=seconds)
 
 
-def choose_activations(model, asked: str) -> None:
+def choose_arithmetic(model, asked: str) -> None:
     """Tell every layer how to multiply; see the flag."""
     for layer in panel(model).layers.values():
-        best = best_mode(layer.qplanes.device)
+        best = best_arithmetic(layer.qplanes.device)
         automatic = "int8" if best == "int16" and layer.width <= NARROW else best
-        layer.activations = automatic if asked == "auto" else asked  # type: ignore[assignment]
+        layer.arithmetic = automatic if asked == "auto" else asked  # type: ignore[assignment]
 
 
 def prompt_ids(tokenizer, prompt: str, *, raw: bool):

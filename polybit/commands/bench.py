@@ -32,7 +32,7 @@ class BenchConfig:
     """linear: rows x columns of the matrix."""
     batch: int = 1
     """linear: tokens multiplied at once (128 = reading a prompt)."""
-    activations: str = "int16,int8"
+    arithmetic: str = "int16,int8"
     """How inputs are rounded, with commas: int16 (error below 1e-4) and int8 (as llama.cpp does)."""
     device: Literal["cpu", "cuda"] = "cpu"
     """linear: where to run."""
@@ -166,7 +166,7 @@ def keep_constants(
         efficiency,
         call_seconds,
         int8_peak=peak,
-        notes={"activations": mode},
+        notes={"arithmetic": mode},
     )
     return {"constants": asdict(constants), "constants_file": str(keep(constants))}
 
@@ -191,11 +191,11 @@ def generate(model: str | None, config: BenchConfig) -> dict[str, Any]:
 
 
 def modes_of(config: BenchConfig) -> list[Literal["int16", "int8"]]:
-    """The kinds of activations, the accurate one first."""
-    asked = config.activations.split(",")
+    """The arithmetics, the accurate one first."""
+    asked = config.arithmetic.split(",")
     modes: list[Literal["int16", "int8"]] = [mode for mode in ("int16", "int8") if mode in asked]
     if len(modes) != len(asked):
-        raise PolybitError(f"--activations {config.activations} are not known: choose from int16, int8")
+        raise PolybitError(f"--arithmetic {config.arithmetic} is not known: choose from int16, int8")
     return modes
 
 

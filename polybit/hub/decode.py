@@ -100,7 +100,7 @@ class Decoder:
 
     def bind(self) -> None:
         """Make the products' calls for what the layers are read at now, unless nothing has changed."""
-        now = [(m.precision, m.activations, m.keep, m.offsets, getattr(m, "adapter", None)) for m in self.layers]
+        now = [(m.precision, m.arithmetic, m.keep, m.offsets, getattr(m, "adapter", None)) for m in self.layers]
         if now == self.bound:
             return
         for layer, block in zip(self.inner.layers, self.blocks, strict=True):
@@ -176,7 +176,7 @@ def compiled_product(modules: Sequence[nn.Module], x: Tensor, ys: Sequence[Tenso
     prepared = [weight.prepared() for weight in weights]
     biases: list[Any] = [module.bias for module in modules]
     good = all(p.layer is not None and (b is None or p.takes_bias(b)) for p, b in zip(prepared, biases, strict=True))
-    modes = {weight.activations for weight in weights}
+    modes = {weight.arithmetic for weight in weights}
     if not good or len(modes) > 1 or not Bundle.fits(prepared):
         return None
     adapters: list[Any] = [getattr(weight, "adapter", None) for weight in weights]

@@ -15,7 +15,7 @@ from polybit.core.planes import Planes, RatioTable, read_widths
 from polybit.core.runtime import PolybitError
 from polybit.kernels import cpu, reference
 
-Activations = Literal["float", "int8", "int16"]
+Arithmetic = Literal["float", "int8", "int16"]
 MODES = {"float": 0, "int8": 8, "int16": 16}
 NAMES = {code: name for name, code in MODES.items()}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,23 +39,23 @@ def linear(
     width: int | Sequence[int],
     bias: Tensor | None = None,
     *,
-    activations: Activations = "float",
+    arithmetic: Arithmetic = "float",
 ) -> Tensor:
     """y = x @ W^T + bias, where W is read at `width` bits from the planes; [..., I] -> [..., O] in x.dtype.
 
     width: one for all groups of columns, or one per group, clamped to 1..stored. A group that stores fewer bits than a
-    common width is read whole. x: float32, bfloat16 or float16. activations: "float" multiplies with the exactly
+    common width is read whole. x: float32, bfloat16 or float16. arithmetic: "float" multiplies with the exactly
     decoded weight; "int8" rounds the input to 8 bits per token and group of columns (fast; error about 1 % of the
     output's size); "int16" to 16 bits (nearly as fast when one token is decoded; error below 1e-4). A token holding NaN
     or infinity gives NaN. An input that wants a gradient is always multiplied by the exactly decoded weight. On a GPU
     more than a dozen tokens are not rounded: the weight is decoded in their float type, for torch's dense product.
     Raises PolybitError for a shape, type, device or width that does not fit.
     """
-    check(x, planes, width, bias, activations)
+    check(x, planes, width, bias, arithmetic)
     if x.requires_grad and torch.is_grad_enabled():
         return reference.linear(x, planes, width, bias)  # a gradient goes through the exact product
     if planes.bits_G is not None or not isinstance(width, int):
-        return linear_mixed(x, planes, width, bias, activations)
+        return linear_mixed(x, planes, width, bias, arithmetic)
     table = planes.ratios.get(width, cpu.WHOLE)
     zero, fixed = (planes.zero, 0.0) if isinstance(planes.zero, Tensor) else (None, planes.zero)
     numbers = (planes.gain, fixed, table.low, table.high)
@@ -71,12 +71,12 @@ def linear(
         planes.shape[0],
         planes.group_size,
         width,
-        MODES[activations],
+        MODES[arithmetic],
     )
 
 
 def linear_mixed(
-    x: Tensor, planes: Planes, width: int | Sequence[int], bias: Tensor | None, activations: Activations
+    x: Tensor, planes: Planes, width: int | Sequence[int], bias: Tensor | None, arithmetic: Arithmetic
 ) -> Tensor:
     """`linear` of a weight whose groups are stored or read at several widths."""
     tables = sorted(planes.ratios.items())
@@ -95,7 +95,7 @@ def linear_mixed(
         list(planes.bits_G or ()),
         planes.shape[0],
         planes.group_size,
-        MODES[activations],
+        MODES[arithmetic],
     )
 
 
@@ -109,7 +109,7 @@ def decode(planes: Planes, width: int | Sequence[int]) -> Tensor:
     return reference.decode(planes, width) if made is None else made
 
 
-def best_mode(device: torch.device | None = None) -> Activations:
+def best_arithmetic(device: torch.device | None = None) -> Arithmetic:
     """The fastest way to multiply whose error stays below 1e-4 where the weights are (default: in main memory):
     "int16" with kernels for that device, else "float".
     """
@@ -117,7 +117,7 @@ def best_mode(device: torch.device | None = None) -> Activations:
     return "int16" if (cpu.library() if here else gpu_kernels()) else "float"
 
 
-def check(x: Tensor, planes: Planes, width: int | Sequence[int], bias: Tensor | None, activations: str) -> None:
+def check(x: Tensor, planes: Planes, width: int | Sequence[int], bias: Tensor | None, arithmetic: str) -> None:
     """Refuse what `linear` cannot multiply, saying why."""
     rows, columns = planes.shape
     if x.dtype not in FLOATS:
@@ -127,8 +127,8 @@ def check(x: Tensor, planes: Planes, width: int | Sequence[int], bias: Tensor | 
     check_width(planes, width)
     if x.device != planes.planes.device:
         raise PolybitError(f"the input is on {x.device}, the weight on {planes.planes.device}: move one of them")
-    if activations not in MODES:
-        raise PolybitError(f"activations {activations!r} are not known: choose 'float', 'int8' or 'int16'")
+    if arithmetic not in MODES:
+        raise PolybitError(f"arithmetic {arithmetic!r:.40} is not known: choose 'float', 'int8' or 'int16'")
     if bias is not None and (bias.shape != (rows,) or bias.dtype not in FLOATS):
         raise PolybitError(f"the bias is {bias.dtype} {tuple(bias.shape)}: give a float tensor of shape ({rows},)")
     if bias is not None and bias.device != x.device:
@@ -159,7 +159,7 @@ def linear_by_reference(
 ) -> Tensor:
     """polybit::linear by the slow twin: every device, every group size."""
     stored = assemble(planes, scale, zero, ratio, column_scale, numbers, (rows, x.shape[-1]), group_size, width)
-    return reference.linear(x, stored, width, bias, activations=NAMES[mode])
+    return reference.linear(x, stored, width, bias, arithmetic=NAMES[mode])
 
 
 def linear_on_cpu(
@@ -185,7 +185,7 @@ def multiply_on_cpu(x: Tensor, stored: Planes, width: int | Sequence[int], bias:
     """x times a stored weight by the compiled kernels where they can, else by the slow twin."""
     if mode:
         made = cpu.linear(x, stored, width, bias, mode // 8)
-        return reference.linear(x, stored, width, bias, activations=NAMES[mode]) if made is None else made
+        return reference.linear(x, stored, width, bias, arithmetic=NAMES[mode]) if made is None else made
     y = dense(x.float(), decode(stored, width), None if bias is None else bias.float())
     return y.to(x.dtype)
 
@@ -199,7 +199,7 @@ def mixed_on_cpu(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, 
 def mixed_by_reference(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -> Tensor:
     """polybit::linear_mixed by the slow twin: every device (a GPU decodes the weight and multiplies densely)."""
     stored, widths, bias, mode = assemble_mixed(x, planes, scale, zero, *rest)
-    return reference.linear(x, stored, widths, bias, activations=NAMES[mode])
+    return reference.linear(x, stored, widths, bias, arithmetic=NAMES[mode])
 
 
 def linear_on_gpu(
@@ -221,7 +221,7 @@ def linear_on_gpu(
     stored = assemble(planes, scale, zero, ratio, column_scale, numbers, (rows, x.shape[-1]), group_size, width)
     kernels = gpu_kernels() if fits_gpu(stored) and x.numel() else None
     if kernels is None:
-        return reference.linear(x, stored, width, bias, activations=NAMES[mode])
+        return reference.linear(x, stored, width, bias, arithmetic=NAMES[mode])
     few, many = kernels
     with torch.cuda.device_of(x):  # triton starts kernels on the current device
         if mode and x.numel() <= few.MOST_TOKENS * x.shape[-1]:

@@ -39,28 +39,28 @@ class Prepared:
         x: Tensor,
         width: int | tuple[int, ...],
         bias: Tensor | None = None,
-        activations: ops.Activations = "int16",
+        arithmetic: ops.Arithmetic = "int16",
         adapter: Adapter | None = None,
     ) -> Tensor:
-        """The same as `ops.linear(x, planes, width, bias, activations=activations)`, and the adapter added."""
+        """The same as `ops.linear(x, planes, width, bias, arithmetic=arithmetic)`, and the adapter added."""
         if self.on_gpu is not None and adapter is None:
-            made = self.on_gpu.linear(x, width, bias, activations)
+            made = self.on_gpu.linear(x, width, bias, arithmetic)
             if made is not None:
                 return made
         if (
             self.layer is None
-            or not is_plain(x, self.columns, activations)
+            or not is_plain(x, self.columns, arithmetic)
             or not (type(width) is tuple or (type(width) is int and 1 <= width <= self.planes.bits))
             or not (bias is None or self.takes_bias(bias))
             or not (adapter is None or (adapter.rows == self.rows and adapter.columns == self.columns))
         ):
-            y = ops.linear(x, self.planes, width, bias, activations=activations)
+            y = ops.linear(x, self.planes, width, bias, arithmetic=arithmetic)
             return y if adapter is None else (y.float() + adapter.product(x)).to(y.dtype)
         number, x = width if type(width) is int else self.number(width), x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.rows))
         self.layer.multiply(
             number,
-            DIGITS[activations],
+            DIGITS[arithmetic],
             x.numel() // self.columns,
             cpu.TYPES[x.dtype],
             x.data_ptr(),
@@ -97,10 +97,10 @@ def gpu_layer(planes: Planes) -> Any:
     return triton_layer.make_layer(planes)
 
 
-def is_plain(x: Tensor, columns: int, activations: str) -> bool:
+def is_plain(x: Tensor, columns: int, arithmetic: str) -> bool:
     """Whether an input may go to the compiled kernels past torch's dispatcher."""
     return not (
-        activations not in DIGITS
+        arithmetic not in DIGITS
         or type(x) is not Tensor
         or not x.is_cpu
         or x.dtype not in cpu.TYPES
@@ -152,19 +152,19 @@ class Bundle:
         x: Tensor,
         widths: Sequence[int | tuple[int, ...]],
         biases: Sequence[Tensor | None],
-        activations: ops.Activations = "int16",
+        arithmetic: ops.Arithmetic = "int16",
         adapters: Sequence[Adapter | None] | None = None,
     ) -> list[Tensor]:
         """One output per member: what `Prepared.linear` of each gives."""
         adapters = adapters or (None,) * len(self.members)
         given = list(zip(self.members, widths, biases, adapters, strict=True))
-        if not is_plain(x, self.members[0].columns, activations) or not all(
+        if not is_plain(x, self.members[0].columns, arithmetic) or not all(
             (isinstance(width, tuple) or 1 <= width <= member.planes.bits)
             and (bias is None or member.takes_bias(bias))
             and (adapter is None or (adapter.rows == member.rows and adapter.columns == member.columns))
             for member, width, bias, adapter in given
         ):
-            return [member.linear(x, width, bias, activations, adapter) for member, width, bias, adapter in given]
+            return [member.linear(x, width, bias, arithmetic, adapter) for member, width, bias, adapter in given]
         numbers = [member.number(width) for member, width, _, _ in given]
         if any(member.layer is not layer for member, layer in zip(self.members, self.layers, strict=True)):
             self.join()
@@ -172,7 +172,7 @@ class Bundle:
         ys = [x.new_empty((*x.shape[:-1], member.rows)) for member in self.members]
         self.bundle.multiply(
             numbers,
-            DIGITS[activations],
+            DIGITS[arithmetic],
             x.numel() // x.shape[-1],
             cpu.TYPES[x.dtype],
             x.data_ptr(),

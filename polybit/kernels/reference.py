@@ -23,21 +23,21 @@ def linear(
     width: int | Sequence[int],
     bias: Tensor | None = None,
     *,
-    activations: str = "float",
+    arithmetic: str = "float",
     precision: torch.dtype = torch.float32,
 ) -> Tensor:
     """y = x @ W_width^T + bias with the weight decoded in full; see `polybit.kernels.ops.linear`.
 
-    With integer activations the input is multiplied by the column scale and rounded first. `precision` is the type
+    With integer arithmetic the input is multiplied by the column scale and rounded first. `precision` is the type
     the product is computed in.
     """
-    if activations == "float":
+    if arithmetic == "float":
         weight_OI = decode(planes, width)
         inputs = x.to(precision)
     else:
         weight_OI = decode(replace(planes, column_scale=None), width)
         scaled = x.float() if planes.column_scale is None else x.float() * planes.column_scale.float()
-        inputs = round_activations(scaled, chunk_of(planes.group_size), LEVELS[activations], precision)
+        inputs = round_activations(scaled, chunk_of(planes.group_size), LEVELS[arithmetic], precision)
     y = dense(inputs, weight_OI.to(precision), None if bias is None else bias.to(precision))
     return y.to(x.dtype)
 

@@ -254,11 +254,11 @@ def linear(
     planes: Planes,
     width: int,
     bias: Tensor | None,
-    activations: str,
+    arithmetic: str,
     tile: tuple[int, int, int] | None = None,
     fuse: bool = True,
 ) -> Tensor:
-    """`ops.linear` with integer activations for a few tokens on a GPU (or interpreted); shapes as checked there.
+    """`ops.linear` with integer arithmetic for a few tokens on a GPU (or interpreted); shapes as checked there.
 
     tile: in place of what `tile_of` chooses. fuse: one token is rounded in the kernel that multiplies it.
     """
@@ -268,17 +268,17 @@ def linear(
     tile = tile or tile_of(-(-x.shape[-1] // COLUMNS), tokens)
     if tokens == 1 and fuse:
         scale = x if planes.column_scale is None else planes.column_scale
-        launch(x.contiguous(), scale, x, planes, width, bias, y, 1, activations, tile, fuse)
+        launch(x.contiguous(), scale, x, planes, width, bias, y, 1, arithmetic, tile, fuse)
     else:
-        levels, chunk = LEVELS[activations], chunk_of(planes.group_size)
+        levels, chunk = LEVELS[arithmetic], chunk_of(planes.group_size)
         rounded = round_words(x.reshape(tokens, -1), planes.column_scale, chunk, levels)
-        launch(*rounded, planes, width, bias, y, tokens, activations, tile, False)
+        launch(*rounded, planes, width, bias, y, tokens, arithmetic, tile, False)
     return y
 
 
 def launch(
     x: Tensor, x_scale: Tensor, x_sum: Tensor, planes: Planes, width: int, bias: Tensor | None, y: Tensor,
-    tokens: int, activations: str, tile: tuple[int, int, int], fuse: bool,
+    tokens: int, arithmetic: str, tile: tuple[int, int, int], fuse: bool,
 ) -> tuple[Any, tuple[int, int, int], list[Any]]:  # fmt: skip
     """Starts the kernel; returns it as it was compiled, its grid and its arguments, with which it can start again."""
     rows, columns = planes.shape
@@ -292,7 +292,7 @@ def launch(
         tokens, planes.planes.stride(0) // 4, rows, columns, -(-columns // COLUMNS), planes.scale.shape[1],
         planes.gain, fixed, table.low, table.high,
         planes.bits, width, planes.group_size // COLUMNS, chunk_of(planes.group_size) // COLUMNS,
-        1 if activations == "int8" else 2, isinstance(planes.zero, Tensor), table.index is not None, bias is not None,
+        1 if arithmetic == "int8" else 2, isinstance(planes.zero, Tensor), table.index is not None, bias is not None,
         planes.column_scale is not None, fuse, at_once, wide, INTERPRETED,
     ]  # fmt: skip
     most = REGISTERS if fuse else None

@@ -1,7 +1,7 @@
 """One weight times one token on a GPU, called from Python at little overhead: launches worked out once and repeated.
 
 Triton works out from 30 arguments at every call which build of a kernel they need; here that is remembered per width,
-float type and kind of activations, and a call sets three addresses.
+float type and arithmetic, and a call sets three addresses.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Layer:
         self.rows, self.columns = planes.shape
         self.device = planes.planes.get_device()
 
-    def linear(self, x: Tensor, width: Any, bias: Tensor | None, activations: str) -> Tensor | None:
+    def linear(self, x: Tensor, width: Any, bias: Tensor | None, arithmetic: str) -> Tensor | None:
         """`ops.linear` of one token, or None for what this does not do: tracing, gradients, other inputs and biases."""
         if (
             type(x) is not Tensor
@@ -49,7 +49,7 @@ class Layer:
         x_at, bias_at = x.data_ptr(), 0 if bias is None else bias.data_ptr()
         if (x_at | bias_at) % 16:
             return None  # another build of the kernel
-        key = (width, activations, x.dtype, None if bias is None else bias.dtype)
+        key = (width, arithmetic, x.dtype, None if bias is None else bias.dtype)
         found = self.launches.get(key)
         if found is None:
             return self.first(key, x, bias)
@@ -68,15 +68,15 @@ class Layer:
 
     def first(self, key: tuple[Any, ...], x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The first call of its kind, through triton, which is remembered."""
-        width, activations, dtype, _ = key
-        if activations not in ("int8", "int16") or dtype not in ops.FLOATS:
+        width, arithmetic, dtype, _ = key
+        if arithmetic not in ("int8", "int16") or dtype not in ops.FLOATS:
             return None
         if type(width) is not int or not 1 <= width <= self.planes.bits:
             return None
         y = x.new_empty((*x.shape[:-1], self.rows))
         scale = x if self.planes.column_scale is None else self.planes.column_scale
         tile = tile_of(-(-self.columns // COLUMNS), 1)
-        built, grid, arguments = launch(x, scale, x, self.planes, width, bias, y, 1, activations, tile, True)
+        built, grid, arguments = launch(x, scale, x, self.planes, width, bias, y, 1, arithmetic, tile, True)
         kept = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
         kept = kept if ALL_ARGUMENTS else kept[:CONSTANTS]
         self.launches[key] = (built.run, grid[0], built.function, built.packed_metadata, kept)

@@ -79,7 +79,7 @@ class Siblings:
         if self.ready is not None:
             self.forgive(leader, self.ready[2])
         members = [leader, *(f for f in followers if alike(leader, f))]
-        if len(members) < 2 or not leader.is_fast(x) or not is_plain(x, leader.columns, leader.activations):
+        if len(members) < 2 or not leader.is_fast(x) or not is_plain(x, leader.columns, leader.arithmetic):
             return None
         prepared = tuple([member.prepared() for member in members])
         known = self.bundles.get(leader)
@@ -95,7 +95,7 @@ class Siblings:
         readings = [member.reading for member in members]
         adapters = [member.adapter for member in members]
         biases = [member.bias for member in members]
-        first, *others = known[1].linear(x, readings, biases, leader.activations, adapters)
+        first, *others = known[1].linear(x, readings, biases, leader.arithmetic, adapters)
         kept = {member: (settings(member), y) for member, y in zip(members[1:], others, strict=True)}
         self.ready = (x, written(x), kept)
         return first
@@ -112,14 +112,14 @@ class Siblings:
 
 def settings(layer: QuantLinear) -> tuple[Any, ...]:
     """What a layer's result depends on beside its input."""
-    return (layer.precision, layer.offsets, layer.activations, layer.adapter, layer.keep)
+    return (layer.precision, layer.offsets, layer.arithmetic, layer.adapter, layer.keep)
 
 
 def alike(leader: QuantLinear, other: QuantLinear) -> bool:
     """Whether two layers can round their input together now."""
     floats = leader.precision.a == FLOAT == other.precision.a
     trains = other.adapter is not None and other.adapter.trains()
-    return floats and not trains and not other.keep and other.activations == leader.activations
+    return floats and not trains and not other.keep and other.arithmetic == leader.arithmetic
 
 
 def written(x: Tensor) -> int | None:

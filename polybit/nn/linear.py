@@ -45,7 +45,7 @@ class QuantWeight(nn.Module):
         self.keep: bool = False
         self.kept: tuple[int | tuple[int, ...], Tensor] | None = None
         self.kind = "linear"  # how the float model stored this weight; told by whoever puts the layer in place
-        self.activations: ops.Activations = "float"
+        self.arithmetic: ops.Arithmetic = "float"
         self.holder = Holder()
 
     @classmethod
@@ -108,7 +108,7 @@ class QuantWeight(nn.Module):
 
     def is_fast(self, x: Tensor) -> bool:
         """Whether an input may go straight to the compiled kernels."""
-        plain = not self.keep and self.activations != "float" and type(x) is Tensor
+        plain = not self.keep and self.arithmetic != "float" and type(x) is Tensor
         return plain and not torch.compiler.is_compiling()
 
     def prepared(self) -> Prepared:
@@ -119,9 +119,9 @@ class QuantWeight(nn.Module):
         """x W^T + bias at the current precision, in x's dtype."""
         x = self.round_input(x)
         if self.is_fast(x):
-            return self.prepared().linear(x, self.reading, bias, self.activations)
+            return self.prepared().linear(x, self.reading, bias, self.arithmetic)
         if not self.keep:
-            return ops.linear(x, self.planes, self.reading, bias, activations=self.activations)
+            return ops.linear(x, self.planes, self.reading, bias, arithmetic=self.arithmetic)
         y = dense(x.float(), self.decode(), None if bias is None else bias.float())
         return y.to(x.dtype)
 
@@ -178,7 +178,7 @@ class QuantLinear(QuantWeight):
         if adapter is None:
             return super().multiply(x, bias)
         if self.precision.a == FLOAT and self.is_fast(x) and not adapter.trains():
-            return self.prepared().linear(x, self.reading, bias, self.activations, adapter)
+            return self.prepared().linear(x, self.reading, bias, self.arithmetic, adapter)
         y = super().multiply(x, bias)
         return (y.float() + adapter.product(x)).to(y.dtype)
 
@@ -259,7 +259,7 @@ class QuantExperts(nn.Module):
         if weight.keep:
             return dense(x.float(), weight.decode()[start:stop]).to(x.dtype)
         part, skipped = slice_rows(weight.planes, start, stop)
-        return ops.linear(x, part, weight.reading, activations=weight.activations)[..., skipped : skipped + rows]
+        return ops.linear(x, part, weight.reading, arithmetic=weight.arithmetic)[..., skipped : skipped + rows]
 
 
 def plain_gate(experts: Any, gate_up: Tensor) -> Tensor:

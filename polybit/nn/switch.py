@@ -207,15 +207,15 @@ def keep_decoded(model: nn.Module) -> Iterator[nn.Module]:
             layer.keep, layer.kept = False, None
 
 
-def multiply_by(model: nn.Module, activations: ops.Activations | None = None) -> nn.Module:
+def multiply_by(model: nn.Module, arithmetic: ops.Arithmetic | None = None) -> nn.Module:
     """Choose how every layer multiplies: "float" (exact, the default of a model), "int16", "int8", or None for the
     fastest whose error stays below 1e-4 where the model is now. In the fast modes layers that share an input multiply
     in one call (nn/fuse.py).
     """
     layers = panel(model).layers
-    chosen = activations or ops.best_mode(next(iter(layers.values())).qplanes.device)
+    chosen = arithmetic or ops.best_arithmetic(next(iter(layers.values())).qplanes.device)
     for layer in layers.values():
-        layer.activations = chosen
+        layer.arithmetic = chosen
     return unfuse(model) if chosen == "float" else fuse(model)
 
 

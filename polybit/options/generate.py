@@ -17,7 +17,7 @@ class GenerateOptions:
     """What to answer."""
     precision: str | None = None
     """Width to run at, as in w3 or w4a8 (default: the widest stored; a float model runs in float)."""
-    activations: Literal["auto", "float", "int16", "int8"] = "auto"
+    arithmetic: Literal["auto", "float", "int16", "int8"] = "auto"
     """How inputs are rounded before a product: float = not at all, exact and many times slower; int16 = error below
     1e-4; int8 = fastest (auto: int8 for weights of 4 bits or fewer, whose own error hides it, int16 for wider ones)."""
     max_tokens: int = 64

@@ -22,9 +22,9 @@ def polybit_jobs(
     *,
     prompt: Tensor,
     tokens: int,
-    modes: Sequence[ops.Activations] = ("int16",),
+    modes: Sequence[ops.Arithmetic] = ("int16",),
 ) -> list[Job]:
-    """At every preset: decoding by the fast path with activations of each mode; transformers' generate and reading the
+    """At every preset: decoding by the fast path in each arithmetic; transformers' generate and reading the
     prompt with those of the first mode.
     """
     room = prompt.shape[1] + tokens
@@ -34,7 +34,7 @@ def polybit_jobs(
         size, bits = bytes_per_token(model, preset)
 
         def at_preset(
-            work: Callable[[], Any], mode: ops.Activations = modes[0], preset: str = preset
+            work: Callable[[], Any], mode: ops.Arithmetic = modes[0], preset: str = preset
         ) -> Callable[[int], Any]:
             def call(_: int) -> Any:
                 switch.multiply_by(switch.use(model, preset), mode)

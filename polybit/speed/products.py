@@ -22,21 +22,21 @@ MOST_COPIES = 12
 def verify() -> None:
     """Equality before speed: the fast path against the slow twin, at every width."""
     stored, x = random_planes(64, 256, 0), torch.randn(3, 256)
-    modes: tuple[ops.Activations, ...] = ("int8", "int16")
+    modes: tuple[ops.Arithmetic, ...] = ("int8", "int16")
     for width in range(1, 9):
         for mode in modes:
-            fast = ops.linear(x, stored, width, activations=mode)
-            slow = reference.linear(x.double(), stored, width, activations=mode, precision=torch.float64)
+            fast = ops.linear(x, stored, width, arithmetic=mode)
+            slow = reference.linear(x.double(), stored, width, arithmetic=mode, precision=torch.float64)
             error = float((fast - slow).abs().max() / slow.abs().max())
             if not error < 1e-6:
                 raise PolybitError(
-                    f"the kernel at {width} bits with {mode} activations is off by {error:.1e} on this machine: "
+                    f"the kernel at {width} bits with {mode} arithmetic is off by {error:.1e} on this machine: "
                     "please report it with the name of your processor; its speed is not worth measuring"
                 )
 
 
 def polybit_jobs(
-    rows: int, columns: int, tokens: int, widths: Sequence[int], modes: Sequence[ops.Activations]
+    rows: int, columns: int, tokens: int, widths: Sequence[int], modes: Sequence[ops.Arithmetic]
 ) -> list[Job]:
     """The product at every width and kind of activation, through the call that quantized layers make."""
     if columns % GROUP:
@@ -46,7 +46,7 @@ def polybit_jobs(
     prepared = [Prepared(weight) for weight in weights]
     x = torch.randn(tokens, columns)
 
-    def job(width: int, mode: ops.Activations) -> Job:
+    def job(width: int, mode: ops.Arithmetic) -> Job:
         def call(i: int) -> Tensor:
             return prepared[i].linear(x, width, None, mode)
 

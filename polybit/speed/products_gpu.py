@@ -77,11 +77,11 @@ def verify(y: Tensor, x: Tensor, planes: Planes, width: int, mode: Any) -> None:
     """Equality before speed: what the kernel gave, against the slow twin on the same GPU."""
     kernels = ops.gpu_kernels()
     rounded = kernels is not None and len(x) <= kernels[0].MOST_TOKENS
-    slow = reference.linear(x.float(), planes, width, activations=mode if rounded else "float")
+    slow = reference.linear(x.float(), planes, width, arithmetic=mode if rounded else "float")
     error = float((y.float() - slow).abs().max() / slow.abs().max())
     if not error < ERROR:
         raise PolybitError(
-            f"the GPU kernel at {width} bits with {mode} activations and {len(x)} tokens is off by {error:.1e}: please "
+            f"the GPU kernel at {width} bits with {mode} arithmetic and {len(x)} tokens is off by {error:.1e}: please "
             f"report it with the GPU's name ({torch.cuda.get_device_name(0)}); its speed is not worth measuring"
         )
 

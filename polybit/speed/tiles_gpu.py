@@ -1,6 +1,6 @@
 """What `triton_gemv.tile_of` should choose on a GPU: `python -m polybit.speed.tiles_gpu 4096x4096 1 4,2 int8`.
 
-Prints the time of every tile of one product at every width: rows x columns, tokens, widths, kind of activations.
+Prints the time of every tile of one product at every width: rows x columns, tokens, widths, arithmetic.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def test_switch_is_timed(capsys):
         (["linear", "--shape", "12"], "--shape 12"),
         (["linear", "--shape", "64x100", "--rounds", "1"], "100 columns"),
         (["linear", "some-model"], "bench linear times one random matrix"),
-        (["linear", "--activations", "int7"], "int7"),
+        (["linear", "--arithmetic", "int7"], "int7"),
         (["linear", "--rounds", "0"], "--rounds 0"),
         (["generate", "--device", "cuda"], "--device cuda"),
         pytest.param(

@@ -77,6 +77,7 @@ def test_help_imports_no_torch():
         (["generate", "tinychat", "--prompt", "Hi", "--max-tokens", "0"], "--max-tokens"),
         (["generate", "tinychat", "--prompt", "Hi", "--temperature", "-1"], "--temperature"),
         (["generate", "tinychat", "--prompt", "Hi", "--precision", "w3"], "quantize"),
+        (["generate", "tinychat", "--prompt", "Hi", "--precision", "w4a8", "--activations", "int8"], "--activations"),
         (["report", "EMPTY"], "EMPTY"),
         (["plan", "EMPTY"], "config.json"),
         (["plan", "tinychat", "--bits", "9"], "9"),

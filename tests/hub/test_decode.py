@@ -145,12 +145,12 @@ def test_what_it_does_not_know_goes_the_plain_way():
     assert decode.generate(model, two, **options).shape == (2, 9)
 
 
-@pytest.mark.parametrize("activations", ["float", "int16"])
-def test_layers_the_kernels_cannot_take_together_are_asked_one_by_one(activations):
+@pytest.mark.parametrize("arithmetic", ["float", "int16"])
+def test_layers_the_kernels_cannot_take_together_are_asked_one_by_one(arithmetic):
     """Another way to multiply, rounded activations, a bias in a layer's own type: each step is still the model's."""
     model = quantize(make("qwen2"))
     layers = switch.panel(model).layers
-    layers["model.layers.0.self_attn.k_proj"].activations = activations
+    layers["model.layers.0.self_attn.k_proj"].arithmetic = arithmetic
     layers["model.layers.1.mlp.up_proj"].keep = True
     ids = torch.randint(0, 128, (1, 14), generator=torch.Generator().manual_seed(1))
     decoder = decode.Decoder(model, 14)

@@ -34,7 +34,7 @@ def pair(request, tmp_path_factory):
 def test_a_moved_model_takes_the_gpu_kernels(pair):
     _, there = pair
     layers = panel(there.model).layers.values()
-    assert {layer.activations for layer in layers} == {"int16"} == {ops.best_mode(torch.device(DEVICE))}
+    assert {layer.arithmetic for layer in layers} == {"int16"} == {ops.best_arithmetic(torch.device(DEVICE))}
     assert all(tensor.device.type == DEVICE for layer in layers for tensor in layer.parameters())
     assert not supported(there.model)
 

@@ -48,7 +48,7 @@ def test_round_trip_through_plain_transformers(family, include_embeddings, tmp_p
 def test_a_loaded_model_multiplies_by_the_compiled_kernels_and_differentiates_exactly(tmp_path):
     model = quantized("llama")
     again = reopen(save(model, tmp_path / "out"))
-    assert {layer.activations for layer in again.modules() if isinstance(layer, QuantWeight)} == {ops.best_mode()}
+    assert {layer.arithmetic for layer in again.modules() if isinstance(layer, QuantWeight)} == {ops.best_arithmetic()}
     with torch.no_grad():
         fast, exact = again(prompt()).logits, model(prompt()).logits
     assert (fast - exact).abs().max() <= 1e-3 * exact.abs().max()

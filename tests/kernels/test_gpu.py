@@ -23,8 +23,8 @@ def exact_error(p, tokens, width, mode, seed=1):
     mode_of_twin = mode if tokens <= triton_gemv.MOST_TOKENS else "float"
     rows, columns = p.shape
     x, bias = random_input(tokens, columns, seed=seed).to(DEVICE), random_input(rows, seed=2).to(DEVICE)
-    exact = reference.linear(x.double(), p, width, bias, activations=mode_of_twin, precision=torch.float64)
-    return relative(ops.linear(x, p, width, bias, activations=mode), exact)
+    exact = reference.linear(x.double(), p, width, bias, arithmetic=mode_of_twin, precision=torch.float64)
+    return relative(ops.linear(x, p, width, bias, arithmetic=mode), exact)
 
 
 def test_the_kernels_are_there_and_compiled():
@@ -70,7 +70,7 @@ def test_many_tokens_of_16_bits(dtype):
     p = to_gpu(random_planes(84, 1000, **KINDS["everything"]))
     x, bias = random_input(40, 1000, dtype=dtype).to(DEVICE), random_input(84, dtype=dtype).to(DEVICE)
     for mode, digits in (("int8", 1.0), ("int16", 1.0), ("float", 0.5)):  # a float input meets the exact weight
-        y = ops.linear(x, p, 5, bias, activations=mode)
+        y = ops.linear(x, p, 5, bias, arithmetic=mode)
         assert y.dtype == dtype
         assert relative(y, reference.linear(x.float(), p, 5, bias.float())) <= digits * torch.finfo(dtype).eps
 
@@ -83,19 +83,19 @@ def test_one_token_rounded_in_the_kernel_and_launched_again_is_the_same(dtype, m
         x = awkward_input(1, 5000).clamp(-1e3, 1e3).to(DEVICE, dtype)
         layer, other, bias = Prepared(p), torch.randn_like(x), random_input(84, seed=2).to(DEVICE)
         for width in (3, 4, 8):
-            y = ops.linear(x, p, width, bias, activations=mode)
+            y = ops.linear(x, p, width, bias, arithmetic=mode)
             assert y.isfinite().all() and torch.equal(y, triton_gemv.linear(x, p, width, bias, mode, fuse=False))
             for given in (x, other, x):
                 again = layer.linear(given, width, bias, mode)
-                assert torch.equal(again, ops.linear(given, p, width, bias, activations=mode))
+                assert torch.equal(again, ops.linear(given, p, width, bias, arithmetic=mode))
         assert len(layer.on_gpu.launches) == 3
 
 
 def test_rows_decoded_in_blocks_are_the_same(monkeypatch):
     p, x = to_gpu(random_planes(84, 600)), random_input(3, 5, 600, dtype=torch.bfloat16).to(DEVICE)
-    whole = ops.linear(x, p, 4, activations="int8")
+    whole = ops.linear(x, p, 4, arithmetic="int8")
     monkeypatch.setattr(triton_decode, "LARGEST", 32 * 600 * 2)
-    assert relative(ops.linear(x, p, 4, activations="int8"), whole) <= torch.finfo(torch.bfloat16).eps
+    assert relative(ops.linear(x, p, 4, arithmetic="int8"), whole) <= torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
@@ -134,8 +134,8 @@ def test_fewer_stored_planes(bits):
 def test_16_bit_floats_are_rounded_once(dtype, tokens):
     p = to_gpu(random_planes(84, 600))
     x, bias = random_input(tokens, 600, dtype=dtype).to(DEVICE), random_input(84, dtype=dtype).to(DEVICE)
-    y = ops.linear(x, p, 4, bias, activations="int16")
-    exact = reference.linear(x.float(), p, 4, bias.float(), activations="int16")
+    y = ops.linear(x, p, 4, bias, arithmetic="int16")
+    exact = reference.linear(x.float(), p, 4, bias.float(), arithmetic="int16")
     assert y.dtype == dtype
     assert torch.allclose(y.float(), exact, rtol=torch.finfo(dtype).eps, atol=ERROR * float(exact.abs().max()))
 
@@ -144,19 +144,19 @@ def test_16_bit_floats_are_rounded_once(dtype, tokens):
 def test_layouts_of_the_input(mode):
     """Strided input, leading axes, one axis, no tokens at all."""
     p, x = to_gpu(random_planes(20, 96)), random_input(96, 4).to(DEVICE).T
-    y = ops.linear(x, p, 4, activations=mode)
-    assert torch.allclose(ops.linear(x.view(2, 2, 96), p, 4, activations=mode), y.view(2, 2, 20))
-    assert torch.allclose(ops.linear(x[0], p, 4, activations=mode), y[0], rtol=1e-5, atol=1e-6)
-    assert ops.linear(x[:0], p, 4, activations=mode).shape == (0, 20)
+    y = ops.linear(x, p, 4, arithmetic=mode)
+    assert torch.allclose(ops.linear(x.view(2, 2, 96), p, 4, arithmetic=mode), y.view(2, 2, 20))
+    assert torch.allclose(ops.linear(x[0], p, 4, arithmetic=mode), y[0], rtol=1e-5, atol=1e-6)
+    assert ops.linear(x[:0], p, 4, arithmetic=mode).shape == (0, 20)
 
 
 @pytest.mark.parametrize("tokens", [5, 20])
 def test_a_spoiled_token_spoils_only_itself(tokens):
     p, x = to_gpu(random_planes(20, 200)), random_input(tokens, 200).to(DEVICE)
-    clean = ops.linear(x, p, 4, activations="int8")
+    clean = ops.linear(x, p, 4, arithmetic="int8")
     for bad in (torch.nan, torch.inf):
         x[2, 70] = bad
-        y = ops.linear(x, p, 4, activations="int8")
+        y = ops.linear(x, p, 4, arithmetic="int8")
         keep = [0, 1, *range(3, tokens)]
         assert not y[2].isfinite().any() and torch.equal(y[keep], clean[keep])
 
@@ -170,29 +170,29 @@ def test_decoding_equals_that_in_main_memory():
 
 def test_a_width_per_group_goes_to_the_slow_twin():
     p, x = random_planes(20, 192, **KINDS["everything"]), random_input(3, 192)
-    y = ops.linear(x.to(DEVICE), to_gpu(p), (3, 5, 8), activations="int16")
-    assert relative(y.cpu(), reference.linear(x, p, (3, 5, 8), activations="int16")) <= ERROR
+    y = ops.linear(x.to(DEVICE), to_gpu(p), (3, 5, 8), arithmetic="int16")
+    assert relative(y.cpu(), reference.linear(x, p, (3, 5, 8), arithmetic="int16")) <= ERROR
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_compiles_without_graph_breaks(tokens):
     p, x = to_gpu(random_planes(20, 96)), random_input(tokens, 96).to(DEVICE)
-    compiled = torch.compile(lambda x: ops.linear(x, p, 4, activations="int8") * 2, fullgraph=True)
-    assert torch.equal(compiled(x), ops.linear(x, p, 4, activations="int8") * 2)
+    compiled = torch.compile(lambda x: ops.linear(x, p, 4, arithmetic="int8") * 2, fullgraph=True)
+    assert torch.equal(compiled(x), ops.linear(x, p, 4, arithmetic="int8") * 2)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_replays_from_a_cuda_graph(tokens):
     p, x = to_gpu(random_planes(84, 600, **KINDS["everything"])), random_input(tokens, 600).to(DEVICE)
-    ops.linear(x, p, 5, activations="int16")  # compiled before it is captured
+    ops.linear(x, p, 5, arithmetic="int16")  # compiled before it is captured
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = ops.linear(x, p, 5, activations="int16")
+        y = ops.linear(x, p, 5, arithmetic="int16")
     for seed in (3, 4):
         x.copy_(random_input(tokens, 600, seed=seed))
         graph.replay()
-        assert torch.equal(y, ops.linear(x, p, 5, activations="int16"))
+        assert torch.equal(y, ops.linear(x, p, 5, arithmetic="int16"))
 
 
 def test_bench_times_every_job():

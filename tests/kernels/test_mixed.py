@@ -64,16 +64,16 @@ def test_only_the_bits_of_a_group_are_stored():
 
 @pytest.mark.parametrize("isa, name", ISAS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("activations", ["int8", "int16"])
-def test_ragged_equals_its_reference(isa, name, kind, activations):
+@pytest.mark.parametrize("arithmetic", ["int8", "int16"])
+def test_ragged_equals_its_reference(isa, name, kind, arithmetic):
     bias = random_input(37, seed=2)
     for group_size, bits_G in RAGGED.items():
         p = pack(ragged_weight(37, 300, bits_G, group_size, **KINDS[kind]))
         for tokens in (1, 2, 5, 33):
             x = random_input(tokens, 300)
             for width in (1, 3, p.bits):
-                exact = reference.linear(x.double(), p, width, bias, activations=activations, precision=torch.float64)
-                y = run_on(isa, x, p, width, bias, activations)
+                exact = reference.linear(x.double(), p, width, bias, arithmetic=arithmetic, precision=torch.float64)
+                y = run_on(isa, x, p, width, bias, arithmetic)
                 assert relative(y, exact) <= 1e-6, (name, tokens, width)
 
 
@@ -88,7 +88,7 @@ def test_elastic_equals_its_reference(isa, name, kind):
         for p, widths in ((even, bits_G), (ragged, tuple(reversed(bits_G))), (even, (4,) * len(bits_G))):
             for tokens in (1, 4, 17):
                 x = random_input(tokens, 300)
-                exact = reference.linear(x.double(), p, widths, bias, activations="int16", precision=torch.float64)
+                exact = reference.linear(x.double(), p, widths, bias, arithmetic="int16", precision=torch.float64)
                 assert relative(run_on(isa, x, p, widths, bias, "int16"), exact) <= 1e-6, (name, tokens, widths)
 
 
@@ -112,43 +112,43 @@ def test_decode_is_bit_exact(isa, name):
     group_size=st.sampled_from([32, 64, 128, 256]),
     stored=st.booleans(),
     kind=st.sampled_from(sorted(KINDS)),
-    activations=st.sampled_from(["float", "int8", "int16"]),
+    arithmetic=st.sampled_from(["float", "int8", "int16"]),
     data=st.data(),
 )
-def test_any_shape(rows, columns, tokens, group_size, stored, kind, activations, data):
+def test_any_shape(rows, columns, tokens, group_size, stored, kind, arithmetic, data):
     groups = -(-columns // group_size)
     widths = st.lists(st.integers(1, 8), min_size=groups, max_size=groups)
     bits_G = tuple(data.draw(widths)) if stored else (8,) * groups
     p = pack(ragged_weight(rows, columns, bits_G, group_size, **KINDS[kind]))
     read = data.draw(st.one_of(st.integers(1, p.bits), widths))
     x = random_input(tokens, columns)
-    exact = reference.linear(x.double(), p, read, activations=activations, precision=torch.float64)
+    exact = reference.linear(x.double(), p, read, arithmetic=arithmetic, precision=torch.float64)
     added = float(x.double().abs().sum(-1).max() * ops.decode(p, read).abs().max())
-    results = [ops.linear(x, p, read, activations=activations)]
-    if activations != "float":
+    results = [ops.linear(x, p, read, arithmetic=arithmetic)]
+    if arithmetic != "float":
         isa = data.draw(st.sampled_from(ISAS))[0]
-        results.append(run_on(isa, x, p, read, activations=activations))
-        results.append(Prepared(p, isa).linear(x, tuple(read) if isinstance(read, list) else read, None, activations))
+        results.append(run_on(isa, x, p, read, arithmetic=arithmetic))
+        results.append(Prepared(p, isa).linear(x, tuple(read) if isinstance(read, list) else read, None, arithmetic))
     for y in results:
         assert float((y.double() - exact).abs().max()) <= 3e-7 * added
 
 
 def test_equal_widths_are_the_plain_product():
     p, x = random_planes(37, 300), random_input(3, 300)
-    for activations in ops.MODES:
-        plain = ops.linear(x, p, 4, activations=activations)
-        assert torch.allclose(ops.linear(x, p, [4] * 5, activations=activations), plain, atol=1e-6)
+    for arithmetic in ops.MODES:
+        plain = ops.linear(x, p, 4, arithmetic=arithmetic)
+        assert torch.allclose(ops.linear(x, p, [4] * 5, arithmetic=arithmetic), plain, atol=1e-6)
         assert torch.allclose(
-            ops.linear(x, p, [0, 4, 4, 4, 9], activations=activations),
-            ops.linear(x, p, [1, 4, 4, 4, 8], activations=activations),
+            ops.linear(x, p, [0, 4, 4, 4, 9], arithmetic=arithmetic),
+            ops.linear(x, p, [1, 4, 4, 4, 8], arithmetic=arithmetic),
         )
 
 
 def test_groups_of_16_are_read_by_the_slow_twin():
     p, x = random_planes(20, 96, 8, 16), random_input(2, 96)
     widths = [2, 3, 4, 5, 6, 7]
-    expected = reference.linear(x, p, widths, activations="int8")
-    assert torch.equal(ops.linear(x, p, widths, activations="int8"), expected)
+    expected = reference.linear(x, p, widths, arithmetic="int8")
+    assert torch.equal(ops.linear(x, p, widths, arithmetic="int8"), expected)
     with pytest.raises(PolybitError, match="32 to 256 columns"):
         pack(ragged_weight(20, 96, (2, 3, 4, 5, 6, 7), 16))
 
@@ -157,7 +157,7 @@ def test_refuses():
     p, x = random_planes(20, 200), random_input(2, 200)
     for wrong in ([4, 4], [4] * 5, ()):
         with pytest.raises(PolybitError, match="4 groups"):
-            ops.linear(x, p, wrong, activations="int8")
+            ops.linear(x, p, wrong, arithmetic="int8")
         with pytest.raises(PolybitError, match="4 groups"):
             ops.decode(p, wrong)
         with pytest.raises(PolybitError, match="4 groups"):
@@ -195,6 +195,6 @@ def test_a_layer_forgets_readings_that_pile_up():
     prepared = Prepared(p)
     for i in range(200):
         widths = (1 + i % 8, 1 + i // 8 % 8, 1 + i // 64)
-        assert relative(prepared.linear(x, widths), reference.linear(x, p, widths, activations="int16")) <= 1e-5
+        assert relative(prepared.linear(x, widths), reference.linear(x, p, widths, arithmetic="int16")) <= 1e-5
     assert len(prepared.numbers) <= 64
     assert read_widths(p, 4) == (4, 4, 4)

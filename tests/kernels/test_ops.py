@@ -44,10 +44,10 @@ def relative(y, expected):
     return float((y.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30))
 
 
-def run_on(isa, x, p, width, bias=None, activations="int8"):
+def run_on(isa, x, p, width, bias=None, arithmetic="int8"):
     """polybit::linear on one instruction set, past the dispatcher."""
     assert cpu.fits(p)
-    y = cpu.linear(x, p, width, bias, ops.MODES[activations] // 8, isa)
+    y = cpu.linear(x, p, width, bias, ops.MODES[arithmetic] // 8, isa)
     assert y is not None
     return y
 
@@ -62,16 +62,16 @@ KINDS = {
 
 @pytest.mark.parametrize("isa, name", ISAS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("activations", ["int8", "int16"])
-def test_integer_path_equals_its_reference(isa, name, kind, activations):
+@pytest.mark.parametrize("arithmetic", ["int8", "int16"])
+def test_integer_path_equals_its_reference(isa, name, kind, arithmetic):
     """Every width, several tile sizes: the same rounded activations times the same weight, to 1e-6 in float64."""
     p = random_planes(37, 300, group_size=64, **KINDS[kind])
     bias = random_input(37, seed=2)
     for tokens in (1, 2, 5, 8, 33):
         x = random_input(tokens, 300)
         for width in range(1, 9):
-            exact = reference.linear(x.double(), p, width, bias, activations=activations, precision=torch.float64)
-            y = run_on(isa, x, p, width, bias, activations)
+            exact = reference.linear(x.double(), p, width, bias, arithmetic=arithmetic, precision=torch.float64)
+            y = run_on(isa, x, p, width, bias, arithmetic)
             assert relative(y, exact) <= 1e-6, (name, tokens, width)
 
 
@@ -82,7 +82,7 @@ def test_stored_widths(isa, name, bits):
     p = random_planes(20, 96, bits, 32, asymmetric=True, ratios=range(1, bits))
     x = random_input(3, 96)
     for width in range(1, bits + 1):
-        exact = reference.linear(x.double(), p, width, activations="int8", precision=torch.float64)
+        exact = reference.linear(x.double(), p, width, arithmetic="int8", precision=torch.float64)
         assert relative(run_on(isa, x, p, width), exact) <= 1e-6
 
 
@@ -104,35 +104,35 @@ def test_decode_is_bit_exact(isa, name):
     spare=st.integers(0, 6),
     group_size=st.sampled_from([0, 16, 32, 64, 128, 256]),
     kind=st.sampled_from(sorted(KINDS)),
-    activations=st.sampled_from(["float", "int8", "int16"]),
+    arithmetic=st.sampled_from(["float", "int8", "int16"]),
     dtype=st.sampled_from(ops.FLOATS),
     data=st.data(),
 )
-def test_any_shape(rows, columns, tokens, width, spare, group_size, kind, activations, dtype, data):
+def test_any_shape(rows, columns, tokens, width, spare, group_size, kind, arithmetic, dtype, data):
     """Whatever the shape, every instruction set agrees with the slow twin."""
     p = random_planes(rows, columns, max(2, min(8, width + spare)), group_size, **KINDS[kind])
     x = random_input(tokens, columns, dtype=dtype)
-    exact = reference.linear(x.double(), p, width, activations=activations, precision=torch.float64)
+    exact = reference.linear(x.double(), p, width, arithmetic=arithmetic, precision=torch.float64)
     stored = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * float(exact.abs().max())
     # products may cancel: float32 arithmetic errs in proportion to what was added up
     added = float(x.double().abs().sum(-1).max() * unpack(p).dequantize(width).abs().max())
-    results = [ops.linear(x, p, width, activations=activations)]
-    if activations != "float" and group_size != 16:
-        results.append(run_on(data.draw(st.sampled_from(ISAS))[0], x, p, width, activations=activations))
+    results = [ops.linear(x, p, width, arithmetic=arithmetic)]
+    if arithmetic != "float" and group_size != 16:
+        results.append(run_on(data.draw(st.sampled_from(ISAS))[0], x, p, width, arithmetic=arithmetic))
     for y in results:
         assert y.dtype == dtype and y.shape == (tokens, rows)
         assert float((y.double() - exact).abs().max()) <= stored + 3e-7 * added
 
 
-@pytest.mark.parametrize("activations", TOLERANCE)
+@pytest.mark.parametrize("arithmetic", TOLERANCE)
 @pytest.mark.parametrize("group_size", [0, 32, 64, 128])
-def test_error_of_rounded_activations(activations, group_size):
+def test_error_of_rounded_activations(arithmetic, group_size):
     """paper-free bound of the design: 8-bit activations 1.5e-2, 16-bit 1e-4 of the float product."""
     p = random_planes(256, 1024, group_size=group_size)
     x = random_input(4, 1024)
     for width in range(2, 9):
         exact = x.double() @ unpack(p).dequantize(width).double().T
-        assert relative(ops.linear(x, p, width, activations=activations), exact) <= TOLERANCE[activations]
+        assert relative(ops.linear(x, p, width, arithmetic=arithmetic), exact) <= TOLERANCE[arithmetic]
 
 
 def test_float_activations_use_the_decoded_weight():
@@ -157,8 +157,8 @@ def test_a_spoiled_token_spoils_only_itself(isa, name, bad):
     x = random_input(5, 200)
     clean = {a: run_on(isa, x, p, 4, None, a) for a in TOLERANCE}
     x[2, 70] = bad
-    for activations, expected in clean.items():
-        y = run_on(isa, x, p, 4, None, activations)
+    for arithmetic, expected in clean.items():
+        y = run_on(isa, x, p, 4, None, arithmetic)
         assert y[2].isnan().all()
         keep = [0, 1, 3, 4]
         assert torch.equal(y[keep], expected[keep])
@@ -169,8 +169,8 @@ def test_extreme_sizes_of_activations(isa, name):
     """Zeros, denormals and very large inputs neither overflow nor trap."""
     p = random_planes(20, 128)
     for value in (0.0, 1e-42, 1e-31, 1e32):
-        for activations in TOLERANCE:
-            y = run_on(isa, torch.full((2, 128), value), p, 3, None, activations)
+        for arithmetic in TOLERANCE:
+            y = run_on(isa, torch.full((2, 128), value), p, 3, None, arithmetic)
             exact = torch.full((2, 128), value).double() @ unpack(p).dequantize(3).double().T
             assert y.isfinite().all()
             assert float((y - exact).abs().max()) <= max(1e-6 * float(exact.abs().max()), 1e-28)
@@ -181,13 +181,13 @@ def test_layouts_of_the_input():
     p = random_planes(20, 96)
     x = random_input(96, 4).T
     assert not x.is_contiguous()
-    for activations in ops.MODES:
-        y = ops.linear(x, p, 4, activations=activations)
-        assert torch.equal(y, ops.linear(x.contiguous(), p, 4, activations=activations))
-        assert torch.equal(ops.linear(x.view(2, 2, 96), p, 4, activations=activations), y.view(2, 2, 20))
-        assert ops.linear(x[:0], p, 4, activations=activations).shape == (0, 20)
+    for arithmetic in ops.MODES:
+        y = ops.linear(x, p, 4, arithmetic=arithmetic)
+        assert torch.equal(y, ops.linear(x.contiguous(), p, 4, arithmetic=arithmetic))
+        assert torch.equal(ops.linear(x.view(2, 2, 96), p, 4, arithmetic=arithmetic), y.view(2, 2, 20))
+        assert ops.linear(x[:0], p, 4, arithmetic=arithmetic).shape == (0, 20)
         assert torch.equal(
-            ops.linear(x[0], p, 4, activations=activations), ops.linear(x[:1], p, 4, activations=activations)[0]
+            ops.linear(x[0], p, 4, arithmetic=arithmetic), ops.linear(x[:1], p, 4, arithmetic=arithmetic)[0]
         )
 
 
@@ -198,7 +198,7 @@ def test_threads_do_not_change_the_result():
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append([ops.linear(random_input(m, 512), p, 5, activations="int16") for m in (1, 40)])
+            results.append([ops.linear(random_input(m, 512), p, 5, arithmetic="int16") for m in (1, 40)])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
@@ -217,10 +217,10 @@ def test_opcheck():
 @pytest.mark.slow
 def test_compiles_without_graph_breaks():
     p = random_planes(20, 96)
-    compiled = torch.compile(lambda x, width: ops.linear(x, p, width, activations="int8") * 2, fullgraph=True)
+    compiled = torch.compile(lambda x, width: ops.linear(x, p, width, arithmetic="int8") * 2, fullgraph=True)
     for width in (4, 3):
         x = random_input(3, 96)
-        assert torch.equal(compiled(x, width), ops.linear(x, p, width, activations="int8") * 2)
+        assert torch.equal(compiled(x, width), ops.linear(x, p, width, arithmetic="int8") * 2)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_compiles_without_graph_breaks():
         ({"bias": torch.zeros(19)}, "shape \\(20,\\)"),
         ({"bias": torch.zeros(20).int()}, "shape \\(20,\\)"),
         ({"bias": torch.zeros(20, device="meta")}, "bias is on meta"),
-        ({"activations": "int4"}, "'int8'"),
+        ({"arithmetic": "int4"}, "'int8'"),
         ({"x": torch.zeros(2, 96, device="meta")}, "meta"),
     ],
 )
@@ -266,18 +266,18 @@ def test_misshapen_storage_never_reaches_the_kernels():
 
 def test_without_the_library_the_slow_twin_serves_and_says_so(monkeypatch):
     p, x = random_planes(20, 96), random_input(2, 96)
-    expected = reference.linear(x, p, 4, activations="int8")
+    expected = reference.linear(x, p, 4, arithmetic="int8")
     monkeypatch.setitem(__import__("sys").modules, "polybit.kernels._cpu", None)
     monkeypatch.delattr("polybit.kernels._cpu", raising=False)
     cpu.library.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="without its compiled CPU kernels"):
-            y = ops.linear(x, p, 4, activations="int8")
+            y = ops.linear(x, p, 4, arithmetic="int8")
         assert torch.equal(y, expected)
-        assert ops.best_mode() == "float"
+        assert ops.best_arithmetic() == "float"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            ops.linear(x, p, 4, activations="int8")
+            ops.linear(x, p, 4, arithmetic="int8")
     finally:
         cpu.library.cache_clear()
 
@@ -287,6 +287,6 @@ def test_rows_cut_out_of_a_larger_weight():
     p, x = random_planes(64, 96), random_input(3, 96)
     cut = Planes(p.planes[:, 1:3], p.scale[1:3], p.zero, p.gain, (32, 96), p.group_size)
     assert cpu.fits(cut)
-    for activations in ops.MODES:
-        whole = ops.linear(x, p, 5, activations=activations)
-        assert torch.allclose(ops.linear(x, cut, 5, activations=activations), whole[:, 16:48], rtol=1e-5, atol=1e-6)
+    for arithmetic in ops.MODES:
+        whole = ops.linear(x, p, 5, arithmetic=arithmetic)
+        assert torch.allclose(ops.linear(x, cut, 5, arithmetic=arithmetic), whole[:, 16:48], rtol=1e-5, atol=1e-6)

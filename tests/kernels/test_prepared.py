@@ -24,11 +24,11 @@ def test_equals_the_operator(kind):
     prepared, bias = Prepared(p), random_input(37, seed=3)
     assert prepared.layer is not None
     for width in range(1, 9):
-        for activations in ops.MODES:
+        for arithmetic in ops.MODES:
             for dtype in ops.FLOATS:
                 x = random_input(2, 3, 200, dtype=dtype)
-                expected = ops.linear(x, p, width, bias, activations=activations)
-                assert torch.equal(prepared.linear(x, width, bias, activations), expected)
+                expected = ops.linear(x, p, width, bias, arithmetic=arithmetic)
+                assert torch.equal(prepared.linear(x, width, bias, arithmetic), expected)
 
 
 def random_adapter(rows, columns, rank=3, seed=5):
@@ -45,22 +45,22 @@ def test_adapter_is_added_in_the_call(isa, name):
     for tokens in (1, 3, 20):
         for dtype in ops.FLOATS:
             x = random_input(tokens, 200, dtype=dtype)
-            for activations in ("int8", "int16"):
-                plain = reference.linear(x.double(), p, 4, bias, activations=activations, precision=torch.float64)
+            for arithmetic in ("int8", "int16"):
+                plain = reference.linear(x.double(), p, 4, bias, arithmetic=arithmetic, precision=torch.float64)
                 added = x.double() @ exact_down.T @ exact_up.T * (adapter.scale * gain)
-                y = prepared.linear(x, 4, bias, activations, adapter)
+                y = prepared.linear(x, 4, bias, arithmetic, adapter)
                 assert added.abs().max() > 0.1
                 close = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
-                assert relative(y, plain + added) <= close, (name, tokens, dtype, activations)
+                assert relative(y, plain + added) <= close, (name, tokens, dtype, arithmetic)
     assert relative(adapter.product(x.float()), added) < 1e-3
 
 
 def test_adapter_where_the_kernels_do_not_serve():
     p, x = random_planes(20, 96, group_size=16), random_input(2, 96)
     adapter = random_adapter(20, 96)
-    for activations in ops.MODES:
-        plain = ops.linear(x, p, 4, activations=activations)
-        y = Prepared(p).linear(x, 4, None, activations, adapter)
+    for arithmetic in ops.MODES:
+        plain = ops.linear(x, p, 4, arithmetic=arithmetic)
+        y = Prepared(p).linear(x, 4, None, arithmetic, adapter)
         assert torch.allclose(y, plain + adapter.product(x), atol=1e-5)
     fit = Prepared(random_planes(20, 96))
     with pytest.raises(RuntimeError):
@@ -97,11 +97,11 @@ def test_a_bundle_gives_the_numbers_of_separate_calls(isa, name):
     biases = [random_input(37), None, None, random_input(20)]
     for widths in ((4, 3, 8, 2), ((4, 3, 4, 5, 4), 6, 3, (4, 3, 4, 5, 4)), ((1, 8, 1, 8, 1), 1, 4, (2, 2, 3, 3, 4))):
         for tokens in (1, 2, 7, 40):
-            for activations in ("int8", "int16"):
+            for arithmetic in ("int8", "int16"):
                 x = random_input(tokens, 300)
-                together = bundle.linear(x, widths, biases, activations, adapters)
+                together = bundle.linear(x, widths, biases, arithmetic, adapters)
                 for member, width, bias, adapter, y in zip(members, widths, biases, adapters, together, strict=True):
-                    assert torch.equal(y, member.linear(x, width, bias, activations, adapter)), (name, widths, tokens)
+                    assert torch.equal(y, member.linear(x, width, bias, arithmetic, adapter)), (name, widths, tokens)
     nothing = bundle.linear(random_input(0, 300), (4, 4, 4, 4), biases)
     assert [y.shape for y in nothing] == [(0, 37), (0, 16), (0, 53), (0, 20)]
 
@@ -173,7 +173,7 @@ def test_what_the_kernels_cannot_do_goes_to_the_operator():
     p = random_planes(20, 96, group_size=16)
     assert Prepared(p).layer is None
     x = random_input(2, 96)
-    assert torch.equal(Prepared(p).linear(x, 4, None, "int8"), ops.linear(x, p, 4, activations="int8"))
+    assert torch.equal(Prepared(p).linear(x, 4, None, "int8"), ops.linear(x, p, 4, arithmetic="int8"))
     fit = Prepared(random_planes(20, 96))
     for arguments in ((x[:, :95], 4), (x.double(), 4), (x, 9), (x, 0), (x, 4, torch.zeros(19)), (x[0, 0], 4)):
         with pytest.raises(PolybitError):
@@ -201,7 +201,7 @@ def test_holder_notices_tensors_that_moved():
     first = holder.get([p.planes, None], lambda: p)
     assert holder.get([p.planes, None], lambda: p) is first
     second = holder.get([other.planes, None], lambda: other)
-    assert torch.equal(second.linear(x, 4), ops.linear(x, other, 4, activations="int16"))
+    assert torch.equal(second.linear(x, 4), ops.linear(x, other, 4, arithmetic="int16"))
     for copied in (copy.deepcopy(holder), pickle.loads(pickle.dumps(holder))):
         assert copied.prepared is None
 

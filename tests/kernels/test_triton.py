@@ -22,21 +22,21 @@ def kernel():
     return triton_gemv
 
 
-@pytest.mark.parametrize("activations", ["int8", "int16"])
+@pytest.mark.parametrize("arithmetic", ["int8", "int16"])
 @pytest.mark.parametrize(("kind", "group_size"), list(zip(KINDS, (0, 32, 128, 64), strict=True)))
-def test_interpreted_equals_the_slow_twin(kernel, kind, activations, group_size):
+def test_interpreted_equals_the_slow_twin(kernel, kind, arithmetic, group_size):
     p = random_planes(20, 200, 8, group_size, **KINDS[kind])
     x, bias = random_input(1, 200), random_input(20, seed=2)
     for width in range(1, 9):
-        exact = reference.linear(x.double(), p, width, bias, activations=activations, precision=torch.float64)
-        assert relative(kernel.linear(x, p, width, bias, activations), exact) <= 1e-6, width
+        exact = reference.linear(x.double(), p, width, bias, arithmetic=arithmetic, precision=torch.float64)
+        assert relative(kernel.linear(x, p, width, bias, arithmetic), exact) <= 1e-6, width
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 5])
 def test_interpreted_equals_the_slow_twin_for_several_tokens(kernel, tokens):
     p, x = random_planes(20, 1100, **KINDS["everything"]), random_input(tokens, 1100)
     for width in (3, 5):
-        exact = reference.linear(x.double(), p, width, activations="int8", precision=torch.float64)
+        exact = reference.linear(x.double(), p, width, arithmetic="int8", precision=torch.float64)
         assert relative(kernel.linear(x, p, width, None, "int8"), exact) <= 1e-6
 
 
@@ -45,7 +45,7 @@ def test_interpreted_reads_and_writes_16_bit_floats(kernel, dtype):
     """Input, bias and output in their own type: rounded once, at the end."""
     p, x, bias = random_planes(20, 96), random_input(2, 96, dtype=dtype), random_input(20, dtype=dtype, seed=2)
     y = kernel.linear(x, p, 4, bias, "int16")
-    exact = reference.linear(x.float(), p, 4, bias.float(), activations="int16")
+    exact = reference.linear(x.float(), p, 4, bias.float(), arithmetic="int16")
     assert y.dtype == dtype
     assert torch.allclose(y.float(), exact, rtol=torch.finfo(dtype).eps, atol=2e-6 * float(exact.abs().max()))
 
@@ -65,7 +65,7 @@ def test_the_operator_takes_it_for_a_few_tokens(kernel):
         parts = (x, p.planes, p.scale, None, None, None, None, (p.gain, p.zero, 1.0, 1.0))
         y = ops.linear_on_gpu(*parts, 20, group_size, 4, 8)
         rounded = tokens <= kernel.MOST_TOKENS
-        expected = reference.linear(x, p, 4, activations="int8" if rounded else "float")
+        expected = reference.linear(x, p, 4, arithmetic="int8" if rounded else "float")
         assert y.shape == (tokens, 20) and y.dtype == torch.bfloat16
         # triton's interpreter cuts the decoded weight off to bfloat16 instead of rounding it
         assert not tokens or relative(y, expected) <= (1 if rounded else 2) * torch.finfo(torch.bfloat16).eps

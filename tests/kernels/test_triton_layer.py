@@ -38,7 +38,7 @@ def test_the_second_call_has_the_first_one_s_arguments(repeated, kind):
     p, x, bias = random_planes(40, 300, **KINDS[kind]), random_input(1, 1, 300), random_input(40, seed=2)
     layer = Layer(p)
     y = layer.linear(x, 4, bias, "int16")
-    assert relative(y, reference.linear(x, p, 4, bias, activations="int16")) <= 1e-5 and not repeated
+    assert relative(y, reference.linear(x, p, 4, bias, arithmetic="int16")) <= 1e-5 and not repeated
     again = layer.linear(other := x.clone(), 4, bias, "int16")
     ((*start, metadata, a, b, c), given) = repeated[0][:9], dict(zip(gemv.arg_names, repeated[0][9:], strict=True))
     assert start == [3, 1, 1, 5, 7] and (metadata, a, b, c) == ((), None, None, None)

@@ -29,7 +29,7 @@ class Three(nn.Module):
             layer = QuantLinear.of(
                 pack(rtn(torch.randn(rows, 96), 8, group_size, "group")), nn.Parameter(torch.randn(rows))
             )
-            layer.activations, layer.precision = "int16", Precision(w=4)
+            layer.arithmetic, layer.precision = "int16", Precision(w=4)
             setattr(self, name, layer)
 
     def forward(self, x):
@@ -81,9 +81,9 @@ def test_each_member_has_its_own_precision_and_adapter(calls):
     assert same(module, torch.randn(3, 96)) and calls == [3]
     module.v.precision = Precision(w=8, a=8)  # rounds its input first
     assert same(module, torch.randn(3, 96)) and calls == [3, 2]
-    module.q.activations = "int8"
+    module.q.arithmetic = "int8"
     assert same(module, torch.randn(3, 96)) and calls == [3, 2]
-    module.q.activations = "float"
+    module.q.arithmetic = "float"
     assert same(module, torch.randn(3, 96))
 
 

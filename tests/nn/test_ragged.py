@@ -26,12 +26,12 @@ def stored(rows, columns, group_size=32, zero="group", ragged=True):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("zero", ["group", "fixed"])
-@pytest.mark.parametrize("activations", ["float", "int8", "int16"])
-def test_linear_equals_the_dense_product(shape, zero, activations):
+@pytest.mark.parametrize("arithmetic", ["float", "int8", "int16"])
+def test_linear_equals_the_dense_product(shape, zero, arithmetic):
     planes = stored(*shape, zero=zero)
     layer, x = QuantLinear.of(planes, torch.nn.Parameter(torch.randn(shape[0]))), torch.randn(2, 3, shape[1])
-    layer.activations = activations
-    close = {"float": 1e-5, "int8": 3e-2, "int16": 1e-4}[activations]
+    layer.arithmetic = arithmetic
+    close = {"float": 1e-5, "int8": 3e-2, "int16": 1e-4}[arithmetic]
     for width in range(2, 9):
         layer.precision = Precision(w=width)
         expected = dense(x, unpack(planes).dequantize(width), layer.bias)
@@ -39,12 +39,12 @@ def test_linear_equals_the_dense_product(shape, zero, activations):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("activations", ["float", "int16"])
+@pytest.mark.parametrize("arithmetic", ["float", "int16"])
 @pytest.mark.parametrize("keep", [False, True])
-def test_column_offsets(ragged, activations, keep):
+def test_column_offsets(ragged, arithmetic, keep):
     planes = stored(40, 200, ragged=ragged)
     layer, x = QuantLinear.of(planes), torch.randn(3, 200)
-    layer.activations, layer.keep = activations, keep
+    layer.arithmetic, layer.keep = arithmetic, keep
     for width, offsets in ((4, (0, 1, -1, 2)), (2, (-4, 0, 4, 0)), (8, (0, 1, -1, 2)), (4, (0, 0, 0, 0))):
         layer.precision, layer.offsets = Precision(w=width), ColumnWidths(64, offsets)
         widths = [w for w in offsets for _ in range(2)][:7]
@@ -140,12 +140,12 @@ def random_factors(layer, rank=4, seed=0):
     return torch.randn(rank, layer.columns, generator=draw) / 9, torch.randn(layer.rows, rank, generator=draw)
 
 
-@pytest.mark.parametrize("activations", ["float", "int8", "int16"])
+@pytest.mark.parametrize("arithmetic", ["float", "int8", "int16"])
 @pytest.mark.parametrize("a", [16, 8])
-def test_adapter_of_a_preset(activations, a):
+def test_adapter_of_a_preset(arithmetic, a):
     """Every way to multiply adds scale * up (down x) of the input as it came."""
     layer, x = QuantLinear.of(stored(40, 96, ragged=False), torch.nn.Parameter(torch.randn(40))), torch.randn(2, 3, 96)
-    layer.activations, layer.precision = activations, Precision(w=4, a=a)
+    layer.arithmetic, layer.precision = arithmetic, Precision(w=4, a=a)
     plain = layer(x)
     down, up = random_factors(layer)
     layer.set_adapter("chat", down, up, 0.5)
@@ -168,7 +168,7 @@ def test_adapter_of_a_preset(activations, a):
 
 def test_adapter_can_be_trained():
     layer, x = QuantLinear.of(stored(40, 96, ragged=False)), torch.randn(3, 96)
-    layer.activations = "int16"
+    layer.arithmetic = "int16"
     down, up = (torch.nn.Parameter(factor) for factor in random_factors(layer))
     layer.set_adapter("chat", down, up)
     layer.wear("chat")

@@ -150,7 +150,7 @@ def test_the_way_of_multiplying_is_chosen_for_the_whole_model():
     model = small()
     x = torch.randn(4, 16)
     exact = model(x)
-    assert {layer.activations for layer in multiply_by(model, "int8")} == {"int8"}
+    assert {layer.arithmetic for layer in multiply_by(model, "int8")} == {"int8"}
     assert 1e-4 < (model(x) - exact).abs().max() / exact.abs().max() < 0.1
     multiply_by(model)
     assert torch.allclose(model(x), exact, atol=1e-3 * float(exact.abs().max()))
