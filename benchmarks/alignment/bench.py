@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polybit.hub.models import resolve
 from polybit.core.affine import Grid, QWeight
 from polybit.core.plan import Plan
 from polybit.data.chat import encode_prompt
@@ -22,6 +21,7 @@ from polybit.data.text import has_chat_template, read_corpus, read_documents, to
 from polybit.evals import tasks
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import load_float
+from polybit.hub.models import resolve
 from polybit.nn.convert import targets
 from polybit.quant.table import QUANTIZERS
 from polybit.train.distill import token_divergence
@@ -150,7 +150,7 @@ class Bench:
         model, grid = copy.deepcopy(self.model).cpu(), Grid(bits, self.setting.group_size, "group")
         if method == "rtn":
             return {t.name: QUANTIZERS["rtn"](t.weight_OI(model), None, grid) for t in targets(model)}
-        from polybit.compress.loop import Recipe, compress
+        from polybit.compress.loop import Nowhere, Recipe, compress
 
         rows = [[*p, *a] for p, a in zip(self.train, self.answers, strict=False)]
         count, length = CALIBRATION
@@ -247,16 +247,6 @@ class Bench:
             logp_NTV = model(input_ids=both_NT[:, :-1], use_cache=False).logits[:, 63:].float().log_softmax(-1)
             totals.append(logp_NTV.gather(-1, both_NT[:, 64:, None])[..., 0].sum(1))
         return (torch.stack(totals).argmax(0) == 0).float().tolist()
-
-
-class Nowhere:
-    """Progress of a quantization that is not kept."""
-
-    def read(self, block: str) -> None:
-        """Nothing was finished before."""
-
-    def write(self, block: str, weights: Any) -> None:
-        """Nothing is kept."""
 
 
 def moved(q: QWeight, device: str) -> QWeight:

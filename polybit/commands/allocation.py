@@ -17,7 +17,6 @@ from polybit.allocate.groups import fused_groups
 from polybit.allocate.knapsack import Choice, solve
 from polybit.allocate.swap import improve
 from polybit.commands.allocate import FRONT, HELD_OUT, AllocateConfig, is_embedded, pinned
-from polybit.commands.quantize import BATCH
 from polybit.commands.sensitivities import Measured, Quantizing, Task, default_cache, measured
 from polybit.compress import text
 from polybit.compress.blocks import outside
@@ -164,9 +163,9 @@ def gather(model, tokenizer, name: str, config: AllocateConfig) -> Material:
         )
         label = text.text_name("embedded" if source == text.AUTO and embedded else part.source)
         general.append(label)
-        probes.append(text_probe(label, part.windows_NT[: config.samples], batch=BATCH))
-        held_out.append(text_probe(label, part.held_out_MT, batch=BATCH))
-        windows += text.batches(part.windows_NT, BATCH)
+        probes.append(text_probe(label, part.windows_NT[: config.samples], batch=text.BATCH))
+        held_out.append(text_probe(label, part.held_out_MT, batch=text.BATCH))
+        windows += text.batches(part.windows_NT, text.BATCH)
     for source in tasks:
         task = read_task(source, count=config.items + HELD_OUT, seed=config.seed)
         for warning in task.warnings:

@@ -86,21 +86,25 @@ def columns(model: str, /, *, config: Annotated[ColumnsConfig, Parameter(name="*
 
 def build(name: str, config: ColumnsConfig) -> tuple[Any, dict[str, Any]]:
     """Load, calibrate, sort when asked, search layer by layer, check on held-out text: (Plan, numbers)."""
-    from polybit.commands.quantize import BATCH
     from polybit.compress import text
-    from polybit.compress.mix_files import gather_mixture
+    from polybit.compress.mix_files import gather_either
     from polybit.hub.load import load_float
     from polybit.nn.convert import targets
 
     model, tokenizer = load_float(resolve(name), trust_remote_code=config.trust_remote_code)
     embedded = Path(resolve(name)) == Path(resolve(EMBEDDED))
     length = text.window_length(model, config.window)
-    draw = {"samples": config.samples, "length": length, "seed": config.seed}
-    if config.mix is not None:
-        gathered = gather_mixture(model, tokenizer, config.mix, **draw)
-    else:
-        gathered = text.gather(model, tokenizer, config.calibration, **draw, embedded=embedded)
-    batches = text.batches(gathered.windows_NT, BATCH)
+    gathered = gather_either(
+        model,
+        tokenizer,
+        config.calibration,
+        config.mix,
+        samples=config.samples,
+        length=length,
+        seed=config.seed,
+        embedded=embedded,
+    )
+    batches = text.batches(gathered.windows_NT, text.BATCH)
     every = targets(model)
     base, means = starting_plan(config, every)
     chosen = [target for target in every if target.name in means]
@@ -277,10 +281,9 @@ def check_plans(model, chosen: Sequence[Any], base, plan, gathered, config: Colu
 
 def quantize_by(model, chosen: Sequence[Any], gathered, plan, config: ColumnsConfig) -> tuple[dict[str, Any], float]:
     """Dequantized weights of a plan by GPTQ, block after block, and effective bits per weight."""
-    from polybit.commands.mix import Nowhere
-    from polybit.commands.quantize import BATCH, largest_width
-    from polybit.compress.loop import Recipe, compress
-    from polybit.compress.text import batches
+    from polybit.compress.loop import Nowhere, Recipe, compress
+    from polybit.compress.recipe import largest_width
+    from polybit.compress.text import BATCH, batches
     from polybit.core.affine import Grid
 
     bits = largest_width(plan)

@@ -183,23 +183,11 @@ def verify(
     return result
 
 
-class Nowhere:
-    """A store that keeps nothing."""
-
-    def read(self, block: str) -> None:
-        """Nothing is finished."""
-        return None
-
-    def write(self, block: str, weights: Mapping[str, Any]) -> None:
-        """Not kept."""
-
-
 def quantizer(model, chosen: Sequence[Any], config: MixConfig):
     """(windows, seed) -> dequantized weights by layer, as `polybit quantize` would make them."""
-    from polybit.commands.quantize import BATCH
-    from polybit.compress.loop import compress
+    from polybit.compress.loop import Nowhere, compress
     from polybit.compress.recipe import choose
-    from polybit.compress.text import batches
+    from polybit.compress.text import BATCH, batches
 
     recipe = choose(
         config.method, (config.bits,), config.group_size, asymmetric=None, effort="normal", seed=config.seed

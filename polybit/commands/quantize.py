@@ -12,14 +12,12 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from polybit.compress.plan_files import check_document, check_plan, read_plan
-from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT, check_width, parse_widths
 from polybit.core.runtime import PolybitError
 from polybit.hub.models import EMBEDDED, resolve
 
 Method = Literal["nested", "rounding", "gptq", "awq", "hqq", "rtn"]
 DEFAULT_WIDTHS = "8,6,5,4,3,2"
-BATCH = 4  # windows per calibration batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +120,8 @@ def recipe_of(config: QuantizeConfig):
             "give a plan with one width per layer, or leave --rotate out"
         )
     if plan is not None and fixed:
+        from polybit.compress.recipe import largest_width
+
         widths: tuple[int, ...] = (largest_width(plan),)
     elif config.bits is not None:
         widths = (check_width("w", config.bits),)
@@ -151,6 +151,7 @@ def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
     """Load, calibrate, quantize block by block, save, verify, measure; returns the numbers of the run."""
     from polybit.compress import text
     from polybit.compress.ends import end_bits, end_targets, hold_ends, quantize_ends
+    from polybit.compress.mix_files import gather_either
     from polybit.compress.recipe import within_memory
     from polybit.hub.checkpoint import save, verify
     from polybit.hub.workspace import Workspace, model_digest
@@ -171,25 +172,21 @@ def build(name: str, config: QuantizeConfig, run) -> dict[str, Any]:
     leftovers = [asdict(row) for row in left_in_float(model, [*chosen, *ends])]
     embedded = Path(resolve(name)) == Path(resolve(EMBEDDED))
     length = text.window_length(model, config.window)
-    if config.mix is not None:
-        from polybit.compress.mix_files import gather_mixture
-
-        gathered = gather_mixture(model, tokenizer, config.mix, samples=config.samples, length=length, seed=config.seed)
-    else:
-        gathered = text.gather(
-            model,
-            tokenizer,
-            config.calibration,
-            samples=config.samples,
-            length=length,
-            seed=config.seed,
-            embedded=embedded,
-        )
+    gathered = gather_either(
+        model,
+        tokenizer,
+        config.calibration,
+        config.mix,
+        samples=config.samples,
+        length=length,
+        seed=config.seed,
+        embedded=embedded,
+    )
     fingerprint = {"model": model_digest(model), "calibration": gathered.digest(), **recipe.to_json()}
     fingerprint |= {"include_embeddings": config.include_embeddings, "ends": bits_of_ends}
     store = Workspace(config.out, fingerprint, restart=config.restart)
     try:
-        errors = replace_weights(model, chosen, text.batches(gathered.windows_NT, BATCH), recipe, store)
+        errors = replace_weights(model, chosen, text.batches(gathered.windows_NT, text.BATCH), recipe, store)
         name_plan(model, recipe)
         hold_ends(model, quantize_ends(model, bits_of_ends, config.group_size), bits_of_ends, recipe.widths)
         notes = {"base_model": EMBEDDED if embedded else name, "recipe": recipe.to_json(), "text": gathered.source}
@@ -273,15 +270,6 @@ def preset_names(recipe) -> list[str]:
     if recipe.plan is None:
         return widths
     return [*widths, PLAN] if is_nested(recipe) else [PLAN]
-
-
-def largest_width(plan: Plan) -> int:
-    """The widest layer or block of columns of a plan."""
-    plain = [precision.w for precision in (plan.default, *plan.layers.values()) if precision.w != FLOAT]
-    inside = [max(c.block_widths(plan.at(name).w)) for name, c in plan.columns.items()]
-    if not plain:
-        raise PolybitError("the plan leaves every layer in float: give layers or the default a width such as w4")
-    return max(plain + inside)
 
 
 def describe(

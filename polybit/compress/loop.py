@@ -36,6 +36,17 @@ class Store(Protocol):
         ...
 
 
+class Nowhere:
+    """A store that keeps nothing, for callers that need the codes once."""
+
+    def read(self, block: str) -> None:
+        """Nothing is finished."""
+        return None
+
+    def write(self, block: str, weights: Mapping[str, QWeight]) -> None:
+        """Not kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How weights become codes.

@@ -43,6 +43,23 @@ def read_mix(spec: str) -> dict[str, float]:
     return {source: share for source, share in shares.items() if share > 0}
 
 
+def gather_either(
+    model: Any,
+    tokenizer: Any,
+    source: str,
+    mixture: str | None,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    embedded: bool = False,
+) -> Calibration:
+    """Calibration text from a mixture where one was asked for, else from one source."""
+    if mixture is not None:
+        return gather_mixture(model, tokenizer, mixture, samples=samples, length=length, seed=seed)
+    return gather(model, tokenizer, source, samples=samples, length=length, seed=seed, embedded=embedded)
+
+
 def gather_mixture(model: Any, tokenizer: Any, spec: str, *, samples: int, length: int, seed: int) -> Calibration:
     """Calibration windows drawn by the shares of `spec`, and held-out windows in the same shares."""
     shares = read_mix(spec)

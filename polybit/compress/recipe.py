@@ -9,6 +9,8 @@ from dataclasses import replace
 from polybit.compress.loop import Recipe
 from polybit.core.affine import Grid, ZeroKind
 from polybit.core.plan import Plan
+from polybit.core.precision import FLOAT
+from polybit.core.runtime import PolybitError
 
 BLOCK_STEPS = 200  # learned rounding block by block, where the whole model at once does not fit
 FINISH_STEPS = {"rounding": 130, "nested": 300}  # learned rounding of the whole model
@@ -59,3 +61,12 @@ def within_memory(recipe: Recipe, weights: int) -> Recipe:
     if recipe.finish_steps and FINISH_BYTES * weights > FINISH_SHARE * total:
         return replace(recipe, finish_steps=0, block_steps=BLOCK_STEPS if recipe.method == "rounding" else 0)
     return recipe
+
+
+def largest_width(plan: Plan) -> int:
+    """The widest layer or block of columns of a plan."""
+    plain = [precision.w for precision in (plan.default, *plan.layers.values()) if precision.w != FLOAT]
+    inside = [max(c.block_widths(plan.at(name).w)) for name, c in plan.columns.items()]
+    if not plain:
+        raise PolybitError("the plan leaves every layer in float: give layers or the default a width such as w4")
+    return max(plain + inside)

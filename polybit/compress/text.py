@@ -14,6 +14,7 @@ from polybit.core.runtime import PolybitError
 from polybit.hub.lm import longest_input
 
 SELF = "self"  # the model writes its own text
+BATCH = 4  # windows per calibration batch
 AUTO = "auto"  # conversations of the generator for the embedded model, otherwise SELF
 
 
