@@ -23,7 +23,7 @@ from polybit.core.records import machine
 from polybit.hub.random_model import random_planes
 from polybit.kernels.adapter import Adapter
 from polybit.kernels.prepared import Bundle, Prepared
-from polybit.speed.timing import Job, Probe, clock_for, time_rounds
+from polybit.speed.timing import Job, MemoryProbe, clock_for, time_rounds
 
 GROUP = 64
 BLOCK = 128  # columns that share a width
@@ -51,31 +51,31 @@ def ragged(rows: int, columns: int, bits_G: tuple[int, ...], seed: int) -> Plane
     return p
 
 
-def column_jobs(rows: int, columns: int, copies: int, mode: str) -> Jobs:
+def column_jobs(rows: int, columns: int, copies: int, arithmetic: str) -> Jobs:
     """Uniform widths beside means of two, stored so (ragged) or read so from a nested weight (elastic)."""
     x, jobs = torch.randn(1, columns), {}
     nested = [Prepared(random_planes(rows, columns, i)) for i in range(copies)]
     for width in (2, 3, 4):
-        jobs[f"{width} bits"] = (reader(nested, x, width, mode), copies, nested[0].planes.nbytes(width))
+        jobs[f"{width} bits"] = (reader(nested, x, width, arithmetic), copies, nested[0].planes.nbytes(width))
     for low, high, order in ((3, 4, "halves"), (3, 4, "scattered"), (2, 4, "scattered"), (2, 3, "scattered")):
         bits_G = mixed(columns, low, high, order)
         size = nested[0].planes.nbytes(bits_G)
         name = f"{(low + high) / 2} bits ({low}, {high}), {order}"
-        jobs[f"{name}, elastic"] = (reader(nested, x, bits_G, mode), copies, size)
+        jobs[f"{name}, elastic"] = (reader(nested, x, bits_G, arithmetic), copies, size)
         stored = [Prepared(ragged(rows, columns, bits_G, i)) for i in range(copies)]
         assert stored[0].planes.nbytes() == size and read_widths(stored[0].planes, high) == bits_G
-        jobs[f"{name}, ragged"] = (reader(stored, x, high, mode), copies, size)
+        jobs[f"{name}, ragged"] = (reader(stored, x, high, arithmetic), copies, size)
     return jobs
 
 
 def reader(
-    weights: list[Prepared], x: torch.Tensor, width: int | tuple[int, ...], mode: str
+    weights: list[Prepared], x: torch.Tensor, width: int | tuple[int, ...], arithmetic: str
 ) -> Callable[[int], object]:
     """Multiply by the i-th weight."""
-    return lambda i: weights[i].linear(x, width, None, mode)
+    return lambda i: weights[i].linear(x, width, None, arithmetic)
 
 
-def shared_jobs(hidden: int, copies: int, width: int, mode: str) -> Jobs:
+def shared_jobs(hidden: int, copies: int, width: int, arithmetic: str) -> Jobs:
     """q/k/v and gate/up of a Llama: separate calls, one call, and one call with an adapter of rank 16 on each."""
     x, jobs = torch.randn(1, hidden), {}
     for name, shapes in (("q/k/v", (hidden, hidden // 4, hidden // 4)), ("gate/up", (hidden * 11 // 4,) * 2)):
@@ -87,14 +87,14 @@ def shared_jobs(hidden: int, copies: int, width: int, mode: str) -> Jobs:
         widths = (width,) * len(shapes)
         jobs |= {
             f"{name} {width} bits, separate": (
-                lambda i, sets=sets: [p.linear(x, width, None, mode) for p in sets[i]], copies, size),
+                lambda i, sets=sets: [p.linear(x, width, None, arithmetic) for p in sets[i]], copies, size),
             f"{name} {width} bits, one call": (
-                lambda i, b=bundles, w=widths, n=none: b[i].linear(x, w, n, mode), copies, size),
+                lambda i, b=bundles, w=widths, n=none: b[i].linear(x, w, n, arithmetic), copies, size),
             f"{name} {width} bits, one call and adapters": (
-                lambda i, b=bundles, w=widths, n=none, a=adapters: b[i].linear(x, w, n, mode, a), copies, more),
+                lambda i, b=bundles, w=widths, n=none, a=adapters: b[i].linear(x, w, n, arithmetic, a), copies, more),
             f"{name} {width} bits, adapters by torch": (
                 lambda i, sets=sets, a=adapters: [
-                    p.linear(x, width, None, mode) + one.product(x) for p, one in zip(sets[i], a, strict=True)
+                    p.linear(x, width, None, arithmetic) + one.product(x) for p, one in zip(sets[i], a, strict=True)
                 ], copies, more),
         }  # fmt: skip
     return jobs
@@ -106,18 +106,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shape", default="4096x4096", help="rows x columns of the layers with several widths")
     parser.add_argument("--hidden", type=int, default=2048, help="width of the model whose q/k/v and gate/up are timed")
-    parser.add_argument("--mode", default="int8", choices=["int8", "int16"])
+    parser.add_argument("--arithmetic", default="int8", choices=["int8", "int16"])
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.set_grad_enabled(False)
     clock = clock_for(given.threads)
     rows, columns = map(int, given.shape.split("x"))
-    jobs = column_jobs(rows, columns, 8, given.mode)
+    jobs = column_jobs(rows, columns, 8, given.arithmetic)
     for width in (2, 4):
-        jobs |= shared_jobs(given.hidden, 12, width, given.mode)
+        jobs |= shared_jobs(given.hidden, 12, width, given.arithmetic)
     work = [Job(name, "polybit", *job) for name, job in jobs.items()]
-    found = time_rounds(work, given.rounds, Probe(clock), clock)
+    found = time_rounds(work, given.rounds, MemoryProbe(clock), clock)
     print(f"{'job':48} {'us':>8} {'MB':>6} {'GB/s':>6} {'of probe':>8}")
     for name, (_, _, size) in jobs.items():
         seconds, share = statistics.median(found[name].seconds), statistics.median(found[name].share)
@@ -126,7 +126,8 @@ def main() -> None:
             row = {"job": name, "microseconds": round(seconds * 1e6, 1), "bytes": size, "paired": round(share, 3)}
             with given.json.open("a", encoding="utf-8") as out:
                 out.write(
-                    json.dumps({**row, "threads": given.threads, "mode": given.mode, "machine": machine()}) + "\n"
+                    json.dumps({**row, "threads": given.threads, "arithmetic": given.arithmetic, "machine": machine()})
+                    + "\n"
                 )
 
 

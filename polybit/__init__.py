@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "generate": "polybit.library",
+    "bench": "polybit.library",
+    "cost": "polybit.library",
     "Precision": "polybit.core.precision",
     "Plan": "polybit.core.plan",
     "PolybitError": "polybit.core.runtime",

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from polybit.core.parts import load
+from polybit.options.bench import BenchOptions
+from polybit.options.cost import CostOptions
 from polybit.options.generate import GenerateOptions
 
 if TYPE_CHECKING:  # importing polybit loads no torch
@@ -54,3 +56,15 @@ def explained(record: Callable[..., object]) -> str:
 
 
 generate = act(GenerateOptions, "polybit.acts.generate:generate", "Answer a prompt with a model at a chosen width.")
+cost = act(CostOptions, "polybit.acts.cost:cost", "Say what a token costs at each precision: counted, read, measured.")
+
+
+def bench(what: str, model: str | None = None, /, **options: Any) -> Run:
+    """Time one product ("linear"), writing ("generate") or changing the width ("switch"), here and now.
+
+    Without a model a random one is timed. {options}
+    """
+    return load("polybit.acts.bench:bench")(what, model, BenchOptions(**options))
+
+
+bench.__doc__ = str(bench.__doc__).format(options="\n\n" + explained(BenchOptions))

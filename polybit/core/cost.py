@@ -7,6 +7,7 @@ to be read, and only a measured time is a time (Double-Win Quant, ICML 2021, and
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -93,3 +94,28 @@ class Cost:
             "bytes_per_token": {"weights": self.weight_bytes, "cache": self.cache_bytes, "context": self.context},
             "ms_per_token": None if self.ms is None else dict(zip(("median", "p10", "p90"), self.ms, strict=True)),
         }
+
+
+def agreements(rows: Sequence[Cost]) -> dict[str, float]:
+    """Spearman's rank correlation of each pair of costs over the precisions; empty for fewer than three."""
+    columns = {"bitops": [row.bitops for row in rows], "bytes": [row.bytes for row in rows]}
+    if all(row.ms is not None for row in rows):
+        columns["ms"] = [row.ms[0] for row in rows if row.ms is not None]
+    names = list(columns)
+    if len(rows) < 3:
+        return {}
+    return {
+        f"{one} and {other}": spearman(columns[one], columns[other])
+        for n, one in enumerate(names)
+        for other in names[n + 1 :]
+    }
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Correlation of ranks, equal values sharing their mean rank; 0 where one side is constant."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [sum(v < value for v in values) + (sum(v == value for v in values) - 1) / 2 for value in values]
+
+    a, b = ranks(one), ranks(other)
+    return statistics.correlation(a, b) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""Speed as people read it: one table for the terminal, one figure of tokens per second and bytes against bits."""
+"""Speed and cost as people read them: tables for the terminal, a figure of tokens per second and bytes against bits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,35 @@ from polybit.report.plots import figure, svg
 from polybit.report.tables import number, size
 
 MARKS = {"polybit": ("o", "#33658a"), "llama.cpp": ("s", "#e76f51"), "torch": ("^", "#555555")}
+
+
+def show(what: str, numbers: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Print what `polybit bench` measured and where it kept it; `asked`: its options."""
+    from rich.console import Console
+
+    if what == "switch":
+        low, middle, high = (1e6 * numbers[key] for key in ("p20", "seconds", "p80"))
+        print(f"switching {numbers['layers']} layers takes {middle:.0f} µs (p20 {low:.0f}, p80 {high:.0f})")
+        return
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a file has room for every column
+    unit = "tokens" if what == "generate" else ""
+    title = f"writing, {asked['tokens']} tokens" if unit else f"{asked['shape']}, {asked['batch']} tokens at once"
+    where = numbers.get("gpu") or f"{numbers['threads']} threads"
+    console.print(table(written(numbers["rows"]), f"{title}, {where}, {asked['rounds']} rounds", unit))
+    for note in numbers.get("notes", ()):
+        print(note)
+    reading = [row for row in numbers["rows"] if "prompt" in row["engine"]]
+    if reading:
+        console.print(table(reading, f"reading a prompt of {asked['prompt']} tokens", unit))
+    if "constants_file" in numbers:
+        print(f"kept for `polybit plan`: {numbers['constants_file']}")
+
+
+def written(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of what is computed token by token, not of a prompt that is read."""
+    return [row for row in rows if "prompt" not in row["engine"]]
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str, unit: str) -> Any:
@@ -73,3 +102,20 @@ def speed_against_bits(rows: Sequence[Mapping[str, Any]], unit: str) -> str:
     other.set_ylim(bottom=0)
     axes.legend(frameon=False)
     return svg(drawn)
+
+
+def costs(numbers: Mapping[str, Any]) -> str:
+    """What `polybit cost` counted, read and measured, as lines for a terminal."""
+    lines = [f"{'':<14}{'BitOPs/token':>16}{'of FP32':>10}{'bytes/token':>14}{'of them cache':>15}{'ms/token':>22}"]
+    for name, row in numbers["precisions"].items():
+        read = row["bytes_per_token"]
+        ms = row["ms_per_token"]
+        timed = f"{ms['median']:.2f} ({ms['p10']:.2f}-{ms['p90']:.2f})" if ms else "not measured"
+        share = row["bitops_per_token"] / numbers["float_bitops_per_token"]
+        lines.append(
+            f"{name:<14}{row['bitops_per_token'] / 1e9:>14.3f} G{100 * share:>8.1f} %"
+            f"{(read['weights'] + read['cache']) / 1e6:>11.3f} MB{read['cache'] / 1e6:>12.3f} MB{timed:>22}"
+        )
+    for pair, value in numbers["rank_correlation"].items():
+        lines.append(f"rank correlation of {pair}: {value:+.2f}")
+    return "\n".join(lines)

@@ -22,10 +22,10 @@ def polybit_jobs(
     *,
     prompt: Tensor,
     tokens: int,
-    modes: Sequence[ops.Arithmetic] = ("int16",),
+    arithmetics: Sequence[ops.Arithmetic] = ("int16",),
 ) -> list[Job]:
     """At every preset: decoding by the fast path in each arithmetic; transformers' generate and reading the
-    prompt with those of the first mode.
+    prompt with those of the first arithmetic.
     """
     room = prompt.shape[1] + tokens
     decoder = Decoder(model, room) if supported(model) else None
@@ -34,10 +34,10 @@ def polybit_jobs(
         size, bits = bytes_per_token(model, preset)
 
         def at_preset(
-            work: Callable[[], Any], mode: ops.Arithmetic = modes[0], preset: str = preset
+            work: Callable[[], Any], arithmetic: ops.Arithmetic = arithmetics[0], preset: str = preset
         ) -> Callable[[int], Any]:
             def call(_: int) -> Any:
-                switch.multiply_by(switch.use(model, preset), mode)
+                switch.multiply_by(switch.use(model, preset), arithmetic)
                 return work()
 
             return call
@@ -47,7 +47,7 @@ def polybit_jobs(
 
         if decoder is not None:
             work = partial(decode, decoder, tokens)
-            jobs += [job(f"polybit {preset} {mode}", at_preset(work, mode)) for mode in modes]
+            jobs += [job(f"polybit {preset} {arithmetic}", at_preset(work, arithmetic)) for arithmetic in arithmetics]
         jobs.append(job(f"transformers {preset}", at_preset(partial(continue_by_transformers, model, prompt, tokens))))
         reading = at_preset(partial(read, model, prompt))
         jobs.append(Job(f"prompt {preset}", "polybit prompt", reading, 1, 0, bits=bits, unit=prompt.shape[1]))

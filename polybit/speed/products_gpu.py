@@ -31,14 +31,14 @@ ERROR = 2e-3  # of the largest output, above what rounding to float16 costs
 
 
 def time_on_gpu(
-    rows: int, columns: int, tokens: int, widths: Sequence[int], modes: Sequence[Any], rounds: int, *, peers: bool
+    rows: int, columns: int, tokens: int, widths: Sequence[int], arithmetics: Sequence[Any], rounds: int, *, peers: bool
 ) -> dict[str, Any]:
     """Rows for a table, timed by the GPU's own events in interleaved rounds; refused without a GPU or triton."""
     if not torch.cuda.is_available():
         raise PolybitError("--device cuda needs an NVIDIA GPU and a torch built for it: leave it out to time the CPU")
     if ops.gpu_kernels() is None:
         raise PolybitError("--device cuda needs triton: run pip install 'polybit[gpu]'")
-    jobs = polybit_jobs(rows, columns, tokens, widths, modes)
+    jobs = polybit_jobs(rows, columns, tokens, widths, arithmetics)
     notes: list[str] = []
     if peers:
         theirs, notes = torch_jobs(rows, columns, tokens)
@@ -53,36 +53,36 @@ def time_on_gpu(
     return {"rows": table, "threads": 0, "gpu": torch.cuda.get_device_name(0), "notes": notes + refused}
 
 
-def polybit_jobs(rows: int, columns: int, tokens: int, widths: Sequence[int], modes: Sequence[Any]) -> list[Job]:
-    """A layer's product at every width and kind of activation, each verified first."""
+def polybit_jobs(rows: int, columns: int, tokens: int, widths: Sequence[int], arithmetics: Sequence[Any]) -> list[Job]:
+    """A layer's product at every width and arithmetic, each verified first."""
     first = to_gpu(random_planes(rows, columns, 0))
     weights = [first, *(copied(first) for _ in range(copies_of(first.nbytes(min(widths))) - 1))]
     layers = [Prepared(planes) for planes in weights]
     x = torch.randn(tokens, columns, device="cuda", dtype=torch.float16)
 
-    def job(width: int, mode: Any) -> Job:
+    def job(width: int, arithmetic: Any) -> Job:
         size = first.nbytes(width)
-        name, bits = f"polybit w{width} {mode}", size * 8 / (rows * columns)
+        name, bits = f"polybit w{width} {arithmetic}", size * 8 / (rows * columns)
 
         def call(i: int) -> Tensor:
-            return layers[i].linear(x, width, None, mode)
+            return layers[i].linear(x, width, None, arithmetic)
 
-        verify(call(0), x, first, width, mode)
+        verify(call(0), x, first, width, arithmetic)
         return Job(name, "polybit", call, len(weights), size, 2 * rows * columns * tokens, bits)
 
-    return [job(width, mode) for mode in modes for width in widths]
+    return [job(width, arithmetic) for arithmetic in arithmetics for width in widths]
 
 
-def verify(y: Tensor, x: Tensor, planes: Planes, width: int, mode: Any) -> None:
+def verify(y: Tensor, x: Tensor, planes: Planes, width: int, arithmetic: Any) -> None:
     """Equality before speed: what the kernel gave, against the slow twin on the same GPU."""
     kernels = ops.gpu_kernels()
     rounded = kernels is not None and len(x) <= kernels[0].MOST_TOKENS
-    slow = reference.linear(x.float(), planes, width, arithmetic=mode if rounded else "float")
+    slow = reference.linear(x.float(), planes, width, arithmetic=arithmetic if rounded else "float")
     error = float((y.float() - slow).abs().max() / slow.abs().max())
     if not error < ERROR:
         raise PolybitError(
-            f"the GPU kernel at {width} bits with {mode} arithmetic and {len(x)} tokens is off by {error:.1e}: please "
-            f"report it with the GPU's name ({torch.cuda.get_device_name(0)}); its speed is not worth measuring"
+            f"the GPU kernel at {width} bits with {arithmetic} arithmetic and {len(x)} tokens is off by {error:.1e}: "
+            f"please report it with the GPU's name ({torch.cuda.get_device_name(0)}); its speed is not worth measuring"
         )
 
 

@@ -24,7 +24,7 @@ TILES = {  # tokens -> (column blocks, warps)
 }
 
 
-def tile_jobs(rows: int, columns: int, tokens: int, width: int, mode: str) -> list[Job]:
+def tile_jobs(rows: int, columns: int, tokens: int, width: int, arithmetic: str) -> list[Job]:
     """The kernel with every tile that fits, each verified first."""
     kernels = ops.gpu_kernels()
     if kernels is None or not torch.cuda.is_available():
@@ -36,22 +36,22 @@ def tile_jobs(rows: int, columns: int, tokens: int, width: int, mode: str) -> li
 
     def job(wide: int, warps: int) -> Job:
         def call(i: int) -> Tensor:
-            return kernels[0].linear(x, weights[i], width, None, mode, tile=(at_once, wide, warps))
+            return kernels[0].linear(x, weights[i], width, None, arithmetic, tile=(at_once, wide, warps))
 
-        verify(call(0), x, first, width, mode)
+        verify(call(0), x, first, width, arithmetic)
         return Job(f"{wide} blocks, {warps} warps", "polybit", call, len(weights), first.nbytes(width))
 
     return [job(*tile) for tile in TILES[at_once]]
 
 
-def main(shape: str, tokens: str, widths: str, mode: str) -> None:
+def main(shape: str, tokens: str, widths: str, arithmetic: str) -> None:
     """Time and print."""
     rows, columns = map(int, shape.split("x"))
     for width in map(int, widths.split(",")):
-        jobs = tile_jobs(rows, columns, int(tokens), width, mode)
+        jobs = tile_jobs(rows, columns, int(tokens), width, arithmetic)
         works, notes = graphs(jobs)
         found, _ = time_rounds(jobs, works, 15)
-        print(f"{shape} w{width} {mode}, {tokens} tokens", *notes, sep="\n")
+        print(f"{shape} w{width} {arithmetic}, {tokens} tokens", *notes, sep="\n")
         for job in jobs:
             timed = found[job.name]
             took, share = statistics.median(timed.seconds), statistics.median(timed.share)

@@ -50,7 +50,7 @@ class Timed:
     share: list[float] = field(default_factory=list)
 
 
-class Probe:
+class MemoryProbe:
     """Reads main memory as fast as all of torch's threads can; bytes per second."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -129,6 +129,19 @@ def paired_ratio(found: Mapping[str, Timed], job: str, other: str) -> dict[str, 
     """How many times faster `job` is than `other`: median, 20th and 80th percentile of the ratios within rounds."""
     ratios = [b / a for a, b in zip(found[job].seconds, found[other].seconds, strict=True)]
     return {"median": statistics.median(ratios), "p20": percentile(ratios, 0.2), "p80": percentile(ratios, 0.8)}
+
+
+def against_peers(table: list[dict[str, Any]], found: Mapping[str, Timed]) -> list[dict[str, Any]]:
+    """Each of our rows with its paired speed against the fastest peer that reads at least as many bits."""
+    for row in table:
+        kind = row["engine"].removeprefix("polybit")
+        if row["engine"] == "polybit" + kind:
+            others = [r for r in table if r["engine"] in ("torch" + kind, "llama.cpp" + kind)]
+            equal = [r for r in others if r["bits"] >= row["bits"] - 0.3] or others
+            if equal:
+                best = max(equal, key=lambda r: r["per_second"])
+                row["ratio"] = {"of": best["name"], **paired_ratio(found, row["name"], best["name"])}
+    return table
 
 
 def percentile(values: Sequence[float], share: float) -> float:

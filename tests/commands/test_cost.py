@@ -4,11 +4,14 @@ import json
 
 import pytest
 
+import polybit
+from polybit.acts.cost import costs
 from polybit.cli import main
-from polybit.commands.cost import CostConfig, costs, float_bytes, measure, model_bitops, spearman
+from polybit.core.cost import spearman
 from polybit.core.runtime import PolybitError
 from polybit.hub.checkpoint import save
 from polybit.nn.switch import use
+from polybit.speed.work import float_bytes, model_bitops
 from tests.families import quantized
 
 
@@ -36,7 +39,7 @@ def test_float_bytes_count_one_row_of_an_untied_embedding():
 
 
 def test_each_cost_falls_with_its_own_width():
-    rows = costs(quantized("llama"), ["w8", "w4", "w4a8", "w4k4v4"], CostConfig(context=20, steps=0))
+    rows = costs(quantized("llama"), ["w8", "w4", "w4a8", "w4k4v4"], context=20, steps=0)
     w8, w4, w4a8, packed = rows
     assert w8.bitops - w4.bitops == 2 * (72 * 72 * 2 + 72 * 36 * 2 + 3 * 72 * 136) * 4 * 32
     assert w4.bytes < w8.bytes and w4a8.bytes == w4.bytes and w4a8.bitops < w4.bitops
@@ -53,7 +56,7 @@ def test_verb(tmp_path, capsys):
     found = json.loads(json_file.read_text())["numbers"]["precisions"]
     assert set(found) == {"w8", "w4"} and found["w4"]["ms_per_token"]["median"] > 0
     with pytest.raises(PolybitError, match="ask for fewer"):
-        measure(str(tmp_path / "m"), CostConfig(context=500))
+        polybit.cost(str(tmp_path / "m"), context=500)
 
 
 def test_rank_correlation():
