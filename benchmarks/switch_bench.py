@@ -25,19 +25,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from polybit.hub.models import resolve
 from polybit.core.affine import QWeight
 from polybit.core.planes import unpack
 from polybit.core.runtime import atomic_path
 from polybit.data import synth
 from polybit.data.lessons import Lesson, Lessons, conversation_lesson, gather, read_lessons
 from polybit.hub.load import load
+from polybit.hub.models import resolve
 from polybit.nn.switch import panel
 from polybit.train.balance import Balance
 from polybit.train.cascade import Cascade
+from polybit.train.fit import Course
 from polybit.train.latent import Freedom, make_trainable
 from polybit.train.schedules import every
-from polybit.train.switchable import Course, rows_of, run
+from polybit.train.switchable import rows_of, run
 
 LENGTH, TRAIN_ROWS = 256, 2000
 SEEDS = {"test": 77, "validation": 78}

@@ -24,7 +24,7 @@ import tables
 import torch
 from bench import Bench, Setting
 
-from polybit.train.align import Course
+from polybit.train.fit import Course
 
 
 def arguments() -> argparse.Namespace:
@@ -68,8 +68,7 @@ def main() -> None:
         bench.start("nested", 8, widths)
         return None
     course = Course(
-        steps=args.steps, batch=args.batch, probes=args.probes, max_tokens=args.max_tokens or Setting.max_tokens,
-        further={"save_strategy": "no"},
+        steps=args.steps, batch=args.batch, probes=args.probes, further={"save_strategy": "no"},
     )  # fmt: skip
     done = tables.read(path) if path.is_file() else []
     for seed in map(int, args.seeds.split(",")):

@@ -27,7 +27,7 @@ from polybit.quant.table import QUANTIZERS
 from polybit.train.distill import token_divergence
 from polybit.train.forward import logits_of
 from polybit.train.latent import Freedom, at, make_trainable
-from polybit.train.material import Material, prepare
+from polybit.train.material import PairMaterial, prepare
 from polybit.train.pairs import Pair, first_divergence, sift
 from polybit.train.probe import forget
 
@@ -61,7 +61,7 @@ class Bench:
         self.model, self.tokenizer = load_float(resolve(setting.model))
         if not setting.eos:
             self.model.generation_config.eos_token_id = None
-        self.kept: dict[tuple[str, int], tuple[Material, Material]] = {}
+        self.kept: dict[tuple[str, int], tuple[PairMaterial, PairMaterial]] = {}
         self.split_prompts()
         self.text_NT = self.read_text()
         key = json.dumps([setting.model.rstrip("/").rpartition("/")[2], len(self.train), len(self.test),
@@ -72,7 +72,7 @@ class Bench:
             [*self.train, *self.test], max_tokens=setting.max_tokens))  # fmt: skip
         self.model.to(setting.device)
         self.float_tasks: dict[str, list[float]] | None = None
-        self.scored: Material | None = None
+        self.scored: PairMaterial | None = None
 
     def lm(self, model: nn.Module | None = None) -> LocalLM:
         """The float model, or another one, as an LM."""
@@ -169,7 +169,7 @@ class Bench:
             group_size=self.setting.group_size, zero="group", freedom=freedom,
         )  # fmt: skip
 
-    def material(self, method: str, bits: int) -> tuple[Material, Material]:
+    def material(self, method: str, bits: int) -> tuple[PairMaterial, PairMaterial]:
         """Training rows with the start's own answers, and the rows of the probe; renewed answers do not stay."""
         key = method, bits
         if key not in self.kept:
@@ -189,7 +189,7 @@ class Bench:
 
     # measures ---------------------------------------------------------------------------------------------------
 
-    def held_out(self) -> Material:
+    def held_out(self) -> PairMaterial:
         """Float answers to the held-out prompts, scored once."""
         if self.scored is None:
             pairs = [Pair(p, a, a, None) for p, a in zip(self.test, self.answers[len(self.train) :], strict=True)]

@@ -15,13 +15,15 @@ from bench import Bench
 from features import Features
 from variants import Variant
 
-from polybit.core.plan import Plan
 from polybit.compress.stats import collect
+from polybit.core.plan import Plan
 from polybit.nn.convert import targets
 from polybit.train import align, chain, latent
 from polybit.train.distill import Distillation
+from polybit.train.fit import Course, Outcome
 from polybit.train.latent import Freedom, make_trainable
 from polybit.train.preference import Preference, Stages
+from polybit.train.schedules import every
 
 RATES = {"kd": 3e-4, "qdpo-static": 1e-5, "qdpo-refreshed": 1e-4, "qdpo+kd": 1e-4}
 WORDS = ("focus", "kind", "answers", "turns", "scales", "chained", "pace", "judged")
@@ -35,19 +37,19 @@ def read(spec: str) -> tuple[str, float, dict[str, Any]]:
     return name, float(rate or RATES.get(name, 3e-4)), {k: v if k in WORDS else float(v) for k, v in pairs}
 
 
-def objective(name: str, knobs: dict[str, Any], steps: int) -> tuple[Any, dict[str, Any]]:
-    """(objective, changes of the course) of a row."""
+def objective(name: str, knobs: dict[str, Any], steps: int) -> tuple[Any, int]:
+    """(objective, steps between renewals of the model's own answers) of a row."""
     distil = {k: v for k, v in knobs.items() if k in Variant.__dataclass_fields__}
     kd = Variant(**distil) if distil.keys() - Distillation.__dataclass_fields__.keys() else Distillation(**distil)
-    renewed = {"refresh_every": int(knobs.get("refresh", max(1, steps // 10)))}
+    renewed = int(knobs.get("refresh", max(1, steps // 10)))
     beta, gamma = knobs.get("beta", 0.1), knobs.get("gamma", 10.0)
     both = Preference(beta, gamma=gamma, distill=Distillation())
     half = steps // 2
-    made: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
-        "kd": lambda: (kd, renewed if knobs.get("both") else {}),
+    made: dict[str, Callable[[], tuple[Any, int]]] = {
+        "kd": lambda: (kd, renewed if knobs.get("both") else 0),
         "kd-own": lambda: (replace(kd, answers="own", kind=knobs.get("kind", "reverse")), renewed),
-        "features": lambda: (Features(knobs["weight"], kd), {}),
-        "qdpo-static": lambda: (Preference(beta), {}),
+        "features": lambda: (Features(knobs["weight"], kd), 0),
+        "qdpo-static": lambda: (Preference(beta), 0),
         "qdpo-refreshed": lambda: (Preference(beta), renewed),
         "qdpo-nll": lambda: (Preference(beta, nll=1.0), renewed),
         "ipo": lambda: (Preference(beta, "ipo"), renewed),
@@ -59,24 +61,26 @@ def objective(name: str, knobs: dict[str, Any], steps: int) -> tuple[Any, dict[s
     return made[name]()
 
 
-def run(bench: Bench, spec: str, bits: int, method: str, seed: int, course: align.Course) -> dict[str, Any]:
+def run(bench: Bench, spec: str, bits: int, method: str, seed: int, course: Course) -> dict[str, Any]:
     """One row: train from a start, keep the best moment of its own probe, measure on the held-out prompts."""
     name, rate, knobs = read(spec)
     preset = f"w{bits}"
     model = bench.trainable(method, bits, knobs.get("margin", 0.1))
     record: dict[str, Any] = {"row": spec, "bits": bits, "start": method, "seed": seed, "seconds": 0.0}
     if name != "start":
-        chosen, changes = objective(name, knobs, course.steps)
+        chosen, renewed = objective(name, knobs, course.steps)
         if isinstance(chosen, Features):
             chosen.listen(model)
         material, probe = bench.material(method, bits)
-        course = replace(course, learning_rate=rate, seed=seed, **changes)
-        outcome, record["seconds"], record["cpu"] = train(bench, model, material, probe, chosen, (preset,), course)
+        course = replace(course, learning_rate=rate, seed=seed)
+        outcome, record["seconds"], record["cpu"] = train(
+            bench, model, (material, probe), chosen, (preset,), course, renewed=renewed
+        )
         record |= notes(outcome, preset)
     return record | {"measured": bench.measure(model, preset)}
 
 
-def elastic(bench: Bench, spec: str, widths: tuple[int, ...], seed: int, course: align.Course) -> list[dict[str, Any]]:
+def elastic(bench: Bench, spec: str, widths: tuple[int, ...], seed: int, course: Course) -> list[dict[str, Any]]:
     """One run over several widths of one nested file, `elastic@3e-4:turns=w4/w3/w2:chained=4/3/2`, or a separate run,
     with turns of one width: KD from the same codes, a record per width.
 
@@ -101,13 +105,13 @@ def elastic(bench: Bench, spec: str, widths: tuple[int, ...], seed: int, course:
     record: dict[str, Any] = {"row": spec, "widths": list(widths), "start": "nested", "seed": seed}
     seconds, outcome = 0.0, None
     if turns != ["none"]:
-        course = replace(
-            course, learning_rate=rate, seed=seed, steps=int(knobs.get("steps", course.steps)),
-            schedule=lambda step, _: (turns[step % len(turns)],),
-        )  # fmt: skip
+        course = replace(course, learning_rate=rate, seed=seed, steps=int(knobs.get("steps", course.steps)))
         material, probe = bench.material("rtn", min(widths))
         judged = tuple(knobs["judged"].split("/")) if "judged" in knobs else tuple(presets)
-        outcome, seconds, _ = train(bench, model, material, probe, Distillation(), judged, course)
+        outcome, seconds, _ = train(
+            bench, model, (material, probe), Distillation(), judged, course,
+            schedule=lambda step, _: (turns[step % len(turns)],),
+        )  # fmt: skip
         if "settle" in knobs:
             settle(bench, model)
     found = []
@@ -133,17 +137,18 @@ def turns_of(text: str) -> Iterator[str]:
         yield from [name] * int(times or 1)
 
 
-def train(bench: Bench, model, material, probe, chosen, presets, course: align.Course):
+def train(bench: Bench, model, halves, chosen, presets, course: Course, *, renewed: int = 0, schedule=every):
     """(outcome, wall seconds, CPU seconds) of one run."""
     with tempfile.TemporaryDirectory() as out:
         began, spent = time.perf_counter(), time.process_time()
         outcome = align.run(
-            model, bench.tokenizer, material, probe, chosen, presets, out=Path(out), course=course
+            model, halves, chosen, presets, out=Path(out), course=course, schedule=schedule,
+            refresh=align.Refresh(bench.tokenizer, renewed, bench.setting.max_tokens),
         )  # fmt: skip
         return outcome, time.perf_counter() - began, time.process_time() - spent
 
 
-def notes(outcome: align.Outcome, preset: str) -> dict[str, Any]:
+def notes(outcome: Outcome, preset: str) -> dict[str, Any]:
     """What the probes of a run said."""
     return {
         "kept": outcome.picker.best["step"],

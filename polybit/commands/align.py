@@ -159,22 +159,17 @@ def rate_of(config: AlignConfig) -> float:
 
 def objective_of(config: AlignConfig):
     """The objective a method means."""
-    from polybit.train.distill import FLIP_AWARE, Distillation
-    from polybit.train.preference import Preference, Stages
+    from polybit.train.table import ANSWER_OBJECTIVES, AnswerKnobs
 
-    kd = Distillation()
-    qdpo = Preference(config.beta, config.loss, nll=config.nll, shared=config.shared_prefix)
-    if config.method == "kd":
-        return kd
-    if config.method == "flip":
-        return FLIP_AWARE
-    if config.method == "kd-own":
-        return Distillation(answers="own", kind="reverse")
-    if config.method == "qdpo":
-        return qdpo
-    both = replace(qdpo, gamma=config.gamma, distill=kd)
-    half = config.steps // 2
-    return both if config.method == "qdpo+kd" else Stages([(kd, half), (both, config.steps - half)])
+    knobs = AnswerKnobs(
+        beta=config.beta,
+        loss=config.loss,
+        nll=config.nll,
+        gamma=config.gamma,
+        shared_prefix=config.shared_prefix,
+        steps=config.steps,
+    )
+    return ANSWER_OBJECTIVES[config.method].build(knobs)
 
 
 def build(name: str, config: AlignConfig, run) -> dict[str, Any]:
@@ -187,6 +182,7 @@ def build(name: str, config: AlignConfig, run) -> dict[str, Any]:
     from polybit.train import align as course_of
     from polybit.train.latent import freeze
     from polybit.train.pairs import summary
+    from polybit.train.schedules import every, in_turn
 
     check_output(config.out, overwrite=config.overwrite)
     objective = objective_of(config)
@@ -209,13 +205,13 @@ def build(name: str, config: AlignConfig, run) -> dict[str, Any]:
             trainable = make(model, models, widths, config).to(device_of(config.device))
             outcome = course_of.run(
                 trainable,
-                tokenizer,
-                material,
-                held_out,
+                (material, held_out),
                 objective,
                 widths.trained,
                 out=store.path / "run",
-                course=course(config, pairs, widths),
+                course=course(config, widths),
+                schedule=in_turn if widths.chained else every,
+                refresh=course_of.Refresh(tokenizer, refresh_of(config), int(summary(pairs)["max_tokens"])),
             )
             settled = settle(trainable, widths, stats, held_out, outcome)
             frozen = freeze(trainable.cpu(), widths.trained[0] if config.adapter == "nested" else None)
@@ -270,25 +266,21 @@ def make_pairs(name: str, config: AlignConfig) -> Path:
     return directory
 
 
-def course(config: AlignConfig, pairs: Path, widths: Widths):
+def course(config: AlignConfig, widths: Widths):
     """The course of the run."""
-    from polybit.train.align import Course, every_preset
-    from polybit.train.pairs import summary
-    from polybit.train.schedules import in_turn
+    from polybit.train.balance import Balance
+    from polybit.train.fit import Course
 
     return Course(
         steps=config.steps,
         batch=config.batch,
+        accumulate=config.accumulate,
         learning_rate=rate_of(config),
         probes=config.probes,
-        refresh_every=refresh_of(config),
-        max_tokens=int(summary(pairs)["max_tokens"]),
-        share=config.share,
+        balance=Balance(config.share),
         seed=config.seed,
-        schedule=in_turn if widths.chained else every_preset,
         allowed=widths.allowed(config.keep_within),
         exact=config.keep_within if len(widths.trained) > 1 else 0.0,
-        further={"gradient_accumulation_steps": config.accumulate},
     )
 
 

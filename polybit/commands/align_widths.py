@@ -153,14 +153,14 @@ def settle(model, widths: Widths, stats, held_out, outcome) -> dict[str, dict[st
     from polybit.train.chain import Chain
     from polybit.train.latent import latent_layers
     from polybit.train.latent import settle as settle_bits
-    from polybit.train.probe import Probe, forget
+    from polybit.train.probe import AnswerProbe, forget
 
     if not stats or outcome.best is outcome.start:
         return {}
     chains = [code for layer in latent_layers(model).values() for code in layer.codes.values()]
     before = [(code, code.start_OI) for code in chains if isinstance(code, Chain)]
     settle_bits(model, stats)
-    found = {name: dict(numbers) for name, numbers in Probe(held_out, widths.kept)(model).items()}
+    found = {name: dict(numbers) for name, numbers in AnswerProbe(held_out, widths.kept)(model).items()}
     if sum(numbers["kl"] for numbers in found.values()) > sum(outcome.best[name]["kl"] for name in found):
         for code, start_OI in before:
             code.start_OI = start_OI

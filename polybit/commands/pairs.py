@@ -315,11 +315,11 @@ def gather_files(source: Path, stage: Path, numbers: Mapping[str, Any]) -> None:
 
 def read_material(directory: Path, *, reference: str, pad_token: int):
     """Pairs with their scores for training; scores of another float model are refused."""
-    from polybit.train.material import Material, read_cache
+    from polybit.train.material import PairMaterial, read_cache
     from polybit.train.pairs import SHARDS, read_shard, summary
 
     summary(directory)
-    whole = Material([], [], {"": []}, pad_token)
+    whole = PairMaterial([], [], {"": []}, pad_token)
     for number, path in enumerate(sorted(directory.glob(SHARDS))):
         part = read_cache(directory / scores_name(number), list(read_shard(path)), reference=reference)
         whole.prompts += part.prompts

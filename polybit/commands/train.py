@@ -311,7 +311,7 @@ def objective(config: TrainConfig, model, parent: str):
 def course(config: TrainConfig):
     """The course of the run."""
     from polybit.train.balance import Balance
-    from polybit.train.switchable import Course
+    from polybit.train.fit import Course
 
     return Course(
         steps=config.steps,

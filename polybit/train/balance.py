@@ -9,14 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-How = Literal["sum", "gradient", "project"]
+from polybit.core.runtime import PolybitError
+
+How = Literal["sum", "loss", "gradient", "project"]
 Gradient = list[Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """how: "sum" adds the weighted gradients; "gradient" first brings each to length 1; "project" does so and then
-    takes from each the part that works against another (PCGrad, arXiv 2001.06782, in a fixed order, on whole models).
+    """how: "sum" adds the weighted gradients; "loss" weights each by 1/its KL at the start (`settled`); "gradient"
+    first brings each to length 1; "project" does so and then takes from each the part that works against another
+    (PCGrad, arXiv 2001.06782, in a fixed order, on whole models).
 
     weights: preset -> factor (default 1). A plain sum serves the lowest width: its loss and its gradient are an order
     of magnitude larger than those of the widest.
@@ -31,6 +34,15 @@ def inverse_losses(losses: Mapping[str, float]) -> dict[str, float]:
     inverse = {name: 1 / max(loss, 1e-8) for name, loss in losses.items()}
     mean = sum(inverse.values()) / len(inverse)
     return {name: value / mean for name, value in inverse.items()}
+
+
+def settled(balance: Balance, start: Mapping[str, Mapping[str, float]]) -> Balance:
+    """The balance once the numbers at the start are known: "loss" becomes a weighted sum."""
+    if balance.how != "loss":
+        return balance
+    if not start:
+        raise PolybitError("gradients can only be shared by loss when the start is probed: give probes of 1 or more")
+    return Balance("sum", inverse_losses({name: numbers["kl"] for name, numbers in start.items()}))
 
 
 def combine(gradients: Sequence[Gradient], presets: Sequence[str], balance: Balance) -> Gradient:

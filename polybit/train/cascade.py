@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from polybit.core.runtime import PolybitError
 from polybit.train.forward import logits_of
+from polybit.train.table import LessonKnobs
 
 Forward = Callable[[Mapping[str, Tensor], str], Tensor]
 Batch = Mapping[str, Tensor]
@@ -126,6 +127,38 @@ def answer_part(batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
     target_N = batch["ids_BT"][:, 1:][learn_BT[:, 1:]]
     part = {name: tensor for name, tensor in batch.items() if name != "learn_BT"}
     return {**part, "keep_BT": keep_BT}, target_N
+
+
+def built(method: Method, knobs: LessonKnobs) -> Cascade:
+    """A cascade as the flags say."""
+    return Cascade(
+        method, knobs.distance, knobs.beta, knobs.data, teacher=knobs.teacher, source=knobs.source, pose=knobs.pose
+    )
+
+
+def cdt(knobs: LessonKnobs) -> Cascade:
+    """`--method cdt`."""
+    return built("cdt", knobs)
+
+
+def joint(knobs: LessonKnobs) -> Cascade:
+    """`--method joint`."""
+    return built("joint", knobs)
+
+
+def sp(knobs: LessonKnobs) -> Cascade:
+    """`--method sp`."""
+    return built("sp", knobs)
+
+
+def recursive(knobs: LessonKnobs) -> Cascade:
+    """`--method recursive`."""
+    return built("recursive", knobs)
+
+
+def independent(knobs: LessonKnobs) -> Cascade:
+    """`--method independent`."""
+    return built("independent", knobs)
 
 
 @dataclass(slots=True)

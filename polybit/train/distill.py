@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from polybit.core.runtime import PolybitError
+from polybit.train.table import AnswerKnobs
 
 Divergence = Literal["forward", "reverse", "jensen"]
 Focus = Literal["none", "margin", "doubt", "path", "path+doubt"]
@@ -162,3 +163,18 @@ def lead_shortfall(logits_NV: Tensor, top_logp_NK: Tensor, top_index_NK: Tensor)
 
 
 FLIP_AWARE = Distillation(hinge=0.1)  # the fewest flips of those tried, at a worse KL than plain (docs/results.md)
+
+
+def kd(knobs: AnswerKnobs) -> Distillation:
+    """`--method kd`."""
+    return Distillation()
+
+
+def kd_own(knobs: AnswerKnobs) -> Distillation:
+    """`--method kd-own`: on-policy."""
+    return Distillation(answers="own", kind="reverse")
+
+
+def flip(knobs: AnswerKnobs) -> Distillation:
+    """`--method flip`."""
+    return FLIP_AWARE

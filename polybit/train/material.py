@@ -75,7 +75,7 @@ def score(
 
 
 @dataclass(slots=True)
-class Material:
+class PairMaterial:
     """Prompts with the float model's answers and, where there are pairs, the quantized model's.
 
     rejected: preset -> one answer per prompt, None where it is the float model's own; the key "" holds those made
@@ -159,7 +159,7 @@ class Material:
             found["joined"] = join(triples, stars, self.pad_token)
         return found
 
-    def split(self, held_out: int) -> tuple[Material, Material]:
+    def split(self, held_out: int) -> tuple[PairMaterial, PairMaterial]:
         """(training rows, held-out rows): the last ones, which no step may read."""
         cut = len(self) - held_out
         if held_out < 1 or cut < 1:
@@ -168,7 +168,7 @@ class Material:
             )
         ends = (slice(0, cut), slice(cut, None))
         first, last = (
-            Material(
+            PairMaterial(
                 self.prompts[end],
                 self.chosen[end],
                 {preset: found[end] for preset, found in self.rejected.items()},
@@ -220,7 +220,7 @@ class Gather:
     The batch: step, and by need "chosen" (whole float answers), "own" and "pairs" by preset.
     """
 
-    material: Material
+    material: PairMaterial
     objective: Any
     presets: tuple[str, ...]
 
@@ -250,7 +250,9 @@ def order_of(rows: int, count: int, *, seed: int) -> list[int]:
     return found[:count]
 
 
-def prepare(reference: LocalLM, pairs: Sequence[Pair], *, top: int | None = None, preferences: bool = True) -> Material:
+def prepare(
+    reference: LocalLM, pairs: Sequence[Pair], *, top: int | None = None, preferences: bool = True
+) -> PairMaterial:
     """Score pairs with the float model: whole distributions (or the likeliest tokens) of its own answers, and the
     log-probabilities of the quantized model's."""
     vocabulary = reference.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
@@ -263,10 +265,10 @@ def prepare(reference: LocalLM, pairs: Sequence[Pair], *, top: int | None = None
     scored = score(reference, [prompts[index] for index in differing], answers, label="reference, quantized answers")
     for index, found in zip(differing, scored, strict=True):
         rejected[index] = found
-    return Material(prompts, chosen, {"": rejected} if preferences else {}, reference.pad_token())
+    return PairMaterial(prompts, chosen, {"": rejected} if preferences else {}, reference.pad_token())
 
 
-def write_cache(path: Path, material: Material, *, reference: str) -> None:
+def write_cache(path: Path, material: PairMaterial, *, reference: str) -> None:
     """Keep the scores beside the pairs, in float32, under the fingerprint of the model that gave them."""
     rejected = [answer for answer in material.rejected.get("", []) if answer is not None]
     tensors = {"chosen_logp": torch.cat([a.logp_T for a in material.chosen])}
@@ -278,7 +280,7 @@ def write_cache(path: Path, material: Material, *, reference: str) -> None:
     write_tensors(path, tensors, notes={"reference": reference, "rows": rows_digest(material)})
 
 
-def read_cache(path: Path, pairs: Sequence[Pair], *, reference: str, pad_token: int = 0) -> Material:
+def read_cache(path: Path, pairs: Sequence[Pair], *, reference: str, pad_token: int = 0) -> PairMaterial:
     """The inverse of write_cache; scores of another model or of other answers are refused."""
     tensors, notes = read_tensors(path)
     if notes.get("reference") != reference:
@@ -302,10 +304,10 @@ def read_cache(path: Path, pairs: Sequence[Pair], *, reference: str, pad_token: 
         counts = [len(tokens) for tokens in differing if tokens is not None]
         parts = iter(tensors["rejected_logp"].split(counts))
         rejected[""] = [None if tokens is None else Scored(tokens, next(parts)) for tokens in differing]
-    return Material([pair.prompt for pair in pairs], chosen, rejected, pad_token)
+    return PairMaterial([pair.prompt for pair in pairs], chosen, rejected, pad_token)
 
 
-def rows_digest(material: Material) -> str:
+def rows_digest(material: PairMaterial) -> str:
     """`digest_rows` of what a material was made from."""
     rows = zip(material.prompts, material.chosen, strict=True)
     return digest_rows(Pair(prompt, answer.tokens, answer.tokens, None) for prompt, answer in rows)

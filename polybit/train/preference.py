@@ -11,7 +11,7 @@ log p, the reference, comes from a cache in float32.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from torch.nn.functional import logsigmoid
 
 from polybit.core.runtime import PolybitError
 from polybit.train.distill import Distillation
+from polybit.train.table import AnswerKnobs
 
 PreferenceKind = Literal["sigmoid", "ipo"]
 
@@ -169,6 +170,11 @@ class Stages:
         """The objective of the batch's step."""
         return self.at(int(batch["step"]))(forward, batch, presets)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which parts of a batch any of them reads."""
+        return frozenset().union(*(objective.needs for objective, _ in self.parts))
+
     def at(self, step: int) -> Any:
         """The objective used at a step."""
         for objective, steps in self.parts:
@@ -176,6 +182,22 @@ class Stages:
                 return objective
             step -= steps
         return self.parts[-1][0]
+
+
+def qdpo(knobs: AnswerKnobs) -> Preference:
+    """`--method qdpo`."""
+    return Preference(knobs.beta, knobs.loss, nll=knobs.nll, shared=knobs.shared_prefix)
+
+
+def qdpo_and_kd(knobs: AnswerKnobs) -> Preference:
+    """`--method qdpo+kd`."""
+    return replace(qdpo(knobs), gamma=knobs.gamma, distill=Distillation())
+
+
+def kd_then_qdpo(knobs: AnswerKnobs) -> Stages:
+    """`--method kd-then-qdpo`: distillation for half of the steps, then both."""
+    half = knobs.steps // 2
+    return Stages([(Distillation(), half), (qdpo_and_kd(knobs), knobs.steps - half)])
 
 
 INITIAL = log(2)  # loss of a pair without margin; QDPO starts above it, because at the first flip its margin is below 0

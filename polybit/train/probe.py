@@ -12,7 +12,7 @@ from polybit.hub.lm import LocalLM
 from polybit.train.distill import token_divergence
 from polybit.train.forward import logits_of
 from polybit.train.latent import FLOAT_PRESET, at, latent_layers
-from polybit.train.material import Material, score
+from polybit.train.material import PairMaterial, score
 from polybit.train.picker import Probed
 from polybit.train.preference import token_logps
 
@@ -20,14 +20,14 @@ ROWS = 32  # answers per forward pass
 
 
 @dataclass(frozen=True)
-class Probe:
+class AnswerProbe:
     """Teacher-forced on the float model's answers to held-out prompts, at each preset.
 
     flips: share of tokens whose likeliest is not the float model's · kl: KL(float || quantized), nats per token ·
     chosen: log-probability of the float answers minus the float model's own, nats per token (falls under displacement).
     """
 
-    held_out: Material
+    held_out: PairMaterial
     presets: tuple[str, ...]
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ class Renewal:
     """
 
     lm: LocalLM
-    material: Material
+    material: PairMaterial
     order: Sequence[int]
     presets: tuple[str, ...]
     every: int

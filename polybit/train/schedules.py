@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from polybit.core.parts import pick
 from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT
 from polybit.core.runtime import PolybitError
+from polybit.train.table import SCHEDULES, Schedule
 
-Schedule = Callable[[int, tuple[str, ...]], tuple[str, ...]]
-ScheduleName = Literal["all", "cyclic", "random", "sandwich", "fixed"]
 RANGE_SHARE = 0.2  # share of the float model's progress a precision must make to be worth cycling through
 
 
@@ -81,7 +80,7 @@ class Cyclic:
         return (min(presets, key=lambda name: (abs(self.bits[name] - wanted), -self.bits[name])),)
 
 
-def cyclic(presets: Mapping[str, Plan], layers: Sequence[str], *, steps: int, cycles: int) -> Cyclic:
+def cyclic(presets: Mapping[str, Plan], layers: Sequence[str], *, steps: int, cycles: int, seed: int = 0) -> Cyclic:
     """A cyclic schedule of so many whole cycles; refused when a cycle would not fit the run or see every preset."""
     if cycles < 1 or steps // cycles < len(presets):
         raise PolybitError(
@@ -133,8 +132,28 @@ def precision_range(progress: Mapping[int, float], float_progress: float, *, sha
     return good[0]
 
 
+def always_all(presets: Mapping[str, Plan], layers: Sequence[str], *, steps: int, cycles: int, seed: int) -> Schedule:
+    """`--schedule all`."""
+    return every
+
+
+def one_drawn(presets: Mapping[str, Plan], layers: Sequence[str], *, steps: int, cycles: int, seed: int) -> Schedule:
+    """`--schedule random`."""
+    return Drawn(seed)
+
+
+def sandwich(presets: Mapping[str, Plan], layers: Sequence[str], *, steps: int, cycles: int, seed: int) -> Schedule:
+    """`--schedule sandwich`."""
+    return Sandwich(seed)
+
+
+def widest_only(presets: Mapping[str, Plan], layers: Sequence[str], *, steps: int, cycles: int, seed: int) -> Schedule:
+    """`--schedule fixed`: stays at the most precise preset."""
+    return Fixed(widest_first(presets, layers)[0])
+
+
 def choose(
-    name: ScheduleName,
+    name: str,
     presets: Mapping[str, Plan],
     layers: Sequence[str],
     *,
@@ -142,12 +161,7 @@ def choose(
     cycles: int = 8,
     seed: int = 0,
 ) -> Schedule:
-    """A schedule by name; `fixed` stays at the most precise preset."""
+    """A schedule by its name in the table."""
     if any(plan.at(layer).w == FLOAT for plan in presets.values() for layer in layers):
         raise PolybitError("a schedule needs the weight bits of every preset, one leaves a trained layer in float")
-    if name == "cyclic":
-        return cyclic(presets, layers, steps=steps, cycles=cycles)
-    if name == "fixed":
-        return Fixed(widest_first(presets, layers)[0])
-    named: dict[str, Schedule] = {"all": every, "random": Drawn(seed), "sandwich": Sandwich(seed)}
-    return named[name]
+    return pick(SCHEDULES, name, "--schedule").build(presets, layers, steps=steps, cycles=cycles, seed=seed)

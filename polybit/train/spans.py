@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,11 +17,12 @@ from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
 from polybit.data.batches import pad
 from polybit.train.cascade import FLOAT
+from polybit.train.fit import Course, Outcome, Teaching, fit
 from polybit.train.latent import at, use
-from polybit.train.picker import Picker, Probed
-from polybit.train.schedules import Schedule, every
-from polybit.train.switchable import JUDGED, Course, Outcome, grouped_order
-from polybit.train.trainer import PrecisionTrainer, settings
+from polybit.train.picker import Probed
+from polybit.train.schedules import every
+from polybit.train.switchable import grouped_order
+from polybit.train.table import Schedule
 
 HEAD = "qa_outputs"  # the name transformers gives the span head of every family
 NEVER = -1e4  # score of padding
@@ -128,34 +128,13 @@ def run_spans(
     for parameter in head.parameters():
         parameter.requires_grad_(True)
     scores = SpanScores(model)
-    every_steps = max(1, course.steps // course.probes) if course.probes else 0
-    arguments = settings(
-        out,
-        steps=course.steps,
-        batch=course.batch,
-        learning_rate=course.learning_rate,
-        save_every=every_steps or course.steps + 1,
-        seed=course.seed,
-        device=next(model.parameters()).device,
-        train_sampling_strategy="sequential",
-        **course.further,
-    )
-    picker = Picker(slack=course.slack, judged=JUDGED) if course.probes else None
-    trainer = PrecisionTrainer(
-        scores,
-        objective=objective,
-        presets=tuple(presets),
-        switch=lambda core, name: use(core.inner, name),  # type: ignore[arg-type]
-        schedule=schedule,
+    teaching = Teaching(
+        order=grouped_order([len(row.ids) for row in rows], course.steps, course.batch, seed=course.seed),
         gather=lambda chosen, step: batch_of([rows[row] for row in chosen], fill),
-        balance=course.balance,
-        probe=SpanProbe(held_out, tuple(presets), fill) if course.probes else None,
-        probe_every=every_steps,
-        picker=picker,
-        args=arguments,
-        train_dataset=grouped_order([len(row.ids) for row in rows], course.steps, course.batch, seed=course.seed),
+        objective=objective,
+        presets=presets,
+        schedule=schedule,
+        switch=lambda core, name: use(core.inner, name),  # type: ignore[arg-type]
+        probe=SpanProbe(held_out, tuple(presets), fill),
     )
-    began = perf_counter()
-    trainer.fit()
-    model.eval()
-    return Outcome(trainer.state.log_history, picker, perf_counter() - began)
+    return fit(scores, teaching, course, out=out)

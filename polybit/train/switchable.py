@@ -3,64 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-from polybit.core.runtime import PolybitError
 from polybit.data.lessons import Lessons
 from polybit.data.lessons import batch as as_batch
-from polybit.train.balance import Balance
 from polybit.train.cascade import FLOAT, answer_part
+from polybit.train.fit import Course, Outcome, Teaching, fit
 from polybit.train.forward import logits_of
-from polybit.train.latent import at, use
-from polybit.train.picker import Picker, Probed
-from polybit.train.schedules import Schedule, every
-from polybit.train.trainer import PrecisionTrainer, settings
+from polybit.train.latent import at
+from polybit.train.picker import Probed
+from polybit.train.schedules import every
+from polybit.train.table import Schedule
 
 SORTED = 16  # batches whose rows are sorted by length together, so that little is padding
-JUDGED = ("nll", "wrong")
-
-
-@dataclass(frozen=True)
-class Course:
-    """How a run goes.
-
-    batch: rows of a step · probes: how often held-out rows are read (0 = never: the last weights are kept) · slack: how
-    much worse than its start a preset's held-out loss may become before a moment is refused, as a share · balance: how
-    the gradients of the presets are put together.
-    """
-
-    steps: int = 200
-    batch: int = 8
-    learning_rate: float = 3e-4
-    probes: int = 5
-    slack: float = 0.02
-    seed: int = 0
-    balance: Balance = field(default_factory=Balance)
-    further: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("batch", self.batch)):
-            if value < 1:
-                raise PolybitError(f"{name} {value} is not possible: give 1 or more")
-        if not 0 < self.learning_rate < 1:
-            raise PolybitError(f"learning rate {self.learning_rate} is not possible: give a number such as 3e-4")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run did: its log, the probes (None without), seconds of wall time."""
-
-    log: list[dict[str, Any]]
-    picker: Picker | None
-    seconds: float
 
 
 def run(
@@ -80,41 +42,16 @@ def run(
     presets: most precise first · held_out: rows no step reads; the moment with the least held-out loss is kept, unless
     a preset is then worse than at its start.
     """
-    torch.manual_seed(course.seed)
     rows = lessons.rows
-    order = grouped_order([len(row.ids) for row in rows], course.steps, course.batch, seed=course.seed)
-    probed = held_out is not None and course.probes > 0
-    probe_every = max(1, course.steps // course.probes) if probed else 0
-    arguments = settings(
-        out,
-        steps=course.steps,
-        batch=course.batch,
-        learning_rate=course.learning_rate,
-        save_every=probe_every or course.steps + 1,
-        seed=course.seed,
-        device=next(model.parameters()).device,
-        train_sampling_strategy="sequential",  # the order is drawn above
-        **course.further,
-    )
-    picker = Picker(slack=course.slack, judged=JUDGED) if probed else None
-    trainer = PrecisionTrainer(
-        model,
-        objective=objective,
-        presets=tuple(presets),
-        switch=use,
-        schedule=schedule,
+    teaching = Teaching(
+        order=grouped_order([len(row.ids) for row in rows], course.steps, course.batch, seed=course.seed),
         gather=lambda chosen, step: as_batch([rows[row] for row in chosen], 0),
-        balance=course.balance,
-        probe=Probe(held_out, tuple(presets)) if held_out is not None and probed else None,
-        probe_every=probe_every,
-        picker=picker,
-        args=arguments,
-        train_dataset=order,
+        objective=objective,
+        presets=presets,
+        schedule=schedule,
+        probe=None if held_out is None else LessonProbe(held_out, tuple(presets)),
     )
-    began = perf_counter()
-    trainer.fit()
-    model.eval()
-    return Outcome(trainer.state.log_history, picker, perf_counter() - began)
+    return fit(model, teaching, course, out=out)
 
 
 def grouped_order(lengths: Sequence[int], steps: int, size: int, *, seed: int) -> list[int]:
@@ -135,7 +72,7 @@ def grouped_order(lengths: Sequence[int], steps: int, size: int, *, seed: int) -
 
 
 @dataclass(frozen=True)
-class Probe:
+class LessonProbe:
     """Held-out rows read at every preset, teacher-forced on the learnt tokens."""
 
     held_out: Lessons

@@ -15,21 +15,17 @@ from transformers.utils import is_accelerate_available
 
 from polybit.core.runtime import PolybitError, atomic_path, track
 from polybit.hub.tensors import read_tensors, write_tensors
-from polybit.train.balance import Balance, combine
+from polybit.train.balance import Balance, combine, settled
 from polybit.train.forward import logits_of
 from polybit.train.picker import Picker, Probed
+from polybit.train.schedules import every
+from polybit.train.table import Schedule
 
 Forward = Callable[[Mapping[str, Tensor], str], Tensor]
 Objective = Callable[[Forward, Any, tuple[str, ...]], tuple[Tensor, Mapping[str, float | Tensor]]]
-Schedule = Callable[[int, tuple[str, ...]], tuple[str, ...]]
 Switch = Callable[[nn.Module, str], object]
 
 STATE, BEST, WHOLE = "trainable.safetensors", "best.safetensors", "whole"
-
-
-def every_preset(step: int, presets: tuple[str, ...]) -> tuple[str, ...]:
-    """The schedule that uses all presets at every step."""
-    return presets
 
 
 def settings(
@@ -99,7 +95,7 @@ class PrecisionTrainer(Trainer):
         objective: Objective,
         presets: Sequence[str],
         switch: Switch,
-        schedule: Schedule = every_preset,
+        schedule: Schedule = every,
         gather: Callable[[Any, int], Any] | None = None,
         balance: Balance | None = None,
         probe: Callable[[nn.Module], Probed] | None = None,
@@ -229,6 +225,7 @@ class PrecisionTrainer(Trainer):
     def fit(self) -> Picker:
         """Train, going on from the output directory's last whole checkpoint, and put the best weights in place."""
         last = self.begin()
+        self.balance = settled(self.balance, self.picker.history[0]["presets"] if self.picker.history else {})
         self.train(resume_from_checkpoint=None if last is None else str(last))
         if self.probe is not None and (self.out / BEST).is_file():
             self.put(self.out / BEST)

@@ -8,8 +8,8 @@ import torch
 from polybit.cli import main
 from polybit.core.runtime import PolybitError
 from polybit.train.cascade import Cascade
+from polybit.train.fit import Course
 from polybit.train.spans import SpanRow, batch_of, pose, run_spans
-from polybit.train.switchable import Course
 
 
 def test_scores_are_classes_over_tokens():

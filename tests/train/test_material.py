@@ -5,7 +5,7 @@ import torch
 
 from polybit.core.runtime import PolybitError
 from polybit.train.material import (
-    Material,
+    PairMaterial,
     Scored,
     join,
     kept_tokens,
@@ -61,7 +61,7 @@ def test_only_the_likeliest_tokens_of_a_large_vocabulary_are_kept():
 def made_up():
     """Two prompts, one with a pair that parts at its second token, one without."""
     answer = lambda tokens: Scored(tokens, torch.zeros(len(tokens)))  # noqa: E731
-    return Material([[5, 6], [7]], [answer([1, 2, 3]), answer([4, 4])], {"": [answer([1, 9]), None]}, 0)
+    return PairMaterial([[5, 6], [7]], [answer([1, 2, 3]), answer([4, 4])], {"": [answer([1, 9]), None]}, 0)
 
 
 def test_parts_say_which_logits_are_needed():

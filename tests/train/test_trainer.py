@@ -11,31 +11,38 @@ import torch
 from polybit.core.runtime import PolybitError
 from polybit.hub.tensors import read_tensors
 from polybit.train import align
-from polybit.train.align import Course, run
+from polybit.train.align import Refresh, run
+from polybit.train.balance import Balance
 from polybit.train.distill import Distillation
+from polybit.train.fit import Course
 from polybit.train.forward import keep_positions, logits_of
 from polybit.train.latent import use
 from polybit.train.preference import Preference
-from polybit.train.probe import Probe
+from polybit.train.probe import AnswerProbe
 from polybit.train.trainer import PrecisionTrainer, last_checkpoint, settings
 from tests.evals.tiny import tokenizer
 from tests.families import FAMILIES, tiny_model
 from tests.train.tiny_run import TOKENS, float_lm, material, trainable
 
-COURSE = Course(steps=12, batch=4, learning_rate=3e-4, probes=3, max_tokens=TOKENS)
+COURSE = Course(steps=12, batch=4, learning_rate=3e-4, probes=3)
 
 
-def go(out, objective=None, widths=(3,), course=COURSE, gather=None, **changes):
+def go(out, objective=None, widths=(3,), course=COURSE, gather=None, refresh=0):
     """(model, outcome) of a run on tiny pairs; `gather` is called before every step."""
     model = trainable(widths)
-    train, held_out = material().split(6)
     presets = tuple(f"w{b}" for b in widths)
     if gather is not None:
         plain = align.Gather
         align.Gather = lambda *a: lambda rows, step: (gather(step), plain(*a)(rows, step))[1]
     try:
         outcome = run(
-            model, tokenizer(), train, held_out, objective or Distillation(), presets, out=out, course=course, **changes
+            model,
+            material().split(6),
+            objective or Distillation(),
+            presets,
+            out=out,
+            course=course,
+            refresh=Refresh(tokenizer(), refresh, TOKENS),
         )
     finally:
         if gather is not None:
@@ -47,16 +54,17 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
-def die(out, objective, course, at, threads):
+def die(out, objective, course, refresh, at, threads):
     """A run that is killed when it gathers the batch of step `at`."""
     torch.set_num_threads(threads)
-    go(out, objective, course=course, gather=lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == at else None)
+    kill = lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == at else None  # noqa: E731
+    go(out, objective, course=course, refresh=refresh, gather=kill)
 
 
 def test_distillation_lowers_held_out_kl_and_keeps_the_best(tmp_path):
     model, outcome = go(tmp_path)
     assert outcome.best["w3"]["kl"] < 0.8 * outcome.start["w3"]["kl"]
-    again = Probe(material().split(6)[1], ("w3",))(model)
+    again = AnswerProbe(material().split(6)[1], ("w3",))(model)
     assert again["w3"]["kl"] == pytest.approx(outcome.best["w3"]["kl"], rel=1e-4)
     assert any("w3/kd" in entry for entry in outcome.log)
 
@@ -71,18 +79,18 @@ def test_distillation_lowers_held_out_kl_and_keeps_the_best(tmp_path):
 )
 def test_a_killed_run_ends_in_the_same_weights(tmp_path, objective, refresh):
     """kill -9 in the middle of a step, twice, then the same command again."""
-    course = Course(steps=12, batch=4, learning_rate=1e-3, probes=3, max_tokens=TOKENS, refresh_every=refresh)
+    course = Course(steps=12, batch=4, learning_rate=1e-3, probes=3)
     for at in (1, 10):
         # a fork would inherit the locks of torch's threads
-        args = (tmp_path / "killed", objective, course, at, torch.get_num_threads())
+        args = (tmp_path / "killed", objective, course, refresh, at, torch.get_num_threads())
         child = multiprocessing.get_context("spawn").Process(target=die, args=args)
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
     assert last_checkpoint(tmp_path / "killed").name == "checkpoint-8"
     seen = []
-    resumed, one = go(tmp_path / "killed", objective, course=course, gather=seen.append)
-    whole, other = go(tmp_path / "whole", objective, course=course)
+    resumed, one = go(tmp_path / "killed", objective, course=course, refresh=refresh, gather=seen.append)
+    whole, other = go(tmp_path / "whole", objective, course=course, refresh=refresh)
     assert seen[0] == 8 and len(seen) == 4
     assert torch.equal(weights(resumed), weights(whole))
     assert one.picker.history == other.picker.history
@@ -102,7 +110,7 @@ def moved(out):
 
 
 def test_presets_one_at_a_time_give_the_gradient_of_the_sum(tmp_path):
-    course = Course(steps=3, batch=4, learning_rate=3e-4, probes=1, share="sum", max_tokens=TOKENS)
+    course = Course(steps=3, batch=4, learning_rate=3e-4, probes=1)
     found = []
     for alone in (True, False):
         go(tmp_path / str(alone), Distillation(separable=alone), (4, 3), course)
@@ -112,7 +120,7 @@ def test_presets_one_at_a_time_give_the_gradient_of_the_sum(tmp_path):
 
 @pytest.mark.parametrize("share", ["loss", "project"])
 def test_several_widths_none_below_its_start(tmp_path, share):
-    course = Course(steps=8, batch=4, learning_rate=3e-4, probes=4, max_tokens=TOKENS, share=share)
+    course = Course(steps=8, batch=4, learning_rate=3e-4, probes=4, balance=Balance(share))
     _, outcome = go(tmp_path, widths=(4, 2), course=course)
     for name, start in outcome.start.items():
         assert outcome.best[name]["kl"] <= start["kl"] and outcome.best[name]["flips"] <= start["flips"]
@@ -122,15 +130,14 @@ def test_several_widths_none_below_its_start(tmp_path, share):
 def test_accumulated_batches_give_the_step_of_one_batch(tmp_path):
     found = []
     for parts in (1, 2):
-        further = {"gradient_accumulation_steps": parts}
-        go(tmp_path / str(parts), course=replace(COURSE, steps=2, probes=1, further=further))
+        go(tmp_path / str(parts), course=replace(COURSE, steps=2, probes=1, accumulate=parts))
         found.append(moved(tmp_path / str(parts)) - weights(trainable()))
     # answers differ in length, so the mean over tokens of halves is not exactly that of the whole
     assert float((found[0] - found[1]).norm()) < 0.5 * float(found[0].norm())
 
 
 def test_a_diverging_run_is_stopped_and_the_start_kept(tmp_path):
-    course = Course(steps=40, batch=4, learning_rate=0.5, probes=20, patience=2, max_tokens=TOKENS)
+    course = Course(steps=40, batch=4, learning_rate=0.5, probes=20, patience=2)
     model, outcome = go(tmp_path, course=course)
     assert outcome.picker.stopped and "below the start" in outcome.picker.reason()
     assert outcome.picker.history[-1]["step"] < 40
@@ -142,7 +149,7 @@ def test_identical_answers_leave_nothing_to_prefer(tmp_path):
     train, held_out = material().split(6)
     train.rejected[""] = [None] * len(train)
     with pytest.raises(PolybitError, match="all answers of the two models are the same"):
-        run(trainable(), tokenizer(), train, held_out, Preference(), ("w3",), out=tmp_path, course=COURSE)
+        run(trainable(), (train, held_out), Preference(), ("w3",), out=tmp_path, course=COURSE)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama-tied"}))

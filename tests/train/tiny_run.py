@@ -10,7 +10,7 @@ import torch
 from polybit.core.plan import Plan
 from polybit.hub.lm import LocalLM
 from polybit.train.latent import Freedom, at, make_trainable
-from polybit.train.material import Material, prepare
+from polybit.train.material import PairMaterial, prepare
 from polybit.train.pairs import Pair
 from polybit.train.probe import forget
 from tests.evals.tiny import tokenizer
@@ -49,7 +49,7 @@ def pairs(count: int = 24, width: int = 3, family: str = "llama") -> tuple[Pair,
     return tuple(Pair.of(*row) for row in zip(prompts(count), theirs, ours, strict=True))
 
 
-def material(count: int = 24, width: int = 3, family: str = "llama") -> Material:
+def material(count: int = 24, width: int = 3, family: str = "llama") -> PairMaterial:
     """The pairs with the float model's scores."""
     return prepare(float_lm(family), pairs(count, width, family))
 

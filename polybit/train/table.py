@@ -1,0 +1,155 @@
+"""Training by name: objectives and schedules, and all that anybody else needs to know of each; torch-free.
+
+A new one is a file here and a line below. An objective is called as `(forward, batch, presets) -> (loss, what to log)`,
+a schedule as `(step, presets) -> the presets of that step`; the builders named below make them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from polybit.core.parts import load
+
+if TYPE_CHECKING:  # the table is read where no torch is loaded
+    from polybit.core.plan import Plan
+
+Schedule = Callable[[int, tuple[str, ...]], tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerKnobs:
+    """What `polybit align` can be told of an objective; a builder takes what concerns it.
+
+    beta: inverse temperature of a preference · loss: its form · nll: weight of the negative log-likelihood of the float
+    answers beside it · gamma: weight of distillation beside it · shared_prefix: compute the common beginning of a pair
+    once · steps: of the whole run, for objectives in stages.
+    """
+
+    beta: float = 0.1
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    nll: float = 0.0
+    gamma: float = 10.0
+    shared_prefix: bool = False
+    steps: int = 150
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerObjective:
+    """What is learnt from the float model's answers (`polybit align`).
+
+    builder: dotted path of `(AnswerKnobs) -> objective`; the objective says in `needs` which parts of a batch it reads
+    (material.Gather) · summary: half a sentence for `--help` · rate: peak learning rate unless told otherwise ·
+    static_rate: the same where the model's own answers are never renewed, None = no other · own: whether it looks at
+    the model's own answers, so that renewing them has a meaning · pairs: whether it compares both models' answers and
+    learns nothing where they are all the same · prefix: whether it can share the beginning of a pair.
+    """
+
+    builder: str
+    summary: str
+    rate: float = 3e-4
+    static_rate: float | None = None
+    own: bool = False
+    pairs: bool = False
+    prefix: bool = False
+
+    def build(self, knobs: AnswerKnobs) -> Any:
+        """The objective."""
+        return load(self.builder)(knobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LessonKnobs:
+    """What `polybit train` can be told of an objective; a builder takes what concerns it.
+
+    distance: what a student is measured by against its teacher · beta: weight of a teacher beside the data · data:
+    weight of the data · teacher: whether the float model teaches too · source: the float model as a model of its own,
+    where what its preset shares with the others is trained · pose: what forward gets of a batch, and the right classes
+    (None: the learnt tokens of texts).
+    """
+
+    distance: Literal["kl", "mse"] = "kl"
+    beta: float = 1.0
+    data: float = 1.0
+    teacher: bool = True
+    source: Any = None
+    pose: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class LessonObjective:
+    """What several presets of one model learn from data and from each other (`polybit train`).
+
+    builder: dotted path of `(LessonKnobs) -> objective` · summary: half a sentence for `--help` · taught: whether there
+    are teachers; without them nothing is left when the data weigh nothing · alone: whether every preset is trained by
+    itself, in a run and a checkpoint of its own.
+    """
+
+    builder: str
+    summary: str
+    taught: bool = True
+    alone: bool = False
+
+    def build(self, knobs: LessonKnobs) -> Any:
+        """The objective."""
+        return load(self.builder)(knobs)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSchedule:
+    """Which presets a step of `polybit train` uses.
+
+    builder: dotted path of `(plans, layers, *, steps, cycles, seed) -> schedule`, plans being preset -> Plan and layers
+    the names of what is trained · summary: half a sentence for `--help` · cycles: whether it goes round so many times.
+    """
+
+    builder: str
+    summary: str
+    cycles: bool = False
+
+    def build(
+        self, plans: Mapping[str, Plan], layers: Sequence[str], *, steps: int, cycles: int, seed: int
+    ) -> Schedule:
+        """The schedule of one run."""
+        return load(self.builder)(plans, layers, steps=steps, cycles=cycles, seed=seed)
+
+
+STATIC_RATE = 1e-5  # of QDPO without refresh: above it likelihood displacement begins (docs/results)
+
+ANSWER_OBJECTIVES: dict[str, AnswerObjective] = {
+    "kd": AnswerObjective("polybit.train.distill:kd", "forward KL on the float model's answers"),
+    "kd-own": AnswerObjective("polybit.train.distill:kd_own", "reverse KL on the model's own", own=True),
+    "flip": AnswerObjective("polybit.train.distill:flip", "kd that looks at flips"),
+    "qdpo": AnswerObjective(
+        "polybit.train.preference:qdpo",
+        "preference of the float answer",
+        rate=1e-4,
+        static_rate=STATIC_RATE,
+        own=True,
+        pairs=True,
+        prefix=True,
+    ),
+    "qdpo+kd": AnswerObjective("polybit.train.preference:qdpo_and_kd", "both at once", rate=1e-4, own=True, pairs=True),
+    "kd-then-qdpo": AnswerObjective(
+        "polybit.train.preference:kd_then_qdpo", "one after the other", rate=1e-4, own=True, pairs=True
+    ),
+}
+LESSON_OBJECTIVES: dict[str, LessonObjective] = {
+    "cdt": LessonObjective("polybit.train.cascade:cdt", "every more precise preset teaches, the float model on top"),
+    "joint": LessonObjective("polybit.train.cascade:joint", "the data alone", taught=False),
+    "sp": LessonObjective("polybit.train.cascade:sp", "only the most precise one teaches"),
+    "recursive": LessonObjective("polybit.train.cascade:recursive", "the next more precise one teaches"),
+    "independent": LessonObjective(
+        "polybit.train.cascade:independent", "one checkpoint per preset, each trained by itself", alone=True
+    ),
+}
+OBJECTIVES: Mapping[str, AnswerObjective | LessonObjective] = {**ANSWER_OBJECTIVES, **LESSON_OBJECTIVES}
+
+SCHEDULES: dict[str, TrainingSchedule] = {
+    "all": TrainingSchedule("polybit.train.schedules:always_all", "every preset"),
+    "cyclic": TrainingSchedule("polybit.train.schedules:cyclic", "one along CPT's cosine", cycles=True),
+    "random": TrainingSchedule("polybit.train.schedules:one_drawn", "one drawn at random"),
+    "sandwich": TrainingSchedule("polybit.train.schedules:sandwich", "the widest, the narrowest and one between"),
+    "fixed": TrainingSchedule("polybit.train.schedules:widest_only", "the widest only"),
+}
