@@ -3,8 +3,8 @@
     python -m benchmarks.pages            # rewrite what stands between the marks
     python -m benchmarks.pages --check    # exit with 1 and name the pages that are not what their numbers give
 
-A mark is `<!-- table: PAGE.NAME -->` … `<!-- end -->`: the table NAME of docs/results/data/PAGE.json. `<!-- index: PAGE … -->`
-is a list of the questions and answers of pages. A table in JSON has
+A mark is `<!-- table: PAGE.NAME -->` … `<!-- end -->`: the table NAME of docs/results/data/PAGE.json.
+`<!-- index: PAGE … -->` is a list of the questions and answers of pages. A table in JSON has
 
     columns: [title, template, template, …]: of the templates the first whose names a row all has gives the cell
     rows:    one object per row; "best" names the numbers to set in bold
