@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ import torch
 from bench_rows import Rows, cell, device_of, read_rows
 from switch_bench import Bench, read_chats
 
-from polybit.commands.attack import AttackConfig, one_seed
-from polybit.hub.models import open_model
+from polybit.acts.attack import one_seed
 from polybit.core.plan import Plan
 from polybit.core.planes import pack
 from polybit.data import synth
@@ -41,12 +41,15 @@ from polybit.evals import squad
 from polybit.evals.perplexity import token_nll
 from polybit.evals.scoring import bootstrap
 from polybit.hub.lm import LocalLM
+from polybit.hub.models import open_model
 from polybit.nn.convert import convert
+from polybit.options.attack import AttackOptions
+from polybit.robust.attackers import ADAPTIVE, NOBODY, NOISE, views
 from polybit.robust.cases import Case, allowed_tokens, answer_tokens, build_cases, prompt_tokens
 from polybit.robust.embeddings import Adversarial
-from polybit.robust.gradients import Target
-from polybit.robust.swaps import Search, attack
-from polybit.robust.transfer import ADAPTIVE, NOISE, Game, embedding_game
+from polybit.robust.gradients import Victim
+from polybit.robust.table import ATTACKS
+from polybit.robust.transfer import TransferGame, embedding_game
 from polybit.train.cascade import Cascade
 from polybit.train.forward import logits_of
 from polybit.train.latent import freeze, make_trainable, use
@@ -98,28 +101,27 @@ def without_free(case: Case) -> Case:
     return Case(case.id, tuple(t for n, t in enumerate(case.ids) if n not in case.free), (), case.answer)
 
 
-def chat_game(bench: Bench, lm: LocalLM, presets, config: AttackConfig) -> Game:
+def chat_game(bench: Bench, lm: LocalLM, presets, config: AttackOptions, seed: int) -> TransferGame:
     """The game of conversations: the score is the probability per token of the reply."""
-    seed = int(config.seeds)
     cases = chat_cases(bench, config.items, seed, tokens=config.tokens)
     allowed = allowed_tokens(bench.tokenizer)
-    prompts = {"nobody": [without_free(case) for case in cases], NOISE: cases}
-    for name, looked_at in ({p: [p] for p in presets} | {ADAPTIVE: list(presets)}).items():
-        search = Search(config.method, config.steps, config.tries)  # type: ignore[arg-type]
-        prompts[name] = attack(Target(lm, looked_at), cases, search, allowed, seed=seed)
-    right = [[(-Target(lm, [p]).losses(found)).exp().numpy() for p in presets] for found in prompts.values()]
-    return Game(tuple(prompts), tuple(presets), np.array(right))
+    prompts = {NOBODY: [without_free(case) for case in cases], NOISE: cases}
+    budget = replace(config.budget(), changes=0)  # all tokens of the suffix are the attacker's
+    for name, looked_at in views(presets).items():
+        prompts[name] = ATTACKS[config.method](Victim(lm, looked_at), cases, budget, allowed, seed=seed)
+    right = [[(-Victim(lm, [p]).losses(found)).exp().numpy() for p in presets] for found in prompts.values()]
+    return TransferGame(tuple(prompts), tuple(presets), np.array(right))
 
 
-def game_of(bench: Bench, lm: LocalLM, presets, config: AttackConfig) -> Game:
+def game_of(bench: Bench, lm: LocalLM, presets, config: AttackOptions, seed: int) -> TransferGame:
     """Every attacker against every width, on the questions of one seed."""
     if bench.chats is not None:
-        return chat_game(bench, lm, presets, config)
+        return chat_game(bench, lm, presets, config, seed)
     with tempfile.TemporaryDirectory() as folder:
-        return one_seed(lm, presets, config, Path(folder))
+        return one_seed(lm, presets, config, seed, Path(folder))
 
 
-def keep_game(rows: Rows, key: dict[str, Any], game: Game) -> None:
+def keep_game(rows: Rows, key: dict[str, Any], game: TransferGame) -> None:
     """A row with the score of every attacker, defender and item."""
     right = [[[round(float(x), 4) for x in row] for row in rows_DN] for rows_DN in game.right_ADN]
     rows.write(key, {"attackers": game.attackers, "defenders": game.defenders, "right": right})
@@ -137,13 +139,13 @@ def swaps(bench: Bench, rows: Rows, options: argparse.Namespace) -> None:
     for seed in options.seeds:
         key = key_of(bench, options, method=options.method, presets=options.presets, seed=seed)
         if not rows.has(key):
-            keep_game(rows, key, game_of(bench, lm, options.presets, config_of(options, seed)))
+            keep_game(rows, key, game_of(bench, lm, options.presets, options_of(options), seed))
 
 
-def config_of(options: argparse.Namespace, seed: int) -> AttackConfig:
-    """The attack of one seed."""
+def options_of(options: argparse.Namespace) -> AttackOptions:
+    """The attack asked for."""
     sizes = {name: getattr(options, name) for name in ("items", "steps", "tries", "tokens", "method")}
-    return AttackConfig(seeds=str(seed), **sizes)
+    return AttackOptions(**sizes)
 
 
 def pgd(bench: Bench, rows: Rows, options: argparse.Namespace) -> None:
@@ -210,7 +212,7 @@ def rpt(bench: Bench, rows: Rows, options: argparse.Namespace) -> None:
             key = key_of(bench, options, arm=arm, updates=options.updates, seed=seed)
             if not rows.has(key):
                 lm = trained(bench, arm, seed, options)
-                keep_game(rows, key, game_of(bench, lm, TRAINED, config_of(options, seed)))
+                keep_game(rows, key, game_of(bench, lm, TRAINED, options_of(options), seed))
 
 
 def grid(options: argparse.Namespace) -> None:
@@ -238,13 +240,13 @@ def grid(options: argparse.Namespace) -> None:
                 )
 
 
-def pooled(rows: list[dict[str, Any]]) -> Game:
+def pooled(rows: list[dict[str, Any]]) -> TransferGame:
     """The games of several seeds as one: their items are different ones."""
     right = np.concatenate([np.array(row["right"]) for row in rows], axis=2)
-    return Game(tuple(rows[0]["attackers"]), tuple(rows[0]["defenders"]), right)
+    return TransferGame(tuple(rows[0]["attackers"]), tuple(rows[0]["defenders"]), right)
 
 
-def print_game(game: Game, seeds: int) -> None:
+def print_game(game: TransferGame, seeds: int) -> None:
     """The matrix, what transfers, and a drawn width against the best fixed one, with bootstrap intervals over items."""
     shown = lambda e: f"{100 * e.value:.1f} ({100 * e.low:.1f}–{100 * e.high:.1f})"  # noqa: E731
     print(f"\n{game.right_ADN.shape[2]} items, {seeds} seeds; 100 x mean score, 95 % intervals\n")
@@ -293,7 +295,7 @@ def print_training(groups: dict[str, list[dict[str, Any]]]) -> None:
             found = by_seed[arm] = {}
             for row in rows:
                 game = pooled([row])
-                found[row["seed"]] = {"clean": float(game.against(["nobody"]).mean())}
+                found[row["seed"]] = {"clean": float(game.against([NOBODY]).mean())}
                 found[row["seed"]] |= {name: float(game.fixed(name, everyone).mean()) for name in TRAINED}
                 found[row["seed"]]["drawn"] = float(game.drawn(everyone).mean())
             columns = ("clean", *TRAINED, "drawn")

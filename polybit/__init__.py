@@ -12,6 +12,7 @@ _PUBLIC = {
     "generate": "polybit.library",
     "bench": "polybit.library",
     "cost": "polybit.library",
+    "attack": "polybit.library",
     "Precision": "polybit.core.precision",
     "Plan": "polybit.core.plan",
     "PolybitError": "polybit.core.runtime",

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from polybit.core.parts import load
+from polybit.options.attack import AttackOptions
 from polybit.options.bench import BenchOptions
 from polybit.options.cost import CostOptions
 from polybit.options.generate import GenerateOptions
@@ -47,12 +50,12 @@ def explained(record: Callable[..., object]) -> str:
     except OSError:  # installed without sources
         return ""
     body = tree.body[0].body  # type: ignore[attr-defined]
-    rows = []
-    for field, text in zip(body, body[1:], strict=False):
+    said = {known.name: known.metadata["help"] for known in fields(record) if "help" in known.metadata}  # type: ignore[arg-type]
+    for field, text in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            said = " ".join(ast.literal_eval(text.value).split())
-            rows.append(f"{ast.unparse(field.target)}: {said}")
-    return "\n".join(rows)
+            said[ast.unparse(field.target)] = ast.literal_eval(text.value)
+    order = [known.name for known in fields(record) if known.name in said]  # type: ignore[arg-type]
+    return "\n".join(f"{name}: {' '.join(said[name].split())}" for name in order)
 
 
 generate = act(GenerateOptions, "polybit.acts.generate:generate", "Answer a prompt with a model at a chosen width.")
@@ -68,3 +71,6 @@ def bench(what: str, model: str | None = None, /, **options: Any) -> Run:
 
 
 bench.__doc__ = str(bench.__doc__).format(options="\n\n" + explained(BenchOptions))
+attack = act(
+    AttackOptions, "polybit.acts.attack:attack", "Attack a checkpoint at each width and answer at every other."
+)

@@ -14,7 +14,8 @@ from torch import Tensor
 from polybit.core.runtime import PolybitError
 from polybit.data.batches import pad
 from polybit.data.chat import encode_conversation, encode_prompt
-from polybit.data.text import EMBEDDED_SETS, Messages, encode, has_chat_template, read_corpus, read_raw, token_stream
+from polybit.data.table import EMBEDDED_SETS
+from polybit.data.text import Messages, encode, has_chat_template, read_corpus, read_raw, token_stream
 from polybit.data.text import windows as cut_windows
 
 

@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from polybit.core.runtime import PolybitError, write_json
+from polybit.data.table import EMBEDDED
 from polybit.data.text import read_utf8
+
+READING_ITEMS, READING_SEED = 500, 30_000  # of the embedded reading task, where questions are evaluated
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,3 +137,19 @@ def write_squad(path: Path, items: Sequence[Any], *, version: str = "1.1") -> Sq
         paragraphs.append({"context": item.extras["passage"], "qas": [row]})
     write_json(path, {"version": version, "data": [{"title": "reading", "paragraphs": paragraphs}]})
     return SquadFile(path)
+
+
+def open_squad(
+    source: str,
+    folder: Path,
+    *,
+    count: int | None = None,
+    seed: int = READING_SEED,
+    split: Literal["train", "test"] = "test",
+) -> SquadFile:
+    """The questions of a file; for `embedded`, `count` of our generator's reading task, written to `folder`."""
+    if source != EMBEDDED:
+        return SquadFile(Path(source))
+    from polybit.data import synth
+
+    return write_squad(folder / "embedded.json", synth.items("reading", count or READING_ITEMS, seed, split))

@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from polybit.core.runtime import PolybitError
+from polybit.data.table import EMBEDDED_SETS, HUB_SETS
 
 Messages = list[dict[str, str]]
 Render = Callable[[Messages], str]
@@ -29,20 +30,7 @@ PAIR_KEYS = (
     ("instruction", "response"),
     ("input", "output"),
 )
-# name -> (split of our own generator, seed): synthetic conversations that need no download
-EMBEDDED_SETS: dict[str, tuple[Literal["train", "test"], int]] = {
-    "embedded": ("train", 1),
-    "embedded-test": ("test", 2),
-}
 EMBEDDED_CONVERSATIONS = 800
-# name -> (dataset id, configuration, split): sets people calibrate on, read through the `datasets` library
-HUB_SETS = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
-    "wikitext2-test": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
-    "tinystories": ("roneneldan/TinyStories", None, "validation"),
-    "ultrachat": ("HuggingFaceH4/ultrachat_200k", None, "train_sft"),
-    "gsm8k": ("openai/gsm8k", "main", "train"),
-}
 HUB_DOCUMENTS = 4000
 SHINGLE_WORDS, DUPLICATE_SHARE, SHINGLE_LIMIT = 5, 0.8, 1_000_000
 

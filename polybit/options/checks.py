@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from polybit.core.runtime import PolybitError
+from polybit.data.table import EMBEDDED
 
 
 def at_least(options: Any, **least: int) -> None:
@@ -26,3 +27,19 @@ def plain(options: Any) -> dict[str, Any]:
 def names_of(listing: str | None) -> list[str]:
     """`a, b` as ["a", "b"]; nothing for None or an empty text."""
     return [name.strip() for name in (listing or "").split(",") if name.strip()]
+
+
+def seeds_of(listing: str) -> list[int]:
+    """`0,1,2` as numbers, each once."""
+    try:
+        return list(dict.fromkeys(int(seed) for seed in listing.split(",")))
+    except ValueError:
+        raise PolybitError(f"--seeds {listing!r} cannot be read: give numbers with commas, as in 0,1,2") from None
+
+
+def squad_is_there(flag: str, source: str) -> None:
+    """Refuse a file of questions that does not exist."""
+    if source != EMBEDDED and not Path(source).is_file():
+        raise PolybitError(
+            f"{flag} {source}: there is no such file; give a SQuAD .json, or 'embedded' for the reading task"
+        )

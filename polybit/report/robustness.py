@@ -6,6 +6,13 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from polybit.robust.table import ATTACKS
+
+HEEDED = {  # what an attack changes -> the flags that count for it
+    "tokens": ("place", "tokens", "steps", "tries", "seeds"),
+    "words": ("tokens", "steps", "tries", "seeds"),
+    "embeddings": ("epsilon", "steps", "seeds"),
+}
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.4rem .7rem;text-align:center;border:1px solid #ddd}
@@ -46,20 +53,31 @@ def page(run: Mapping[str, Any]) -> str:
     """One self-contained HTML page from the JSON of `polybit attack`."""
     numbers, config = run["numbers"], run["config"]
     name = escape(str(config.get("target_name", config.get("target", "model"))))
-    settings = ", ".join(
-        f"{key} {config[key]}" for key in ("method", "place", "tokens", "steps", "tries", "seeds") if key in config
-    )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Attacks on {name}</title><style>{STYLE}</style>'
         f"<h1>Attacks on {name}</h1><p>{numbers['items']} questions of {escape(numbers['source'])}, "
-        f"share answered exactly right, 95 % bootstrap interval over questions. {escape(settings)}.</p>"
+        f"share answered exactly right, 95 % bootstrap interval over questions. {escape(settings(config))}.</p>"
         f"{heat_map(numbers)}"
         f'<p class="verdict">{escape(numbers["verdict"])}</p>'
-        "<p>A row is an attacker who reads the gradient of one precision; the last one averages gradients over all "
+        f"<p>A row is an attacker who {escape(sight(config))} of one precision; the last one averages over all "
         "of them. The last column is a precision drawn per prompt, in expectation. It is called more robust only when "
         "it beats the best fixed precision, each under the attacker that harms it most, the averaging one included.</p>"
         "</html>"
     )
+
+
+def settings(config: Mapping[str, Any]) -> str:
+    """What was attacked and how hard: the method with what it is, and the flags that count for it."""
+    attack = ATTACKS.get(config.get("method", ""))
+    method = f"method {config['method']} ({attack.summary})" if attack else ""
+    shown = HEEDED.get(attack.changes, ()) if attack else ()
+    return ", ".join(filter(None, [method, *(f"{name} {config[name]}" for name in shown if name in config)]))
+
+
+def sight(config: Mapping[str, Any]) -> str:
+    """What an attacker looks at."""
+    attack = ATTACKS.get(config.get("method", ""))
+    return "measures the loss" if attack is not None and not attack.gradient else "reads the gradient"
 
 
 def terminal_table(numbers: Mapping[str, Any]) -> str:

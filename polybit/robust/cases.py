@@ -15,7 +15,7 @@ from polybit.data.spans import filler, too_long
 from polybit.data.squad import Answer, Asked
 from polybit.data.text import encode, has_chat_template
 
-Place = Literal["suffix", "swap"]
+Place = Literal["suffix", "swap"]  # PLACES in robust/table.py says what they are
 
 
 @dataclass(frozen=True, slots=True)

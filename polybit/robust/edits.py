@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 
 from polybit.data.squad import Answer, Asked
-
-Edit = Callable[[str, Random], str]
+from polybit.robust.table import ATTACKS
 
 
 def edit_characters(word: str, rng: Random) -> str:
@@ -31,23 +30,23 @@ def edit_word(word: str, rng: Random) -> str:
     return ("", f"{word} {word}", word[::-1])[rng.randrange(3)]
 
 
-EDITS: dict[str, Edit] = {"characters": edit_characters, "words": edit_word}
-
-
 def edited(one: Asked, answers: Iterable[Answer], kind: str, *, count: int, rng: Random) -> Asked:
-    """The question with `count` words of its text edited, none of them a word of the question or of an answer."""
+    """The question with `count` words of its text edited, none of them a word of the question or of an answer.
+
+    kind: name of an attack on words.
+    """
     kept = {w.lower() for text in (one.question, *(a.text for a in answers)) for w in re.findall(r"\w+", text)}
     spans = [m.span() for m in re.finditer(r"\w+", one.context) if m.group().lower() not in kept]
     context = one.context
     for start, stop in sorted(rng.sample(spans, min(count, len(spans))), reverse=True):
-        context = context[:start] + EDITS[kind](context[start:stop], rng) + context[stop:]
+        context = context[:start] + ATTACKS[kind](context[start:stop], rng) + context[stop:]
     return Asked(one.id, context, one.question)
 
 
 def worst_edits(
     loss: Callable[[Sequence[Asked]], Sequence[float]],
     asked: Sequence[Asked],
-    answers: dict[str, Sequence[Answer]],
+    answers: Mapping[str, Sequence[Answer]],
     kind: str,
     *,
     count: int = 2,

@@ -48,7 +48,7 @@ def embedding_matrix(model: nn.Module) -> Tensor:
     return weight.detach().float()
 
 
-class Target:
+class Victim:
     """One model at one or several precisions, attacked through the mean over them (expectation over the draw, EOT).
 
     Quantized layers are read as dequantized weights, through which gradients pass; activations and attention operands

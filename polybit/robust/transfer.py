@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +13,11 @@ from polybit.core.runtime import PolybitError
 from polybit.data.batches import pad
 from polybit.hub.lm import LocalLM
 from polybit.nn.draw import draw
+from polybit.robust.attackers import NOBODY, views
 from polybit.robust.cases import Case
 from polybit.robust.embeddings import ascend
-from polybit.robust.gradients import Target, embedding_matrix, nudged
+from polybit.robust.gradients import Victim, embedding_matrix, nudged
 
-ADAPTIVE = "all widths"  # the attacker who averages gradients over the precisions the defender draws from (EOT)
-NOISE = "random tokens"  # what the attackers start from
 Array = NDArray[np.float64]
 
 
@@ -41,7 +40,7 @@ def answer_at_every(
 
 
 @dataclass(frozen=True, slots=True)
-class Game:
+class TransferGame:
     """Scores of every attacker (row) against every fixed precision (column), per item: right_ADN, 0..1.
 
     A defender who draws a precision per prompt scores the mean over its columns, exactly and without a draw, because
@@ -85,13 +84,21 @@ class Game:
 
 
 def embedding_game(
-    lm: LocalLM, cases: Sequence[Case], presets: Sequence[str], *, epsilon: float, iterations: int = 10, seed: int = 0
-) -> Game:
+    lm: LocalLM,
+    cases: Sequence[Case],
+    presets: Sequence[str],
+    *,
+    epsilon: float,
+    iterations: int = 10,
+    seed: int = 0,
+    ascent: Callable[..., torch.Tensor] = ascend,
+) -> TransferGame:
     """The game in embedding space: PGD at each precision, and at all, then every precision on the moved embeddings.
 
     This is the transfer experiment of Double-Win Quant (figure 1) with embeddings in place of pixels: every token of a
     prompt moves by at most `epsilon` times the mean length of an embedding. An answer counts as right when every one
     of its tokens, EOS included, is the likeliest after the right ones before it.
+    ascent: an attack on embeddings, as `ascend` is one.
     """
     with torch.no_grad():
         radius = epsilon * float(embedding_matrix(lm.model).norm(dim=1).mean())
@@ -100,21 +107,21 @@ def embedding_game(
     for row, case in enumerate(cases):
         free_BT[row, : len(case.ids)] = True
     free_BT = free_BT.to(lm.device)
-    attackers = {preset: [preset] for preset in presets} | {ADAPTIVE: list(presets)}
+    attackers = views(presets)
     found = [[right_at(lm, cases, preset, None) for preset in presets]]
     for looked_at in attackers.values():
 
         def loss(looked_at: Sequence[str] = looked_at) -> torch.Tensor:
             total = torch.zeros((), device=lm.device)
             for preset in looked_at:
-                target = Target(lm, [preset])
+                target = Victim(lm, [preset])
                 with target.at(preset):
                     total = total + target.nll(cases).sum() / len(looked_at)
             return total
 
-        delta_BTD = ascend(lm.model, loss, free_BT, radius=radius, iterations=iterations, seed=seed)
+        delta_BTD = ascent(lm.model, loss, free_BT, radius=radius, iterations=iterations, seed=seed)
         found.append([right_at(lm, cases, preset, delta_BTD) for preset in presets])
-    return Game(("nobody", *attackers), tuple(presets), np.array(found))
+    return TransferGame((NOBODY, *attackers), tuple(presets), np.array(found))
 
 
 @torch.no_grad()
@@ -122,7 +129,7 @@ def right_at(lm: LocalLM, cases: Sequence[Case], preset: str, delta_BTD: torch.T
     """1 for each case whose right answer a precision would say, token by token, on moved embeddings."""
     ids_BT, mask_BT = (t.to(lm.device) for t in pad([[*case.ids, *case.answer] for case in cases], lm.pad_token()))
     moved = torch.zeros((), device=lm.device) if delta_BTD is None else delta_BTD
-    target = Target(lm, [preset])
+    target = Victim(lm, [preset])
     with target.at(preset), nudged(lm.model, moved):
         said_BT = lm.model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits.argmax(-1).cpu()
     right = []

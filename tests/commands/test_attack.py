@@ -4,10 +4,13 @@ import json
 
 import pytest
 
+import polybit
 from polybit.cli import main
+from polybit.core.runtime import PolybitError
 from polybit.data import synth
 from polybit.data.squad import write_squad
 from polybit.hub.checkpoint import save
+from polybit.robust.table import ATTACKS
 from tests.robust.models import chat
 
 
@@ -45,15 +48,15 @@ def test_an_interrupted_attack_goes_on(checkpoint, tmp_path, monkeypatch, capsys
 
     out = tmp_path / "a.json"
     command = ["attack", checkpoint, "--items", "2", "--steps", "1", "--tries", "2", "--precision", "w8,w3", "--json"]
-    calls, real = [], swaps.attack
+    calls, real = [], swaps.climb
 
-    def failing(target, *rest, **named):
-        calls.append(target.presets)
+    def failing(victim, *rest, **named):
+        calls.append(victim.presets)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(target, *rest, **named)
+        return real(victim, *rest, **named)
 
-    monkeypatch.setattr(swaps, "attack", failing)
+    monkeypatch.setattr(swaps, "climb", failing)
     with pytest.raises(SystemExit) as stop:
         main([*command, str(out)])
     assert stop.value.code == 130 and not out.exists()
@@ -65,7 +68,7 @@ def test_an_interrupted_attack_goes_on(checkpoint, tmp_path, monkeypatch, capsys
     assert json.loads((tmp_path / "b.json").read_text())["numbers"]["matrix"] == again["matrix"]
 
 
-@pytest.mark.parametrize("method", ["hotflip", "random", "characters", "words"])
+@pytest.mark.parametrize("method", [name for name in ATTACKS if name != "greedy"])
 def test_every_method(checkpoint, method, capsys):
     few = ["--items", "2", "--steps", "1", "--tries", "2", "--precision", "w8,w3"]
     main(["attack", checkpoint, *few, "--method", method, "--place", "swap"])
@@ -81,8 +84,12 @@ def test_attack_takes_a_squad_file(checkpoint, tmp_path, capsys):
 
 def test_attack_refusals(checkpoint, capsys, tmp_path):
     assert "float model" in refused(capsys, "attack", "tinychat", "--items", "1")
-    assert "choose one of greedy" in refused(capsys, "attack", checkpoint, "--method", "magic")
-    assert "choose suffix or swap" in refused(capsys, "attack", checkpoint, "--place", "prefix")
+    assert '"greedy"' in refused(capsys, "attack", checkpoint, "--method", "magic")
+    assert 'Choose from: "suffix", "swap"' in refused(capsys, "attack", checkpoint, "--place", "prefix")
+    with pytest.raises(PolybitError, match="choose greedy"):
+        polybit.attack(checkpoint, method="magic")
+    with pytest.raises(PolybitError, match="choose suffix or swap"):
+        polybit.attack(checkpoint, place="prefix")
     assert "--steps 0" in refused(capsys, "attack", checkpoint, "--steps", "0")
     assert "no such file" in refused(capsys, "attack", checkpoint, "--squad", "none.json")
     assert "cannot be read" in refused(capsys, "attack", checkpoint, "--seeds", "one")

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from polybit.core.parts import pick
 from polybit.core.runtime import PolybitError
 from polybit.data.squad import Answer, Asked
 from polybit.robust.cases import Case, allowed_tokens, build_cases
-from polybit.robust.edits import EDITS, edited, worst_edits
-from polybit.robust.gradients import Target, embedding_matrix, nudged
-from polybit.robust.swaps import Search, attack
+from polybit.robust.edits import edited, worst_edits
+from polybit.robust.gradients import Victim, embedding_matrix, nudged
+from polybit.robust.swaps import greedy
+from polybit.robust.table import ATTACKS, AttackBudget
 from tests.robust.models import chat, questions
 
 
@@ -45,7 +47,7 @@ def test_loss_equals_loglik():
     lm = chat()
     row = cases()
     with torch.no_grad():
-        ours = Target(lm, [None]).losses(row)
+        ours = Victim(lm, [None]).losses(row)
     for case, loss in zip(row, ours, strict=True):
         logp = lm.logits(torch.tensor([[*case.ids, *case.answer]]))[0].log_softmax(-1)
         literal = -sum(float(logp[len(case.ids) - 1 + n, token]) for n, token in enumerate(case.answer)) / len(
@@ -57,7 +59,7 @@ def test_loss_equals_loglik():
 @pytest.mark.parametrize("preset", ["w8", "w3", None])
 def test_gradient_equals_a_finite_difference(preset):
     """Through dequantized weights, at every width."""
-    target = Target(chat(), [preset])
+    target = Victim(chat(), [preset])
     row = cases(2)
     with target.at(preset):
         _, gradient = target.gradient(row)
@@ -70,7 +72,7 @@ def test_gradient_equals_a_finite_difference(preset):
 
 
 def test_gains_are_first_order_changes_of_the_loss():
-    target = Target(chat(), ["w6"])
+    target = Victim(chat(), ["w6"])
     row = cases(1)
     _, (gain,) = target.gains(row)
     with target.at("w6"):
@@ -83,8 +85,8 @@ def test_gains_are_first_order_changes_of_the_loss():
 
 def test_several_widths_are_averaged():
     row = cases(2)
-    each = [Target(chat(), [preset]).gains(row) for preset in ("w8", "w3")]
-    both = Target(chat(), ["w8", "w3"]).gains(row)
+    each = [Victim(chat(), [preset]).gains(row) for preset in ("w8", "w3")]
+    both = Victim(chat(), ["w8", "w3"]).gains(row)
     assert torch.allclose(both[0], (each[0][0] + each[1][0]) / 2, atol=1e-5)
     for n in range(2):
         assert torch.allclose(both[1][n], (each[0][1][n] + each[1][1][n]) / 2, atol=1e-5)
@@ -92,14 +94,15 @@ def test_several_widths_are_averaged():
 
 @pytest.mark.parametrize("method", ["greedy", "hotflip", "random"])
 def test_an_attack_raises_the_loss_and_only_free_tokens_change(method):
-    target = Target(chat(), ["w4"])
+    target = Victim(chat(), ["w4"])
     start = cases(3)
     allowed = allowed_tokens(chat().tokenizer)
-    found = attack(target, start, Search(method, steps=3, tries=6), allowed, seed=1)
+    attack, budget = ATTACKS[method], AttackBudget(steps=3, tries=6)
+    found = attack(target, start, budget, allowed, seed=1)
     assert bool((target.losses(found) >= target.losses(start) - 1e-4).all())
     if method == "greedy":
         assert float((target.losses(found) - target.losses(start)).mean()) > 0.1
-        assert found == attack(target, start, Search(method, steps=3, tries=6), allowed, seed=1)
+        assert found == attack(target, start, budget, allowed, seed=1)
     for before, after in zip(start, found, strict=True):
         kept = [n for n in range(len(before.ids)) if n not in before.free]
         assert [before.ids[n] for n in kept] == [after.ids[n] for n in kept]
@@ -108,20 +111,20 @@ def test_an_attack_raises_the_loss_and_only_free_tokens_change(method):
 
 def test_a_budget_of_changes_is_kept():
     start = cases(2, place="swap")
-    search = Search("greedy", steps=4, tries=5, changes=2)
-    found = attack(Target(chat(), ["w8"]), start, search, allowed_tokens(chat().tokenizer))
+    budget = AttackBudget(steps=4, tries=5, changes=2)
+    found = greedy(Victim(chat(), ["w8"]), start, budget, allowed_tokens(chat().tokenizer))
     for before, after in zip(start, found, strict=True):
         assert 1 <= sum(a != b for a, b in zip(before.tokens, after.tokens, strict=True)) <= 2
 
 
 def test_a_text_without_a_free_token_stays():
     fixed = Case("x", cases(1)[0].ids, (), cases(1)[0].answer)
-    assert attack(Target(chat(), ["w8"]), [fixed], Search(steps=1), [5]) == [fixed]
+    assert greedy(Victim(chat(), ["w8"]), [fixed], AttackBudget(steps=1), [5]) == [fixed]
 
 
 def test_edits_spare_the_answer_and_the_worst_is_chosen():
     asked, answers = questions(4)
-    for kind in EDITS:
+    for kind in (name for name, part in ATTACKS.items() if part.changes == "words"):
         for one in asked:
             changed = edited(one, answers[one.id], kind, count=3, rng=Random(1))
             assert changed.context != one.context and answers[one.id][0].text in changed.context
@@ -151,15 +154,15 @@ def test_models_without_gradients_and_bad_settings_are_refused():
 
     deaf = LocalLM(Deaf(chat().model), chat().tokenizer)
     with pytest.raises(PolybitError, match="no gradient reaches the input"):
-        Target(deaf, [None]).gains(cases(1))
+        Victim(deaf, [None]).gains(cases(1))
     with pytest.raises(PolybitError, match="shows no input embeddings"):
         embedding_matrix(nn.Linear(2, 2))
     with pytest.raises(PolybitError, match="at least one precision"):
-        Target(chat(), [])
+        Victim(chat(), [])
     with pytest.raises(PolybitError, match="choose greedy"):
-        Search("magic")
+        pick(ATTACKS, "magic", "--method")
     with pytest.raises(PolybitError, match="give 1 or more"):
-        Search(steps=0)
+        AttackBudget(steps=0)
     with pytest.raises(PolybitError, match="none of the questions"):
         build_cases(chat().tokenizer, [Asked("a", "b", "c")], {"a": ()})
     with pytest.raises(PolybitError, match="never cut"):

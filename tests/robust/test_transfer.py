@@ -5,14 +5,15 @@ import pytest
 
 from polybit.core.runtime import PolybitError
 from polybit.nn.switch import random_precision
+from polybit.robust.attackers import ADAPTIVE
 from polybit.robust.cases import build_cases
-from polybit.robust.transfer import ADAPTIVE, Game, answer, answer_at_every, embedding_game
+from polybit.robust.transfer import TransferGame, answer, answer_at_every, embedding_game
 from tests.robust.models import chat, questions
 
 
 def game():
     rng = np.random.default_rng(0)
-    return Game(("w8", "w4", "all widths"), ("w8", "w4"), (rng.random((3, 2, 40)) < 0.5).astype(float))
+    return TransferGame(("w8", "w4", "all widths"), ("w8", "w4"), (rng.random((3, 2, 40)) < 0.5).astype(float))
 
 
 def test_fixed_and_drawn_are_counted_literally():
@@ -30,10 +31,10 @@ def test_fixed_and_drawn_are_counted_literally():
 
 
 def test_drawing_can_win_only_where_attacks_transfer_poorly():
-    transfers = Game(("w8", "w4"), ("w8", "w4"), np.zeros((2, 2, 10)))
+    transfers = TransferGame(("w8", "w4"), ("w8", "w4"), np.zeros((2, 2, 10)))
     assert transfers.drawn(["w8", "w4"]).mean() == 0
-    apart = Game(("w8", "w4"), ("w8", "w4"), np.stack([np.stack([np.eye(2)[d][a] * np.ones(10) == 0 for d in range(2)])
-                                                       for a in range(2)]).astype(float))  # fmt: skip
+    right = [[np.full(10, np.eye(2)[d][a] == 0) for d in range(2)] for a in range(2)]
+    apart = TransferGame(("w8", "w4"), ("w8", "w4"), np.array(right).astype(float))
     assert apart.fixed(apart.best_fixed(["w8", "w4"]), ["w8", "w4"]).mean() == 0
     assert apart.drawn(["w8", "w4"]).mean() == 0.5
 
@@ -48,7 +49,7 @@ def test_a_draw_equals_random_precision_while_running():
         running = answer(lm, cases)
     # batches are formed by length, longest first, and draw in that order
     order = sorted(range(6), key=lambda n: -(len(cases[n].ids)))
-    g = Game(("nobody",), presets, np.zeros((1, 3, 6)))
+    g = TransferGame(("nobody",), presets, np.zeros((1, 3, 6)))
     assert g.one_draw("nobody", 2).shape == (6,)
     import torch
 
