@@ -26,25 +26,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from polybit.allocate.budget import choices_of, even
 from polybit.allocate.costs import clean, combine, mean_tables, rescaled
 from polybit.allocate.groups import fused_groups
 from polybit.allocate.knapsack import solve
 from polybit.allocate.swap import improve
-from polybit.commands.allocation import choices_of, even, inner_targets
-from polybit.hub.models import resolve
-from polybit.commands.sensitivities import Quantizing, Task, run, unpacked
+from polybit.compress.refine import FINISH, finish_model
 from polybit.core.records import machine
 from polybit.core.runtime import write_json
 from polybit.data.answers import encode_task, read_task
 from polybit.data.text import read_windows
 from polybit.hub.load import load_float
+from polybit.hub.models import resolve
+from polybit.measure.block_files import unpacked
+from polybit.measure.kept import SensitivityTask, run
 from polybit.measure.plan_loss import PlanLoss
-from polybit.measure.probe import Probe, answer_probe, text_probe
-from polybit.compress.refine import FINISH, finish_model
+from polybit.measure.probe import ProbeText, answer_probe, text_probe
+from polybit.measure.quantizing import Quantizing, knobs_of, measurable
 from polybit.measure.signals import Signal, agreement, gather, kendall, scores
+from polybit.quant.table import LAYERWISE
 
 WIDTHS = (2, 3, 4, 5, 6)
-FAST = {"descent_sweeps": 2}  # of gptq: a third of the seconds, the same ranking of layers
+SWEEPS = 2  # of descent after GPTQ: a third of the seconds, the same ranking of layers
 HELD = 90  # seed of measured items
 
 
@@ -55,23 +58,23 @@ class Bench:
         self.args, self.seed = args, seed
         self.model, self.tokenizer = load_float(resolve(args.model))
         self.model.requires_grad_(False)
-        self.targets = inner_targets(self.model, args.model)
+        self.targets = measurable(self.model, args.model)
         self.total = sum(t.size for t in self.targets)
         draw, _ = read_windows(args.general, self.tokenizer, args.window, count=args.calibration_windows, seed=seed)
         self.calibration = tuple(draw.split(4))
         self.general = text_probe("general", draw[: args.samples])
         self.tasks = [self.task(name, args.items, seed) for name in args.tasks]
 
-    def task(self, name: str, items: int, seed: int) -> Probe:
+    def task(self, name: str, items: int, seed: int) -> ProbeText:
         """Items of one task as a probe."""
         found = read_task(name, count=items, seed=seed)
         rows = encode_task(self.tokenizer, found, most=self.args.window)
         return answer_probe(found.name, rows, padding=self.tokenizer.pad_token_id or 0)
 
-    def measure(self, quantizing: Quantizing, how: str = "exact", probes: tuple[Probe, ...] | None = None):
+    def measure(self, quantizing: Quantizing, how: str = "exact", probes: tuple[ProbeText, ...] | None = None):
         """(signals, bank, CPU seconds, share of the naive block forwards)."""
         probes = probes or (self.general, *self.tasks)
-        task = Task(
+        task = SensitivityTask(
             self.args.model,
             False,
             tuple(self.targets),
@@ -79,7 +82,7 @@ class Bench:
             self.calibration,
             quantizing,
             how,
-            self.seed,  # type: ignore
+            self.seed,
         )
         began = time.process_time()
         folder = Path(self.args.work) / f"{Path(self.args.model).name}-{how}-{self.seed}"
@@ -102,10 +105,10 @@ def headline(args: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(args, args.seeds[0])
     held_out, _ = read_windows(args.text, bench.tokenizer, args.window, count=args.windows)
     judge = PlanLoss(bench.model, [text_probe("text", held_out, batch=8)], bench.targets, {})
-    quantizing = Quantizing(WIDTHS, "gptq", args.group_size, "centre", FAST)
+    quantizing = Quantizing(WIDTHS, "gptq", args.group_size, "centre", knobs_of("gptq", descent_sweeps=SWEEPS))
     signals, bank, seconds, share = bench.measure(quantizing, probes=(bench.general,))
     table = clean(signals["general"].table())
-    choices = choices_of(bench.targets, table, quantizing, {})
+    choices = choices_of(quantizing.bits(bench.targets), table, {})
     search = PlanLoss(bench.model, [bench.general], bench.targets, bank)
     rows = []
     for free in (False, True) if args.plans == "both" else (args.plans == "free",):
@@ -188,7 +191,7 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
 def compare_plans(bench: Bench) -> dict[str, Any]:
     """All plans of one seed, measured on the same text."""
     args = bench.args
-    quantizing = Quantizing(WIDTHS, "gptq", args.group_size, "centre", FAST)
+    quantizing = Quantizing(WIDTHS, "gptq", args.group_size, "centre", knobs_of("gptq", descent_sweeps=SWEEPS))
     signals, bank, seconds, share = bench.measure(quantizing)
     cheap, cheap_seconds = signals, 0.0
     if not args.skip_gradient:
@@ -235,11 +238,11 @@ def solved_plans(bench: Bench, quantizing: Quantizing, groups, signals, cheap) -
     """Plans by label, and the choices they were solved with."""
     names, budget = [probe.name for probe in bench.tasks], bench.args.bits * bench.total
     tables = tables_of(signals, names)
-    choices = {beta: choices_of(bench.targets, table, quantizing, {}) for beta, table in tables.items()}
+    choices = {beta: choices_of(quantizing.bits(bench.targets), table, {}) for beta, table in tables.items()}
     labels = {"general only": 0.0, "both, beta 0.3": 0.3, "both, beta 0.7": 0.7, "tasks only": 1.0}
     plans = {label: solve(choices[beta], groups, budget) for label, beta in labels.items()}
     if cheap is not signals:
-        quick = choices_of(bench.targets, tables_of(cheap, names)[0.7], quantizing, {})
+        quick = choices_of(quantizing.bits(bench.targets), tables_of(cheap, names)[0.7], {})
         plans["both, beta 0.7, from gradients"] = solve(quick, groups, budget)
     return plans, choices[0.7]
 
@@ -297,19 +300,19 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def versus(args: argparse.Namespace) -> dict[str, Any]:
     """The mixed plan against uniform four-bit quantizers: task KL and exact answers."""
+    from polybit.compress.blocks import as_stored
+    from polybit.compress.stats import collect
     from polybit.evals import tasks as tasks_of
     from polybit.evals.scoring import bootstrap
     from polybit.hub.lm import LocalLM
-    from polybit.compress.blocks import as_stored
-    from polybit.compress.stats import collect
 
     found = []
     for seed in args.seeds:
         bench = Bench(args, seed)
-        quantizing = Quantizing(WIDTHS, "gptq", args.group_size, "centre", FAST)
+        quantizing = Quantizing(WIDTHS, "gptq", args.group_size, "centre", knobs_of("gptq", descent_sweeps=SWEEPS))
         signals, bank, _, _ = bench.measure(quantizing)
         names = [probe.name for probe in bench.tasks]
-        choices = choices_of(bench.targets, tables_of(signals, names)[0.7], quantizing, {})
+        choices = choices_of(quantizing.bits(bench.targets), tables_of(signals, names)[0.7], {})
         groups = fused_groups(t.name for t in bench.targets)
         plan = solve(choices, groups, args.bits * bench.total)
         stats = collect(bench.model, bench.calibration, bench.targets)
@@ -319,9 +322,9 @@ def versus(args: argparse.Namespace) -> dict[str, Any]:
             bench.model, list(bench.calibration), bench.targets, start, tuning=replace(FINISH, steps=130, seed=seed)
         )
         four = Quantizing((4,), "gptq", args.group_size, "group")
-        for method in ("rtn", "hqq", "awq", "gptq"):
+        for method in LAYERWISE:
             asked = replace(four, method=method)
-            given = {t.name: (None if method in ("rtn", "hqq") else stats[t.name]) for t in bench.targets}
+            given = {t.name: (stats[t.name] if asked.needs_stats else None) for t in bench.targets}
             rows[f"uniform 4, {method}"] = {
                 t.name: asked.codes(t.weight_OI(bench.model), given[t.name])[4] for t in bench.targets
             }

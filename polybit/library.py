@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from polybit.core.parts import load
+from polybit.options.allocate import AllocateOptions
 from polybit.options.attack import AttackOptions
 from polybit.options.bench import BenchOptions
 from polybit.options.cost import CostOptions
@@ -74,3 +75,4 @@ bench.__doc__ = str(bench.__doc__).format(options="\n\n" + explained(BenchOption
 attack = act(
     AttackOptions, "polybit.acts.attack:attack", "Attack a checkpoint at each width and answer at every other."
 )
+allocate = act(AllocateOptions, "polybit.acts.allocate:allocate", "Spend a budget of bits where it matters.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from polybit.core.records import CostTable
@@ -68,3 +68,14 @@ def mean_tables(tables: Sequence[CostTable]) -> CostTable:
         name: {w: sum(t.nats[name][w] for t in tables) / len(tables) for w in row} for name, row in first.nats.items()
     }
     return CostTable(nats, dict(first.sizes))
+
+
+def harms(
+    tables: Mapping[str, CostTable], general: Sequence[str], tasks: Sequence[str], beta: float = 0.7
+) -> CostTable:
+    """One table from the tables of all texts: general texts averaged, tasks averaged, both weighed by beta."""
+    cleaned = {name: rescaled(clean(table), "minmax") for name, table in tables.items()}
+    everywhere = mean_tables([cleaned[name] for name in general])
+    if not tasks:
+        return everywhere
+    return combine(mean_tables([cleaned[name] for name in tasks]), everywhere, beta)

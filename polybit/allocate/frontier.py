@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from polybit.allocate.knapsack import Choice, solve
+from polybit.allocate.knapsack import WidthChoice, solve
 from polybit.core.runtime import PolybitError
 
 Table = Mapping[str, Mapping[str, "Option"]]  # layer -> precision, as in "w4a8" -> what it costs and harms
@@ -22,7 +22,7 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class FrontierPoint:
     """One assignment of precisions to layers, with its cost and harm, and who found it."""
 
     choice: Mapping[str, str]
@@ -31,11 +31,11 @@ class Point:
     found_by: str = ""
 
 
-def price(table: Table, choice: Mapping[str, str], found_by: str = "") -> Point:
+def price(table: Table, choice: Mapping[str, str], found_by: str = "") -> FrontierPoint:
     """The point of a choice when harms add up."""
     cost = sum(table[name][key].cost for name, key in choice.items())
     harm = sum(table[name][key].harm for name, key in choice.items())
-    return Point(dict(choice), cost, harm, found_by)
+    return FrontierPoint(dict(choice), cost, harm, found_by)
 
 
 def check_table(table: Table) -> None:
@@ -44,9 +44,9 @@ def check_table(table: Table) -> None:
         raise PolybitError("a frontier needs at least one layer, each with at least one precision to choose from")
 
 
-def frontier(points: Sequence[Point]) -> list[Point]:
+def frontier(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
     """The points no other is better than: cheapest first, each harming less than every cheaper one."""
-    best: list[Point] = []
+    best: list[FrontierPoint] = []
     for point in sorted(points, key=lambda p: (p.cost, p.harm)):
         if not best or point.harm < best[-1].harm:
             best.append(point)
@@ -59,12 +59,12 @@ def extremes(table: Table) -> tuple[float, float]:
     return sum(map(min, rows)), sum(map(max, rows))
 
 
-def exact(table: Table, *, points: int = 12) -> list[Point]:
+def exact(table: Table, *, points: int = 12) -> list[FrontierPoint]:
     """The least harm within each of `points` equally spaced budgets, by the exact allocator (a 0-1 programme)."""
     check_table(table)
     keys = {name: list(row) for name, row in table.items()}
     choices = {
-        name: {at: Choice(table[name][key].cost, table[name][key].harm) for at, key in enumerate(row)}
+        name: {at: WidthChoice(table[name][key].cost, table[name][key].harm) for at, key in enumerate(row)}
         for name, row in keys.items()
     }
     low, high = extremes(table)
@@ -76,7 +76,7 @@ def exact(table: Table, *, points: int = 12) -> list[Point]:
     return frontier(found)
 
 
-def greedy(table: Table) -> list[Point]:
+def greedy(table: Table) -> list[FrontierPoint]:
     """From the least harmful choice, always the step that adds least harm per cost it saves, to the cheapest."""
     check_table(table)
     choice = {name: min(row, key=lambda key: (row[key].harm, row[key].cost)) for name, row in table.items()}
@@ -99,10 +99,10 @@ def evolve(
     table: Table,
     loss: Loss,
     *,
-    start: Sequence[Point],
+    start: Sequence[FrontierPoint],
     evaluations: int = 60,
     seed: int = 0,
-) -> list[Point]:
+) -> list[FrontierPoint]:
     """A frontier of measured harms: changed copies of the best choices replace those they are better than.
 
     Begins with the choices of `start` (measured too, so that the result is never worse than they are). Then, until
@@ -112,13 +112,13 @@ def evolve(
     """
     check_table(table)
     rng = Random(seed)
-    measured: dict[tuple[str, ...], Point] = {}
+    measured: dict[tuple[str, ...], FrontierPoint] = {}
 
     def measure(choice: Mapping[str, str], found_by: str) -> None:
         key = tuple(choice[name] for name in table)
         if key not in measured and len(measured) < evaluations:
             cost = sum(table[name][value].cost for name, value in choice.items())
-            measured[key] = Point(dict(choice), cost, loss(choice), found_by)
+            measured[key] = FrontierPoint(dict(choice), cost, loss(choice), found_by)
 
     for point in start:
         measure(point.choice, point.found_by or "start")
@@ -137,7 +137,7 @@ def evolve(
     return list(measured.values())
 
 
-def cheapest_within(points: Sequence[Point], harm: float) -> Point:
+def cheapest_within(points: Sequence[FrontierPoint], harm: float) -> FrontierPoint:
     """The cheapest point that harms at most so much."""
     good = [point for point in points if point.harm <= harm]
     if not good:

@@ -16,7 +16,7 @@ TIE = 1e-9  # of the largest harm, for a whole budget of bits: of two equally ha
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class WidthChoice:
     """One width a layer may have: bits the whole layer takes (scales and zero points in it), and the harm it does."""
 
     bits: float
@@ -24,12 +24,13 @@ class Choice:
 
 
 def solve(
-    choices: Mapping[str, Mapping[int, Choice]], groups: Sequence[Sequence[str]], budget_bits: float
+    choices: Mapping[str, Mapping[int, WidthChoice]], groups: Sequence[Sequence[str]], budget_bits: float
 ) -> dict[str, int]:
     """The width of every layer with the least total harm whose bits are within the budget; the optimum, not a guess.
 
-    choices: layer -> width -> Choice; layers of one group get the same width, and every layer is in exactly one group ·
+    choices: layer -> width -> WidthChoice; layers of one group get the same width, every layer is in exactly one group
     budget_bits: bits of all layers together. 224 layers with 7 widths take well under a second.
+
     Multiple-choice knapsack as a 0-1 programme, min Σ h x, Σ_w x_gw = 1, Σ b x <= B. Deterministic.
     Raises PolybitError when scipy is missing, a group has no width in common, or the least widths exceed the budget.
     """
@@ -39,7 +40,7 @@ def solve(
     return {name: width for group, width in zip(groups, picked, strict=True) for name in group}
 
 
-def merge(choices: Mapping[str, Mapping[int, Choice]], group: Sequence[str]) -> dict[int, Choice]:
+def merge(choices: Mapping[str, Mapping[int, WidthChoice]], group: Sequence[str]) -> dict[int, WidthChoice]:
     """The choices of a group of layers as of one layer: the widths all of them have, bits and harms added."""
     shared = set.intersection(*(set(choices[name]) for name in group))
     if not shared:
@@ -48,12 +49,12 @@ def merge(choices: Mapping[str, Mapping[int, Choice]], group: Sequence[str]) -> 
             f"layers that must share a width have none in common ({offered}): offer one, or lift it with --free-groups"
         )
     return {
-        width: Choice(sum(choices[n][width].bits for n in group), sum(choices[n][width].harm for n in group))
+        width: WidthChoice(sum(choices[n][width].bits for n in group), sum(choices[n][width].harm for n in group))
         for width in sorted(shared)
     }
 
 
-def check_budget(rows: Sequence[Mapping[int, Choice]], budget_bits: float) -> None:
+def check_budget(rows: Sequence[Mapping[int, WidthChoice]], budget_bits: float) -> None:
     """Refuse a budget that even the least widths exceed, and harms that are no numbers."""
     for row in rows:
         for width, choice in row.items():
@@ -67,7 +68,7 @@ def check_budget(rows: Sequence[Mapping[int, Choice]], budget_bits: float) -> No
         )
 
 
-def programme(rows: Sequence[Mapping[int, Choice]], budget_bits: float) -> list[int]:
+def programme(rows: Sequence[Mapping[int, WidthChoice]], budget_bits: float) -> list[int]:
     """The width of each row by HiGHS."""
     np, milp, constraint, bounds, sparse = solver()
     owner = np.array([at for at, row in enumerate(rows) for _ in row])
@@ -107,7 +108,7 @@ def silent_stdout() -> Iterator[None]:
         os.close(nowhere)
 
 
-def repaired(rows: Sequence[Mapping[int, Choice]], chosen: list[int], budget_bits: float) -> list[int]:
+def repaired(rows: Sequence[Mapping[int, WidthChoice]], chosen: list[int], budget_bits: float) -> list[int]:
     """Undo what the solver's feasibility tolerance of 1e-7 may have taken beyond the budget."""
     chosen = list(chosen)
     while sum(row[width].bits for row, width in zip(rows, chosen, strict=True)) > budget_bits * (1 + 1e-12):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
-from polybit.allocate.knapsack import Choice, solve
+from polybit.allocate.knapsack import WidthChoice, solve
 
 Loss = Callable[[Mapping[str, int]], float]  # widths by layer -> measured harm of the whole plan
 PAIRS = 12  # exchanges tried when no combination of steps is better
@@ -26,7 +26,7 @@ class Progress:
 
 def improve(
     start: Mapping[str, int],
-    choices: Mapping[str, Mapping[int, Choice]],
+    choices: Mapping[str, Mapping[int, WidthChoice]],
     groups: Sequence[Sequence[str]],
     budget_bits: float,
     loss: Loss,
@@ -61,7 +61,7 @@ class Step:
 
 
 def neighbours(
-    now: Progress, choices: Mapping[str, Mapping[int, Choice]], groups: Sequence[Sequence[str]], loss: Loss
+    now: Progress, choices: Mapping[str, Mapping[int, WidthChoice]], groups: Sequence[Sequence[str]], loss: Loss
 ) -> list[Step]:
     """Every group one width up and down, measured in the present plan; beyond the allowance as the tables say."""
     wanted = []
@@ -100,18 +100,18 @@ def scale_of(steps: Sequence[Step], level: float) -> float:
 def jump(
     now: Progress,
     steps: Sequence[Step],
-    choices: Mapping[str, Mapping[int, Choice]],
+    choices: Mapping[str, Mapping[int, WidthChoice]],
     groups: Sequence[Sequence[str]],
     budget_bits: float,
     loss: Loss,
 ) -> bool:
     """The best combination of all steps, if they added up; taken when it measures better."""
-    rows = {str(at): {now.widths[group[0]]: Choice(0.0, 0.0)} for at, group in enumerate(groups)}
+    rows = {str(at): {now.widths[group[0]]: WidthChoice(0.0, 0.0)} for at, group in enumerate(groups)}
     used = [sum(choices[name][now.widths[name]].bits for name in group) for group in groups]
     for at, bits in enumerate(used):
-        rows[str(at)] = {now.widths[groups[at][0]]: Choice(bits, 0.0)}
+        rows[str(at)] = {now.widths[groups[at][0]]: WidthChoice(bits, 0.0)}
     for step in steps:
-        rows[str(step.group)][step.width] = Choice(used[step.group] + step.bits, step.harm)
+        rows[str(step.group)][step.width] = WidthChoice(used[step.group] + step.bits, step.harm)
     picked = solve(rows, [[name] for name in rows], max(budget_bits, sum(used)))
     plan = {name: picked[str(at)] for at, group in enumerate(groups) for name in group}
     return take(now, plan, loss)

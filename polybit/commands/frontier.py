@@ -69,7 +69,7 @@ def frontier(checkpoint: str, /, *, config: Annotated[FrontierConfig, Parameter(
 
 def search(checkpoint: str, config: FrontierConfig) -> dict[str, Any]:
     """Sensitivities, the three searches, and every whole model that was measured."""
-    from polybit.allocate.frontier import Point, evolve, exact, greedy, price
+    from polybit.allocate.frontier import FrontierPoint, evolve, exact, greedy, price
     from polybit.allocate.frontier import frontier as best_of
     from polybit.compress.sizes import quantized_layers
 
@@ -77,7 +77,7 @@ def search(checkpoint: str, config: FrontierConfig) -> dict[str, Any]:
     layers = quantized_layers(model)
     keys = preset_names(config.presets)
     table = measured_table(layers, keys, config, meter)
-    starts = [Point(price(table, dict.fromkeys(table, key)).choice, 0, 0, "uniform") for key in keys]
+    starts = [FrontierPoint(price(table, dict.fromkeys(table, key)).choice, 0, 0, "uniform") for key in keys]
     starts += exact(table, points=config.points) + greedy_some(greedy(table), config.points)
     most = max(len(starts), config.evaluations + len(starts) if config.evaluations else len(starts))
     points = evolve(table, meter.choice, start=starts, evaluations=most, seed=config.seed)

@@ -320,7 +320,7 @@ def measure(name: str, quantized, tokenizer, gathered, recipe, config: QuantizeC
 
 def write_card(saved: Path, name: str, run, numbers: Mapping[str, Any], config: QuantizeConfig) -> None:
     """The model card, and the run beside it; both may change without making the checkpoint another one."""
-    from polybit.commands.report import RUN_FILE
+    from polybit.core.records import RUN_FILE
     from polybit.core.runtime import atomic_path, write_json
     from polybit.report.card import model_card
 

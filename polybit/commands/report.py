@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from polybit.core.runtime import PolybitError, atomic_path, write_json
-
-RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +36,8 @@ def report(model: Path, /, *, config: Annotated[ReportConfig, Parameter(name="*"
 
     With --before, --judge or --align also what alignment changed: margins, flips, judged answers, side by side.
     """
+    from polybit.core.records import RUN_FILE, read_run
+
     made = read_run(model / RUN_FILE, "quantize") if (model / RUN_FILE).is_file() else None
     judged = None if config.judge is None else read_run(config.judge, "judge")
     aligned = None if config.align is None else read_run(config.align, "align")
@@ -68,6 +67,8 @@ def report(model: Path, /, *, config: Annotated[ReportConfig, Parameter(name="*"
 
 def find_evaluation(model: Path, made: Mapping[str, Any] | None, config: ReportConfig) -> Mapping[str, Any] | None:
     """The run of `polybit eval`, or what `quantize` measured; None where --judge or --align alone make the page."""
+    from polybit.core.records import read_run
+
     if config.eval is not None:
         return read_run(config.eval, "eval")
     if made is not None and "measured" in made["numbers"]:
@@ -85,6 +86,8 @@ def find_evaluation(model: Path, made: Mapping[str, Any] | None, config: ReportC
 
 def read_others(before: str | None) -> dict[str, Mapping[str, Any]]:
     """The runs of --before by row name: the one given, else the name of the model that was measured."""
+    from polybit.core.records import read_run
+
     found: dict[str, Mapping[str, Any]] = {}
     for entry in filter(None, (part.strip() for part in (before or "").split(","))):
         name, _, path = entry.rpartition("=")
@@ -99,16 +102,3 @@ def read_others(before: str | None) -> dict[str, Mapping[str, Any]]:
 def unused(name: str, taken: Mapping[str, Any]) -> str:
     """The model's name, told apart from a row before it of the same name."""
     return f"{name} (after)" if name in taken else name
-
-
-def read_run(path: Path, verb: str) -> Mapping[str, Any]:
-    """The JSON of an earlier run, refused when it is something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PolybitError(f"{path} does not exist: write it with `polybit {verb} ... --json {path}`") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PolybitError(f"{path} cannot be read as JSON ({error}): write it with `polybit {verb} --json`") from None
-    if not isinstance(value, dict) or value.get("verb") != verb or "numbers" not in value:
-        raise PolybitError(f"{path} is not what `polybit {verb} --json` writes: give that file")
-    return value

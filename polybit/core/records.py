@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polybit.core.runtime import write_json
+from polybit.core.runtime import PolybitError, write_json
+
+RUN_FILE = "run.json"  # the record of a run, beside what it made
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,19 @@ class Run:
         finally:
             self.seconds += time.perf_counter() - wall
             self.cpu_seconds += time.process_time() - cpu
+
+
+def read_run(path: Path, verb: str) -> Mapping[str, Any]:
+    """The JSON of an earlier run, refused when it is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PolybitError(f"{path} does not exist: write it with `polybit {verb} ... --json {path}`") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PolybitError(f"{path} cannot be read as JSON ({error}): write it with `polybit {verb} --json`") from None
+    if not isinstance(value, dict) or value.get("verb") != verb or "numbers" not in value:
+        raise PolybitError(f"{path} is not what `polybit {verb} --json` writes: give that file")
+    return value
 
 
 def machine() -> dict[str, Any]:

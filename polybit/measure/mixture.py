@@ -17,16 +17,14 @@ from torch import Tensor
 
 from polybit.compress.blocks import Block, find_blocks, run_blocks
 from polybit.compress.stats import watch
+from polybit.core.parts import pick
 from polybit.core.runtime import PolybitError, track
+from polybit.measure.table import CRITERIA
 from polybit.nn.convert import Target
 
-Criterion = Literal["family", "literal", "aligned-diverse", "rank-kept"]
 Normalise = Literal["size", "layer"]
 STEPS = {2: 0.05, 3: 0.1, 4: 0.1}  # distance of neighbouring shares on the grid, by number of sources; 0.2 beyond
 ERANK_COLUMNS = 1024  # larger Hessians are judged by this many evenly spaced columns
-DIVERSITY = 0.5  # λ of aligned-diverse: worth of the effective rank beside the alignment
-LEAST_RANK = 0.9  # of rank-kept: share of the general text's effective rank a mixture must keep
-RANKED = ("aligned-diverse", "rank-kept")  # criteria that need the Hessians' eigenvalues
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ class Traces:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class MixturePoint:
     """One mixture and what speaks for it: share of tokens per source, score, its alignment and erank ratio."""
 
     weights: tuple[float, ...]
@@ -70,10 +68,10 @@ class Mixture:
 
     sources: tuple[str, ...]
     general: tuple[str, ...]
-    criterion: Criterion
+    criterion: str
     normalise: Normalise
-    best: Point
-    points: tuple[Point, ...]
+    best: MixturePoint
+    points: tuple[MixturePoint, ...]
     tokens: tuple[int, ...]
 
     @property
@@ -85,7 +83,7 @@ class Mixture:
         """{"criterion", "normalise", "general", "tokens", "best": point, "curve": [point]}; a point is {"weights":
         {source: share}, "score", "alignment" (cosine), "erank_ratio" (to the general text, or null)}."""
 
-        def point(p: Point) -> dict[str, Any]:
+        def point(p: MixturePoint) -> dict[str, Any]:
             weights = {name: round(w, 6) for name, w in zip(self.sources, p.weights, strict=True)}
             return {"weights": weights, "score": p.score, "alignment": p.alignment, "erank_ratio": p.erank_ratio}
 
@@ -106,7 +104,7 @@ def best_mixture(
     targets: Sequence[Target],
     *,
     general: Sequence[str],
-    criterion: Criterion = "family",
+    criterion: str = "family",
     normalise: Normalise = "size",
     family: Mapping[str, Sequence[Tensor]] | None = None,
     step: float | None = None,
@@ -115,16 +113,17 @@ def best_mixture(
 
     sources: name -> batches of token ids [B, T]; every name not in `general` is a task. One forward pass per source, no
     gradient; memory as for one block. Calibration windows are then drawn by `compress.mix_files.draw`, and `to_json()`
-    is kept for the report. Criteria (after TASA, arXiv 2607.00908, which chooses argmax cos(h(D_α), h(D_target))):
+    is kept for the report. The criteria of CRITERIA (after TASA,
+    arXiv 2607.00908, which chooses argmax cos(h(D_α), h(D_target))):
 
     literal: the target is the calibration task pool itself. h is linear in α, so pure task text always wins:
     degenerate, kept for comparison.
     family (default): unlike the paper, the target is the mean of the unit trace vectors of all texts that will be
     evaluated (`family`: held-out batches of the same names; default: the sources), so that an optimum between the
     ends exists.
-    aligned-diverse: cos to the task pool plus DIVERSITY times the mean effective rank of the Hessians relative to that
-    of the general text, which is the collapse the paper describes. rank-kept: the largest cos to the task pool among
-    the mixtures that keep LEAST_RANK of that rank.
+    aligned-diverse: cos to the task pool plus the mean effective rank of the Hessians relative to that of the general
+    text, which is the collapse the paper describes. rank-kept: the largest cos to the task pool among the mixtures
+    that keep most of that rank.
     Raises PolybitError for fewer than two sources, empty ones, unknown names or no task.
     """
     return search_mixtures(
@@ -138,25 +137,24 @@ def search_mixtures(
     targets: Sequence[Target],
     *,
     general: Sequence[str],
-    criteria: Sequence[Criterion],
+    criteria: Sequence[str],
     normalise: Normalise = "size",
     family: Mapping[str, Sequence[Tensor]] | None = None,
     step: float | None = None,
-) -> dict[Criterion, Mixture]:
+) -> dict[str, Mixture]:
     """`best_mixture` by several criteria, from the same forward passes."""
     general = check_sources(sources, general)
-    unknown = [criterion for criterion in criteria if criterion not in get_args(Criterion)]
-    if unknown or normalise not in get_args(Normalise):
+    asked = [pick(CRITERIA, criterion, "mixture criterion") for criterion in criteria]
+    if normalise not in get_args(Normalise):
         raise PolybitError(
-            f"mixture criterion {(unknown or criteria)[0]!r} with normalisation {normalise!r} is not known: choose one "
-            f"of {', '.join(get_args(Criterion))} and one of {', '.join(get_args(Normalise))}"
+            f"mixture normalisation {normalise!r} is not known: choose {' or '.join(get_args(Normalise))}"
         )
     names = tuple(sources)
     points_PS = simplex(len(names), step)
-    ranked = any(criterion in RANKED for criterion in criteria)
+    ranked = any(criterion.needs_rank for criterion in asked)
     asked_PS = torch.cat([points_PS, pool(names, general)[None]]) if ranked else None
     traces = collect_traces(model, sources, targets, erank_at=asked_PS)
-    wanted = collect_traces(model, family, targets) if family and "family" in criteria else traces
+    wanted = collect_traces(model, family, targets) if family and any(c.target == "family" for c in asked) else traces
     found = {}
     for criterion in criteria:
         points = score_points(traces, points_PS, general, criterion, normalise, wanted)
@@ -263,29 +261,25 @@ def score_points(
     traces: Traces,
     points_PS: Tensor,
     general: Sequence[str],
-    criterion: Criterion,
+    criterion: str,
     normalise: Normalise = "size",
     wanted: Traces | None = None,
-) -> list[Point]:
+) -> list[MixturePoint]:
     """Score mixtures; `traces.erank_PL` belongs to these points, with the general pool as one more at the end.
 
-    wanted: traces of the texts that will be evaluated, the target of "family" (default: the sources' own).
+    wanted: traces of the texts that will be evaluated, the target "family" (default: the sources' own).
     """
     vectors_SL = traces.vectors(normalise)
-    if criterion == "family":
+    part = pick(CRITERIA, criterion, "mixture criterion")
+    if part.target == "family":
         target_L = torch.nn.functional.normalize((wanted or traces).vectors(normalise), dim=1).mean(0)
     else:
         target_L = pool(traces.sources, [name for name in traces.sources if name not in general]) @ vectors_SL
     alignment_P = torch.cosine_similarity(points_PS @ vectors_SL, target_L[None], dim=1, eps=1e-300)
     ratio_P = None if traces.erank_PL is None else (traces.erank_PL[:-1] / traces.erank_PL[-1]).mean(1)
-    score_P = alignment_P
-    if criterion in RANKED:
-        assert ratio_P is not None, "the traces were collected without effective ranks"
-        # a cosine is at most 1: a mixture that lost too much rank comes after all that did not
-        kept_P = -2.0 * (ratio_P < LEAST_RANK)
-        score_P = alignment_P + (DIVERSITY * ratio_P if criterion == "aligned-diverse" else kept_P)
+    score_P = part(alignment_P, ratio_P)
     return [
-        Point(
+        MixturePoint(
             tuple(shares_S.tolist()),
             float(score_P[index]),
             float(alignment_P[index]),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from polybit.compress.blocks import Whole
 from polybit.core.affine import QWeight
-from polybit.measure.probe import Probe, counted_log_probabilities, read_losses
+from polybit.measure.probe import ProbeText, counted_log_probabilities, read_losses
 from polybit.nn.convert import Target
 
 Array = NDArray[np.float64]
@@ -46,7 +46,7 @@ class PlanLoss:
     distributions at the counted tokens.
     """
 
-    def __init__(self, model: nn.Module, probes: Sequence[Probe], targets: Sequence[Target], bank: Bank) -> None:
+    def __init__(self, model: nn.Module, probes: Sequence[ProbeText], targets: Sequence[Target], bank: Bank) -> None:
         self.whole = Whole(model, tuple(targets))
         self.probes, self.bank = tuple(probes), bank
         self.kept: dict[tuple[int, int], Tensor] = {}

@@ -1,4 +1,4 @@
-"""Probe: the text a sensitivity is read on, and which of its tokens count."""
+"""The text a sensitivity is read on, and which of its tokens count."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polybit.data.batches import buckets, pad
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class ProbeText:
     """Rows of token ids in batches [B, T], padded on the right, and which tokens are predicted and count, bool [B, T].
 
     One row is one item: a window of text, or a question with its answer. The first token of a row never counts,
@@ -41,18 +41,18 @@ class Probe:
         return digest.hexdigest()
 
 
-def text_probe(name: str, windows_NT: Tensor, *, batch: int = 4) -> Probe:
+def text_probe(name: str, windows_NT: Tensor, *, batch: int = 4) -> ProbeText:
     """Windows of text in which every token but the first counts."""
     if not len(windows_NT):
         raise PolybitError(f"the text {name!r} gives 0 windows: give a longer text")
     counted_NT = torch.ones_like(windows_NT, dtype=torch.bool)
     counted_NT[:, 0] = False
-    return Probe(name, tuple(windows_NT.split(batch)), tuple(counted_NT.split(batch)))
+    return ProbeText(name, tuple(windows_NT.split(batch)), tuple(counted_NT.split(batch)))
 
 
 def answer_probe(
     name: str, rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, padding: int = 0, tokens: int = 2048
-) -> Probe:
+) -> ProbeText:
     """Questions with answers: per row its token ids and which of them the answer wrote; batches of up to `tokens`."""
     if not rows:
         raise PolybitError(f"the task {name!r} has 0 items: give at least one question with its answer")
@@ -71,7 +71,7 @@ def answer_probe(
             f"{empty} of {len(rows)} items of the task {name!r} have no answer token to read a loss on: give every "
             "item an answer that fits the model's context"
         )
-    return Probe(name, tuple(ids), tuple(counted))
+    return ProbeText(name, tuple(ids), tuple(counted))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from polybit.compress.blocks import Block, as_stored, find_blocks, parameter_name, run_blocks
 from polybit.compress.stats import HOOKED, plain_experts
 from polybit.core.records import LayerStats
-from polybit.measure.probe import Probe, counted_log_probabilities, read_losses
+from polybit.measure.probe import ProbeText, counted_log_probabilities, read_losses
 from polybit.nn.convert import Target
 
 Array = NDArray[np.float64]
@@ -53,18 +53,19 @@ class BlockReading:
 
 def measure_layers(
     model: nn.Module,
-    probes: Sequence[Probe],
+    probes: Sequence[ProbeText],
     targets: Sequence[Target],
     candidates: Candidates,
     *,
     calibration: Sequence[Tensor] = (),
     only: Collection[int] | None = None,
+    seed: int = 0,
 ) -> Iterator[BlockReading]:
     """Quantize each layer of each decoder block by itself and read the loss of every probe; block by block.
 
     candidates(target, weight, stats): the weights to try, by width; stats are those of the layer's float input over
     `calibration` (batches of token ids), None where none is given · only: indices of the blocks to measure, default
-    all; the others are walked through, so that several processes can share the work.
+    all; the others are walked through, so that several processes can share the work · seed: nothing is drawn.
     One-at-a-time sensitivities as TASA (arXiv 2607.00908) §3 takes them. The model is never changed.
     """
     batches = [ids_BT for probe in probes for ids_BT in probe.ids]
@@ -86,7 +87,7 @@ def measure_layers(
 def measure_block(
     block: Block,
     modules: nn.ModuleList,
-    probes: Sequence[Probe],
+    probes: Sequence[ProbeText],
     candidates: Candidates,
     stats: Mapping[str, LayerStats],
     *,

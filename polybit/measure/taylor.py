@@ -7,7 +7,7 @@ itself. With g the gradient at the layer's output and x its input, that is 1/2 m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.nn.functional import log_softmax
 from polybit.compress.blocks import Block, find_blocks, run_blocks
 from polybit.compress.stats import HOOKED
 from polybit.core.runtime import PolybitError
-from polybit.measure.probe import Probe
+from polybit.measure.probe import ProbeText
 from polybit.measure.sensitivity import BlockReading, Candidates, answers_with_tuple, entered
 from polybit.nn.convert import Target
 
@@ -27,20 +27,21 @@ PASSES = 2  # label draws; each costs one backward pass more
 
 def estimate_layers(
     model: nn.Module,
-    probes: Sequence[Probe],
+    probes: Sequence[ProbeText],
     targets: Sequence[Target],
     candidates: Candidates,
     *,
     calibration: Sequence[Tensor] = (),
+    only: Collection[int] | None = None,
     passes: int = PASSES,
     seed: int = 0,
-) -> list[BlockReading]:
+) -> Iterator[BlockReading]:
     """Second-order estimates of what `sensitivity.measure_layers` measures, in the same form (`nll` = `kl`).
 
     Fisher information with labels drawn from the model (Amari 1998), tokens of one row taken as independent: the sum
     over t of (g_t' E x_t)^2, which has a hundredth of the variance of the square of the sum. One forward walk, then per
     drawn label one forward and backward, block by block from the last to the first: memory is one block's activations
-    of one batch and the hidden states of the probes before every block.
+    of one batch and the hidden states of the probes before every block. `only` saves nothing but the handing over.
     """
     unknown = [target.name for target in targets if target.kind == "experts"]
     if unknown:
@@ -61,14 +62,20 @@ def estimate_layers(
         stats.append(calibrated.stats())
         calibrated.finish()
     draws = [output_gradients(model, modules, probes, last, wraps, seed=seed + at) for at in range(passes)]
-    return [
-        back_through(block, probes, candidates, stats[block.index] if stats else {}, draws)
-        for block in reversed(blocks)
-    ]
+    for block in reversed(blocks):
+        reading = back_through(block, probes, candidates, stats[block.index] if stats else {}, draws)
+        if only is None or block.index in only:
+            yield reading
 
 
 def output_gradients(
-    model: nn.Module, modules: nn.ModuleList, probes: Sequence[Probe], last: Sequence[Tensor], wraps: bool, *, seed: int
+    model: nn.Module,
+    modules: nn.ModuleList,
+    probes: Sequence[ProbeText],
+    last: Sequence[Tensor],
+    wraps: bool,
+    *,
+    seed: int,
 ) -> list[Tensor]:
     """Gradient of the summed loss of labels drawn from the model at the last block's output, [B, T, D] per batch."""
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +96,7 @@ def output_gradients(
 
 def back_through(
     block: Block,
-    probes: Sequence[Probe],
+    probes: Sequence[ProbeText],
     candidates: Candidates,
     stats: Mapping[str, Any],
     draws: Sequence[list[Tensor]],

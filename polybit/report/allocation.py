@@ -9,7 +9,7 @@ from typing import Any
 
 from polybit.report import plots
 from polybit.report.html import machine_text
-from polybit.report.tables import estimate, number
+from polybit.report.tables import aligned, estimate, number
 
 Json = Mapping[str, Any]
 SHOWN = "3"  # width at which sensitivities are drawn, where it was measured
@@ -38,6 +38,34 @@ def page(allocation: Json, mixture: Json | None = None) -> str:
         method=METHOD,
         commands=[],
         machine=machine_text(allocation),
+    )
+
+
+def told(numbers: Json) -> str:
+    """The plan in a few lines, and its proof."""
+    counts = ", ".join(f"{count} at {width}" for width, count in sorted(numbers["layers_by_width"].items()))
+    lines = [f"{numbers['bits_per_weight']:.3f} effective bits per weight; layers: {counts} bits"]
+    for label, agreement in numbers["agreement"].items():
+        halves = ", ".join(f"{k} {'' if v is None else f'{v:.2f}'}" for k, v in agreement["reliability"].items())
+        lines.append(f"Kendall's tau {label}: {estimate(agreement['tau'])} (each with itself, by halves: {halves})")
+    rows = [
+        [row["name"], f"{row['bits']:.3f}", *(number(kl["value"]) for kl in row["kl"].values()), number(row["score"])]
+        for row in numbers["proof"]["rows"]
+    ]
+    probes = list(numbers["proof"]["rows"][0]["kl"])
+    lines.append(aligned(["on held-out text", "bits/weight", *(f"KL {p}" for p in probes), "weighted"], rows))
+    return "\n".join(lines)
+
+
+def warned(numbers: Json) -> str:
+    """What is to be said against a plan that is no better than even bits; empty for a better one."""
+    proof = numbers["proof"]
+    if proof["better_than_uniform"]:
+        return ""
+    return (
+        "this plan is NOT better than spending the bits evenly "
+        f"({number(proof['score'])} against {number(proof['uniform_score'])}): use a uniform width, or read the "
+        "sensitivities on more text (--samples, --items)"
     )
 
 

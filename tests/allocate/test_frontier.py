@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from polybit.allocate.frontier import Option, Point, cheapest_within, evolve, exact, frontier, greedy, price
+from polybit.allocate.frontier import FrontierPoint, Option, cheapest_within, evolve, exact, frontier, greedy, price
 from polybit.core.runtime import PolybitError
 
 KEYS = ("w8a8", "w4a8", "w4a4", "w3a4")
@@ -28,7 +28,7 @@ def everything(t):
 
 
 def test_frontier_by_hand():
-    points = [Point({}, c, h) for c, h in ((1, 9), (2, 5), (2, 6), (3, 5), (4, 1), (5, 2))]
+    points = [FrontierPoint({}, c, h) for c, h in ((1, 9), (2, 5), (2, 6), (3, 5), (4, 1), (5, 2))]
     assert [(p.cost, p.harm) for p in frontier(points)] == [(1, 9), (2, 5), (4, 1)]
     assert frontier([]) == []
 
@@ -77,7 +77,7 @@ def test_evolution_is_seeded_keeps_its_start_and_finds_what_addition_misses():
 
 
 def test_cheapest_within():
-    points = [Point({}, 1, 9), Point({}, 2, 5), Point({}, 3, 5)]
+    points = [FrontierPoint({}, 1, 9), FrontierPoint({}, 2, 5), FrontierPoint({}, 3, 5)]
     assert cheapest_within(points, 6).cost == 2
     with pytest.raises(PolybitError, match="the least is 5"):
         cheapest_within(points, 1)

@@ -8,7 +8,7 @@ import pytest
 
 from polybit.allocate.costs import clean, combine, falling
 from polybit.allocate.groups import fused_groups
-from polybit.allocate.knapsack import Choice, solve
+from polybit.allocate.knapsack import WidthChoice, solve
 from polybit.core.records import CostTable
 from polybit.core.runtime import PolybitError
 
@@ -18,7 +18,7 @@ def draw(rng, layers, widths):
     found = {}
     for at in range(layers):
         size = rng.randint(10, 500)
-        found[f"l{at}"] = {w: Choice(size * (w + 0.25), 2.0 ** (-2 * w) * rng.random() * size) for w in widths}
+        found[f"l{at}"] = {w: WidthChoice(size * (w + 0.25), 2.0 ** (-2 * w) * rng.random() * size) for w in widths}
     return found
 
 
@@ -59,23 +59,23 @@ def test_many_layers_in_a_second(capfd):
 
 
 def test_tiny_harms_are_not_taken_for_rounding():
-    choices = {n: {2: Choice(2, 3e-9 * (at + 1)), 4: Choice(4, 0.0)} for at, n in enumerate("abc")}
+    choices = {n: {2: WidthChoice(2, 3e-9 * (at + 1)), 4: WidthChoice(4, 0.0)} for at, n in enumerate("abc")}
     assert solve(choices, [["a"], ["b"], ["c"]], 8) == {"a": 2, "b": 2, "c": 4}
 
 
 def test_of_equally_harmless_plans_the_smaller_one():
-    choices = {n: {2: Choice(2, 1.0), 4: Choice(4, 1.0)} for n in "ab"}
+    choices = {n: {2: WidthChoice(2, 1.0), 4: WidthChoice(4, 1.0)} for n in "ab"}
     assert solve(choices, [["a"], ["b"]], 100) == {"a": 2, "b": 2}
 
 
 def test_refuses_what_cannot_be():
-    choices = {"a": {2: Choice(2, 1.0)}, "b": {4: Choice(4, 1.0)}}
+    choices = {"a": {2: WidthChoice(2, 1.0)}, "b": {4: WidthChoice(4, 1.0)}}
     with pytest.raises(PolybitError, match="below 6"):
         solve(choices, [["a"], ["b"]], 5)
     with pytest.raises(PolybitError, match="--free-groups"):
         solve(choices, [["a", "b"]], 100)
     with pytest.raises(PolybitError, match="measured as nan"):
-        solve({"a": {2: Choice(2, float("nan"))}}, [["a"]], 5)
+        solve({"a": {2: WidthChoice(2, float("nan"))}}, [["a"]], 5)
 
 
 def test_fused_layers():

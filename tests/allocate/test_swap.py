@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from polybit.allocate.knapsack import Choice, solve
+from polybit.allocate.knapsack import WidthChoice, solve
 from polybit.allocate.swap import improve
 
 
@@ -11,7 +11,8 @@ def problem(seed, layers=6):
     """Additive harms that mislead, and a true loss in which neighbouring layers make each other worse."""
     rng = random.Random(seed)
     choices = {
-        f"l{i}": {w: Choice(10 * w, 4.0 ** (3 - w) * rng.uniform(0.5, 1.5)) for w in (2, 3, 4)} for i in range(layers)
+        f"l{i}": {w: WidthChoice(10 * w, 4.0 ** (3 - w) * rng.uniform(0.5, 1.5)) for w in (2, 3, 4)}
+        for i in range(layers)
     }
     names = list(choices)
 
@@ -57,6 +58,6 @@ def test_groups_stay_together_and_evaluations_are_counted():
 
 
 def test_a_perfect_plan_is_left_alone():
-    choices = {n: {2: Choice(2, 1.0), 3: Choice(3, 0.5)} for n in "ab"}
+    choices = {n: {2: WidthChoice(2, 1.0), 3: WidthChoice(3, 0.5)} for n in "ab"}
     found = improve({"a": 3, "b": 2}, choices, [["a"], ["b"]], 5, lambda plan: 0.0)
     assert found.widths == {"a": 3, "b": 2}

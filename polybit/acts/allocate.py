@@ -1,0 +1,178 @@
+"""Spend a budget of bits on the layers that need them: read harms, solve, improve, prove, write the plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from polybit.acts.allocate_proof import agreements, front, layer_rows, proof
+from polybit.allocate.budget import bits_of, check_mean, choices_of, pinned
+from polybit.allocate.costs import harms
+from polybit.allocate.groups import fused_groups
+from polybit.allocate.knapsack import solve
+from polybit.allocate.swap import improve
+from polybit.compress import text
+from polybit.core.affine import Grid, ZeroKind
+from polybit.core.plan import Plan
+from polybit.core.precision import Precision, parse_widths
+from polybit.core.records import Run, read_run
+from polybit.core.runtime import atomic_path, write_json
+from polybit.data.answers import EMBEDDED as EMBEDDED_TASKS
+from polybit.hub.load import load_float
+from polybit.hub.models import is_embedded, own_name, resolve
+from polybit.hub.workspace import model_digest
+from polybit.measure.kept import MeasuredSignals, SensitivityTask, default_cache, measured
+from polybit.measure.plan_loss import PlanLoss
+from polybit.measure.plan_score import PlanScore
+from polybit.measure.probe_texts import ProbePair, check_names, general_probe, task_probe
+from polybit.measure.quantizing import Quantizing, knobs_of, measurable
+from polybit.nn.convert import Target, targets
+from polybit.options.allocate import AllocateOptions, read_pin
+from polybit.options.checks import plain
+from polybit.report.allocation import page
+from polybit.report.plots import figure
+
+SWEEPS = 2  # of descent after GPTQ: ranks layers like 6 (tau 0.9 even with 0) in a third of the seconds
+FRONT = 12  # budgets of the front of loss against bits
+
+
+def allocate(model: str, options: AllocateOptions) -> Run:
+    """Spend `bits` per weight on the layers of MODEL where the tasks and the general text need them.
+
+    Writes a plan for `quantize`. Sensitivities are measured once and kept for every later budget; interrupted runs go
+    on where they stopped.
+    """
+    Grid(min(parse_widths(options.widths)), options.group_size)  # a group size that cannot be is said first
+    if options.report is not None:
+        figure()  # a missing library is said before the work, not after it
+    mixture = read_run(options.mix, "mix") if options.report is not None and options.mix is not None else None
+    run = Run("allocate", {"model": model, **plain(options)})
+    with run.timed():
+        document, run.numbers = solved(model, options)
+    write_json(options.out, document)
+    if options.report is not None:
+        with atomic_path(options.report) as staged:
+            staged.write_text(page(run.to_json(), mixture), encoding="utf-8")
+    return run
+
+
+def solved(name: str, options: AllocateOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the plan's document, the run's numbers)."""
+    model, tokenizer = load_float(resolve(name), trust_remote_code=options.trust_remote_code)
+    model.requires_grad_(False)
+    chosen = measurable(model, name)
+    total = sum(target.size for target in chosen)
+    quantizing = quantizing_of(options)
+    bits = quantizing.bits(chosen)
+    check_mean(options.bits, bits, total, options.group_size)
+    pins = pinned([read_pin(pin) for pin in options.pin or ()], list(bits), quantizing.widths)
+    general, tasks = read_texts(model, tokenizer, name, options)
+    found = read_harms(model, name, chosen, [*general, *tasks], quantizing, options)
+    labels = [pair.search.name for pair in general], [pair.search.name for pair in tasks]
+    table = harms({probe: s.table(options.signal) for probe, s in found.signals.items()}, *labels, options.beta)
+    choices, groups = choices_of(bits, table, pins), fused_groups(bits, free=options.free_groups)
+    search, judge = (
+        PlanScore(
+            PlanLoss(model, [getattr(pair, part) for pair in (*general, *tasks)], chosen, found.bank),
+            general=labels[0],
+            tasks=labels[1],
+            beta=options.beta,
+        )
+        for part in ("search", "proof")
+    )
+    plan, steps = solve(choices, groups, options.bits * total), {"evaluations": 0, "history": []}
+    if options.refine:
+        done = improve(plan, choices, groups, options.bits * total, search, evaluations=options.refine)
+        plan, steps = done.widths, {"evaluations": done.evaluations, "history": done.history}
+    proved = proof(plan, choices_of(bits, table, {}), total, judge, seed=options.seed)
+    document = {
+        "made_for": {"model": own_name(name), "layers": len(chosen), "weights": total},
+        "bits_per_weight": round(bits_of(plan, choices) / total, 4),
+        "group_size": options.group_size,
+        "zero": quantizing.zero,
+        "better_than_uniform": proved["better_than_uniform"],
+        "plan": plan_json(plan, [t.name for t in targets(model) if t.name not in plan]),
+    }
+    numbers = {
+        "budget": options.bits,
+        "bits_per_weight": bits_of(plan, choices) / total,
+        "group_size": options.group_size,
+        "zero": quantizing.zero,
+        "layers": layer_rows(chosen, plan, groups, found.signals),
+        "layers_by_width": {str(w): n for w, n in sorted(Counter(plan.values()).items())},
+        "tasks": labels[1],
+        "general": labels[0],
+        "agreement": agreements(found.signals, *labels, seed=options.seed),
+        "cost": found.cost,
+        "refinement": steps,
+        "proof": proved,
+        "front": front(choices, groups, total, judge, FRONT),
+        "plan": document["plan"],
+    }
+    return document, numbers
+
+
+def quantizing_of(options: AllocateOptions) -> Quantizing:
+    """How layers are harmed while sensitivities are read."""
+    zero: ZeroKind = "group" if options.asymmetric else "centre"  # as the file that learned rounding makes
+    widths = tuple(sorted(parse_widths(options.widths)))
+    knobs = knobs_of(options.method, descent_sweeps=SWEEPS)
+    return Quantizing(widths, options.method, options.group_size, zero, knobs)
+
+
+def read_texts(model, tokenizer, name: str, options: AllocateOptions) -> tuple[list[ProbePair], list[ProbePair]]:
+    """(general texts, tasks), part of each kept for the proof."""
+    embedded = is_embedded(name)
+    length = text.window_length(model, options.window)
+    sources = options.general or [text.AUTO]
+    general = [
+        general_probe(
+            model,
+            tokenizer,
+            source,
+            samples=options.samples,
+            calibrate=-(-options.calibration_samples // len(sources)),
+            length=length,
+            seed=options.seed,
+            embedded=embedded,
+        )
+        for source in sources
+    ]
+    asked = options.tasks if options.tasks is not None else (list(EMBEDDED_TASKS) if embedded else [])
+    tasks = [
+        task_probe(model, tokenizer, source, items=options.items, length=length, seed=options.seed) for source in asked
+    ]
+    check_names([*general, *tasks])
+    return general, tasks
+
+
+def read_harms(
+    model,
+    name: str,
+    chosen: Sequence[Target],
+    texts: Sequence[ProbePair],
+    quantizing: Quantizing,
+    options: AllocateOptions,
+) -> MeasuredSignals:
+    """Sensitivities of the layers on all texts, from the cache where they were measured before."""
+    task = SensitivityTask(
+        resolve(name),
+        options.trust_remote_code,
+        tuple(chosen),
+        tuple(pair.search for pair in texts),
+        tuple(batch for pair in texts for batch in pair.calibration),
+        quantizing,
+        options.sensitivity,
+        options.seed,
+    )
+    cache = options.cache or default_cache()
+    return measured(model, task, model_digest(model), cache, workers=options.workers, restart=options.restart)
+
+
+def plan_json(plan: Mapping[str, int], outside_blocks: Sequence[str]) -> dict[str, Any]:
+    """The plan as it is written: every layer by name, no default, so that a layer left out is noticed."""
+    layers = {layer: Precision(w=width) for layer, width in plan.items()} | dict.fromkeys(outside_blocks, Precision())
+    value = Plan(layers=layers).to_json()
+    value.pop("default")
+    return value
