@@ -7,6 +7,23 @@ which those widths never asked for. Here width b has a latent weight of its own,
 
 may only differ from it in the bits that a does not read. Widths above the widest trained one keep the bits of the start
 as far as these cells allow: a weight whose narrow codes did not change reads as before, to the last bit.
+
+Two weights with codes 9 and 5 of 4 bits, trained at 4 and 2 bits. At 2 bits they are codes 2 and 1, which stand for the
+cells 8 to 11 and 4 to 7. Pushed up by 5, the latent weights of 4 bits reach the ends of these cells and no further, so
+2 bits read what they read before:
+
+    >>> import torch
+    >>> q = QWeight(torch.tensor([[9, 5]], dtype=torch.uint8), torch.tensor([[1.0]]), torch.tensor([[8.0]]), 4, 0)
+    >>> chain = Chain(q, Grid(4, 0, "group"), (4, 2), q.dequantize())
+    >>> _ = chain.latents["4"].data.add_(5 / PACE[4])
+    >>> chain.encode().codes_OI.tolist(), (chain.encode().codes_OI >> 2).tolist()
+    ([[11, 7]], [[2, 1]])
+
+When those of 2 bits move by one cell, 4 bits come free:
+
+    >>> _ = chain.latents["2"].data.add_(4 / PACE[2])
+    >>> chain.encode().codes_OI.tolist(), (chain.encode().codes_OI >> 2).tolist()
+    ([[14, 10]], [[3, 2]])
 """
 
 from __future__ import annotations
