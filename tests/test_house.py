@@ -1,6 +1,7 @@
 """The plan of the house is a test: who may import whom, and which third-party library enters by which door."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,29 @@ def test_file_names_do_not_nearly_repeat():
         for stem, after in zip(stems, stems[1:], strict=False):
             close = after.removeprefix(stem.rstrip("e"))
             assert close not in ("d", "ed", "ion", "ation", "s", "es", "ing"), f"{room.name}: {stem} and {after}"
+
+
+def rooms_of(page: str) -> dict[str, str]:
+    """The paragraphs of docs/house.md under `### room: …`; the last one, of the package itself, as ""."""
+    parts = re.split(r"^### (.+)\n", page.partition("## Rooms")[2].partition("\n## ")[0], flags=re.MULTILINE)[1:]
+    return {
+        title.partition(":")[0] if ":" in title else "": text
+        for title, text in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def test_the_house_page_names_every_file():
+    """Each file stands in its room's paragraph, and no file that is gone."""
+    rooms = rooms_of((ROOT / "docs" / "house.md").read_text())
+    names: dict[str, set[str]] = {}
+    for path in FILES:
+        inside = path.relative_to(PACKAGE).parts
+        if path.name != "__init__.py":
+            names.setdefault(inside[0] if len(inside) > 1 else "", set()).add(path.stem)
+    for room, stems in names.items():
+        said = set(re.findall(r"`(\w+)`", rooms.get(room, "")))
+        assert not stems - said, f"docs/house.md does not name {sorted(stems - said)} of {room or 'the package'}"
+        assert room == "" or not said - stems, f"docs/house.md names {sorted(said - stems)}, not in {room}"
 
 
 def test_verbs_wrap_the_library():
