@@ -10,6 +10,9 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "allocate": "polybit.library",
+    "columns": "polybit.library",
+    "frontier": "polybit.library",
+    "mix": "polybit.library",
     "generate": "polybit.library",
     "bench": "polybit.library",
     "cost": "polybit.library",

@@ -15,8 +15,11 @@ from polybit.core.parts import load
 from polybit.options.allocate import AllocateOptions
 from polybit.options.attack import AttackOptions
 from polybit.options.bench import BenchOptions
+from polybit.options.columns import ColumnsOptions
 from polybit.options.cost import CostOptions
+from polybit.options.frontier import FrontierOptions
 from polybit.options.generate import GenerateOptions
+from polybit.options.mix import MixOptions
 
 if TYPE_CHECKING:  # importing polybit loads no torch
     from polybit.core.records import Run
@@ -76,3 +79,6 @@ attack = act(
     AttackOptions, "polybit.acts.attack:attack", "Attack a checkpoint at each width and answer at every other."
 )
 allocate = act(AllocateOptions, "polybit.acts.allocate:allocate", "Spend a budget of bits where it matters.")
+mix = act(MixOptions, "polybit.acts.mix:mix", "Find the mixture of texts to calibrate on.")
+columns = act(ColumnsOptions, "polybit.acts.columns:columns", "Search widths inside layers and write them as a plan.")
+frontier = act(FrontierOptions, "polybit.acts.frontier:frontier", "Draw the best precision per layer at every cost.")

@@ -252,14 +252,15 @@ def answers_of(
 
 def search_frontier(checkpoint: str, config: StudyConfig) -> dict[str, Any]:
     """The frontier over the presets' precisions and their crosses, by bit operations."""
-    from polybit.commands.frontier import FrontierConfig, search
+    from polybit.acts.frontier import searched
+    from polybit.options.frontier import FrontierOptions
 
     found = [plan.default for plan in preset_plans(config).values()]
     crossed = {f"w{w}a{a}" for w in {p.w for p in found} for a in {p.a for p in found} if a < 16}
     names = sorted(crossed | {str(p) for p in found})
-    return search(
+    return searched(
         checkpoint,
-        FrontierConfig(
+        FrontierOptions(
             out=config.out, presets=",".join(names), cost="bitops", windows=4, window=96, points=6,
             evaluations=config.evaluations, trust_remote_code=config.trust_remote_code,
         ),

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from polybit.acts.columns_search import ColumnSearch, search_layer
 from polybit.cli import main
-from polybit.commands.columns import ColumnsConfig, search_layer
 from polybit.compress.loop import Recipe, quantize_layer
 from polybit.compress.plan_files import check_plan, fixed_preset, read_plan, write_plan
 from polybit.core.affine import Grid
@@ -31,20 +31,19 @@ def loud_half(seed: int = 0):
 
 
 @pytest.mark.parametrize("search", ["ranked", "spend"])
-def test_bits_go_where_the_inputs_are_loud(search, tmp_path):
+def test_bits_go_where_the_inputs_are_loud(search):
     weight_OI, seen = loud_half()
-    config = ColumnsConfig(out=tmp_path / "p.json", bits=3, block=16, group_size=16, search=search)
-    found = search_layer(weight_OI, seen, 3.0, config)
+    found = search_layer(weight_OI, seen, 3.0, ColumnSearch(block=16, group_size=16, how=search))
     assert sum(found.offsets) == 0 and min(found.offsets[:2]) >= 1 and max(found.offsets[2:]) <= -1
     assert found.harm < 0.6 * found.tried[0][1]
 
 
-def test_quiet_layers_are_left_alone(tmp_path):
+def test_quiet_layers_are_left_alone():
     draw = torch.Generator().manual_seed(1)
     weight_OI, seen = torch.randn(24, 64, generator=draw), stats(torch.randn(512, 64, generator=draw))
-    config = ColumnsConfig(out=tmp_path / "p.json", bits=3, block=16, group_size=16)
-    assert search_layer(weight_OI, seen, 3.0, config).offsets == (0, 0, 0, 0)
-    halves = search_layer(weight_OI, seen, 3.5, config).offsets
+    asked = ColumnSearch(block=16, group_size=16)
+    assert search_layer(weight_OI, seen, 3.0, asked).offsets == (0, 0, 0, 0)
+    halves = search_layer(weight_OI, seen, 3.5, asked).offsets
     assert sum(halves) == 2 and set(halves) <= {-1, 0, 1}
 
 

@@ -1,0 +1,145 @@
+"""Search widths inside layers, for a plan that spends each layer's bits on the columns that need them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from polybit.acts.columns_search import ColumnSearch, search_layers
+from polybit.allocate.columns import Split, base_width, block_lengths, ranked_offsets
+from polybit.compress import text
+from polybit.compress.blocks import Whole
+from polybit.compress.loop import Nowhere, compress
+from polybit.compress.mix_files import gather_either
+from polybit.compress.plan_files import LEAST_GROUP, check_document, check_plan, read_plan, write_plan
+from polybit.compress.recipe import choose, largest_width
+from polybit.compress.sorting import sort_model
+from polybit.core.plan import ColumnWidths, Plan
+from polybit.core.records import Run
+from polybit.core.runtime import PolybitError
+from polybit.hub.load import load_float
+from polybit.hub.models import is_embedded, resolve
+from polybit.measure.mixture_truth import harm
+from polybit.nn.convert import Target, targets
+from polybit.options.checks import plain
+from polybit.options.columns import ColumnsOptions
+
+
+def columns(model: str, options: ColumnsOptions) -> Run:
+    """Search widths for blocks of columns inside the layers of MODEL and write them as a plan for `quantize`."""
+    if options.group_size < LEAST_GROUP:
+        raise PolybitError(
+            f"--group-size {options.group_size} is too small for widths inside layers: give {LEAST_GROUP} or more"
+        )
+    run = Run("columns", {"model": model, **plain(options)})
+    with run.timed():
+        plan, run.numbers = searched(model, options)
+    write_plan(options.out, plan)
+    return run
+
+
+def searched(name: str, options: ColumnsOptions) -> tuple[Plan, dict[str, Any]]:
+    """Load, calibrate, sort when asked, search layer by layer, check on held-out text: (plan, numbers)."""
+    model, tokenizer = load_float(resolve(name), trust_remote_code=options.trust_remote_code)
+    gathered = gather_either(
+        model,
+        tokenizer,
+        options.calibration,
+        options.mix,
+        samples=options.samples,
+        length=text.window_length(model, options.window),
+        seed=options.seed,
+        embedded=is_embedded(name),
+    )
+    batches = text.batches(gathered.windows_NT, text.BATCH)
+    every = targets(model)
+    base, means = starting_plan(options, every)
+    chosen = [target for target in every if target.name in means]
+    model.requires_grad_(False)
+    if options.sort is not None:
+        sort_model(model, tokenizer, chosen, batches, options.sort)
+    asked = ColumnSearch(options.block, options.group_size, options.search, options.method)
+    splits = search_layers(model, chosen, batches, means, asked)
+    plan = replace(base, columns=column_widths(splits, options.block))
+    checked = check_plans(model, chosen, base, plan, gathered, options)
+    layers = {
+        key: {"offsets": list(s.offsets), "harm": s.harm, "tried": [list(t) for t in s.tried]}
+        for key, s in splits.items()
+    }
+    return (plan if checked["kept"] else base), {"layers": layers, **checked}
+
+
+def starting_plan(options: ColumnsOptions, every: Sequence[Target]) -> tuple[Plan, dict[str, float]]:
+    """The plan without columns, and the mean bits of every layer it quantizes."""
+    if options.plan is None:
+        assert options.bits is not None
+        return Plan.uniform(f"w{base_width(options.bits)}"), {target.name: options.bits for target in every}
+    plan = read_plan(options.plan)
+    check_document(options.plan, every, options.group_size)
+    chosen = check_plan(plan, every, options.group_size)
+    return replace(plan, columns={}), {t.name: plan.bits_of(t.name, t.columns) for t in chosen}
+
+
+def column_widths(splits: Mapping[str, Split], block: int) -> dict[str, ColumnWidths]:
+    """The `columns` of a plan; layers whose blocks all have the layer's width need no entry."""
+    return {name: ColumnWidths(block, split.offsets) for name, split in splits.items() if any(split.offsets)}
+
+
+def check_plans(
+    model: Any,
+    chosen: Sequence[Target],
+    base: Plan,
+    plan: Plan,
+    gathered: text.Calibration,
+    options: ColumnsOptions,
+) -> dict[str, Any]:
+    """KL on held-out windows with the searched columns and without, at equal bits; worse columns are not kept.
+
+    Where the mean is a fraction there is no plan without columns at these bits: the same counts of blocks, taken from
+    left to right, take its place, and the searched plan is kept in any case.
+    """
+    without, fraction = base, options.bits is not None and bool(options.bits % 1)
+    if options.bits is not None and fraction:
+        without = replace(base, columns=counted_widths(chosen, options.bits, options.block))
+    whole = Whole(model, tuple(chosen))
+    found: dict[str, dict[str, float]] = {}
+    for key, tried in (("without", without), ("with", plan)):
+        weights, bits = quantized_by(model, chosen, gathered.windows_NT, tried, options)
+        measured = harm(whole, weights, gathered.held_out_MT)
+        found[key] = {"kl": measured.kl, "nll": measured.nll, "bits_per_weight": bits}
+    better = found["with"]["kl"] < found["without"]["kl"]
+    return {**found, "better": better, "kept": bool(plan.columns) and (better or fraction)}
+
+
+def counted_widths(chosen: Sequence[Target], mean: float, block: int) -> dict[str, ColumnWidths]:
+    """Widths that reach a fractional mean by counts of blocks alone, the first blocks one bit up."""
+    counted = {}
+    for target in chosen:
+        lengths = block_lengths(target.columns, block)
+        offsets = ranked_offsets([-k for k in range(len(lengths))], lengths, mean, 0)
+        if offsets is not None and any(offsets):
+            counted[target.name] = ColumnWidths(block, offsets)
+    return counted
+
+
+def quantized_by(
+    model: Any, chosen: Sequence[Target], windows_NT: Tensor, plan: Plan, options: ColumnsOptions
+) -> tuple[dict[str, Tensor], float]:
+    """Dequantized weights of a plan, block after block, and effective bits per weight."""
+    recipe = choose(
+        options.method,
+        (largest_width(plan),),
+        options.group_size,
+        asymmetric=None,
+        effort="fast",
+        seed=options.seed,
+        plan=plan,
+    )
+    parts = compress(model, chosen, text.batches(windows_NT, text.BATCH), recipe, Nowhere())
+    codes = {name: q for part in parts for name, q in part.items()}
+    sizes = {target.name: target.size for target in chosen}
+    total = sum(q.bits_per_weight() * sizes[name] for name, q in codes.items())
+    return {name: q.dequantize() for name, q in codes.items()}, total / sum(sizes.values())

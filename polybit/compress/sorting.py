@@ -1,0 +1,41 @@
+"""A model whose feed-forwards have their hidden units sorted by salience: the same function, and blocks that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polybit.compress.stats import collect
+from polybit.core.runtime import PolybitError
+from polybit.hub.directory import check_output, staged_directory
+from polybit.nn.convert import Target
+from polybit.nn.sorting import feed_forwards, sort_units
+from polybit.quant.salience import column_salience
+
+
+def sort_model(model: Any, tokenizer: Any, chosen: Sequence[Target], batches: Sequence[Tensor], out: Path) -> None:
+    """Sort hidden units by salience, most salient first, make sure that the function stayed, and save the model."""
+    check_output(out, overwrite=False)
+    found = feed_forwards(chosen)
+    if not found:
+        raise PolybitError("--sort finds no feed-forward it can sort in this model: leave --sort out")
+    with torch.no_grad():
+        before_BTV = model(batches[0]).logits
+        stats = collect(model, batches, [layers.out for layers in found])
+        for layers in found:
+            salience_I = column_salience(layers.out.weight_OI(model), stats[layers.out.name])
+            sort_units(model, layers, salience_I.argsort(descending=True, stable=True))
+        after_BTV = model(batches[0]).logits
+    gap = float((after_BTV - before_BTV).abs().max() / before_BTV.abs().max())
+    if not gap < 1e-3:
+        raise PolybitError(
+            f"--sort changed the model's logits by {gap:.1e} of their size, so its feed-forwards are of another kind "
+            "than their names say: leave --sort out"
+        )
+    with staged_directory(out, overwrite=False) as stage:
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
