@@ -14,6 +14,8 @@ _PUBLIC = {
     "frontier": "polybit.library",
     "mix": "polybit.library",
     "generate": "polybit.library",
+    "pairs": "polybit.library",
+    "align": "polybit.library",
     "bench": "polybit.library",
     "cost": "polybit.library",
     "attack": "polybit.library",

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from polybit.core.parts import load
+from polybit.options.align import AlignOptions
 from polybit.options.allocate import AllocateOptions
 from polybit.options.attack import AttackOptions
 from polybit.options.bench import BenchOptions
@@ -20,6 +21,7 @@ from polybit.options.cost import CostOptions
 from polybit.options.frontier import FrontierOptions
 from polybit.options.generate import GenerateOptions
 from polybit.options.mix import MixOptions
+from polybit.options.pairs import PairsOptions
 
 if TYPE_CHECKING:  # importing polybit loads no torch
     from polybit.core.records import Run
@@ -62,6 +64,8 @@ def explained(record: Callable[..., object]) -> str:
     return "\n".join(f"{name}: {' '.join(said[name].split())}" for name in order)
 
 
+pairs = act(PairsOptions, "polybit.acts.pairs:pairs", "Answer prompts in float and quantized; keep where they part.")
+align = act(AlignOptions, "polybit.acts.align:align", "Teach a quantized model to answer as its float self.")
 generate = act(GenerateOptions, "polybit.acts.generate:generate", "Answer a prompt with a model at a chosen width.")
 cost = act(CostOptions, "polybit.acts.cost:cost", "Say what a token costs at each precision: counted, read, measured.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,11 @@ class PolybitError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def warn(sentence: str) -> None:
+    """Say on stderr, in one line, what does not stop a run but may surprise."""
+    print(f"polybit: warning: {sentence}", file=sys.stderr)
 
 
 @contextmanager

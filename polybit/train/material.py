@@ -14,7 +14,7 @@ from polybit.core.runtime import PolybitError, track
 from polybit.data.batches import buckets, pad
 from polybit.hub.lm import LocalLM
 from polybit.hub.tensors import read_tensors, write_tensors
-from polybit.train.pairs import Pair, digest_rows, first_divergence
+from polybit.train.pairs import SHARDS, Pair, digest_rows, first_divergence, read_shard, scores_name, summary
 
 WHOLE_VOCABULARY = 1024  # up to here the whole distribution is cached, above it the likeliest tokens and the rest
 TOP = 64
@@ -305,6 +305,18 @@ def read_cache(path: Path, pairs: Sequence[Pair], *, reference: str, pad_token: 
         parts = iter(tensors["rejected_logp"].split(counts))
         rejected[""] = [None if tokens is None else Scored(tokens, next(parts)) for tokens in differing]
     return PairMaterial([pair.prompt for pair in pairs], chosen, rejected, pad_token)
+
+
+def read_material(directory: Path, *, reference: str, pad_token: int) -> PairMaterial:
+    """A finished directory of pairs with their scores; scores of another float model than `reference` are refused."""
+    summary(directory)
+    whole = PairMaterial([], [], {"": []}, pad_token)
+    for number, path in enumerate(sorted(directory.glob(SHARDS))):
+        part = read_cache(directory / scores_name(number), list(read_shard(path)), reference=reference)
+        whole.prompts += part.prompts
+        whole.chosen += part.chosen
+        whole.rejected[""] += part.rejected.get("", [None] * len(part))
+    return whole
 
 
 def rows_digest(material: PairMaterial) -> str:

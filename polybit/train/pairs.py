@@ -15,6 +15,7 @@ from polybit.hub.lm import LocalLM
 
 SUMMARY = "pairs.json"
 SHARDS = "shard-*.jsonl"
+SCORES = "scores-*.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,11 @@ def answer_pairs(
 def shard_name(number: int) -> str:
     """File of a shard."""
     return f"shard-{number:05d}.jsonl"
+
+
+def scores_name(number: int) -> str:
+    """File of the reference's scores of a shard."""
+    return f"scores-{number:05d}.safetensors"
 
 
 def write_shard(path: Path, pairs: Sequence[Pair]) -> None:

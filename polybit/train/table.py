@@ -115,6 +115,16 @@ class TrainingSchedule:
         return load(self.builder)(plans, layers, steps=steps, cycles=cycles, seed=seed)
 
 
+def rates(table: Mapping[str, AnswerObjective]) -> str:
+    """`3e-04 for kd, kd-own; ...`: the default learning rates, for the help of a flag."""
+    found: dict[float, list[str]] = {}
+    for name, part in table.items():
+        found.setdefault(part.rate, []).append(name)
+        if part.static_rate is not None:
+            found.setdefault(part.static_rate, []).append(f"{name} without refresh")
+    return "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in found.items())
+
+
 STATIC_RATE = 1e-5  # of QDPO without refresh: above it likelihood displacement begins (docs/results)
 
 ANSWER_OBJECTIVES: dict[str, AnswerObjective] = {
@@ -123,16 +133,18 @@ ANSWER_OBJECTIVES: dict[str, AnswerObjective] = {
     "flip": AnswerObjective("polybit.train.distill:flip", "kd that looks at flips"),
     "qdpo": AnswerObjective(
         "polybit.train.preference:qdpo",
-        "preference of the float answer",
+        "preference of the float answer to the model's own",
         rate=1e-4,
         static_rate=STATIC_RATE,
         own=True,
         pairs=True,
         prefix=True,
     ),
-    "qdpo+kd": AnswerObjective("polybit.train.preference:qdpo_and_kd", "both at once", rate=1e-4, own=True, pairs=True),
+    "qdpo+kd": AnswerObjective(
+        "polybit.train.preference:qdpo_and_kd", "qdpo and kd at once", rate=1e-4, own=True, pairs=True
+    ),
     "kd-then-qdpo": AnswerObjective(
-        "polybit.train.preference:kd_then_qdpo", "one after the other", rate=1e-4, own=True, pairs=True
+        "polybit.train.preference:kd_then_qdpo", "kd, then both", rate=1e-4, own=True, pairs=True
     ),
 }
 LESSON_OBJECTIVES: dict[str, LessonObjective] = {

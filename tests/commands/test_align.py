@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from polybit.cli import main
-from polybit.commands import pairs as pairs_of
+from polybit.commands.pairs import next_step
 from polybit.core.planes import unpack
 from polybit.hub.checkpoint import describe
 from polybit.hub.load import load
 from polybit.nn.switch import panel
+from polybit.train import answering
 from polybit.train.chain import Chain
 from polybit.train.pairs import read_pairs
 
@@ -64,7 +65,7 @@ def test_pairs_are_counted_and_whole(made):
 
 
 def test_interrupted_pairs_go_on_and_end_the_same(tiny_llama, prompts, made, tmp_path, monkeypatch):
-    plain, seen = pairs_of.PairMaker.__call__, []
+    plain, seen = answering.PairMaker.__call__, []
 
     def interrupt(self, task):
         if len(seen) == 2:
@@ -72,12 +73,14 @@ def test_interrupted_pairs_go_on_and_end_the_same(tiny_llama, prompts, made, tmp
         seen.append(task[0])
         return plain(self, task)
 
-    monkeypatch.setattr(pairs_of.PairMaker, "__call__", interrupt)
+    monkeypatch.setattr(answering.PairMaker, "__call__", interrupt)
     with pytest.raises(SystemExit):
         make(tiny_llama, prompts, tmp_path / "out", "--shard", "5")
     assert not (tmp_path / "out").exists()
     seen.clear()
-    monkeypatch.setattr(pairs_of.PairMaker, "__call__", lambda self, task: (seen.append(task[0]), plain(self, task))[1])
+    monkeypatch.setattr(
+        answering.PairMaker, "__call__", lambda self, task: (seen.append(task[0]), plain(self, task))[1]
+    )
     make(tiny_llama, prompts, tmp_path / "out", "--shard", "5")
     assert seen == [2, 3]
     for path in made.glob("shard-*.jsonl"):
@@ -98,7 +101,7 @@ def test_an_aligned_checkpoint_is_a_plain_one(tiny_llama, made, tmp_path):
     assert row["after"]["kl"] <= row["before"]["kl"] and row["after"]["flips"] <= row["before"]["flips"]
     model, tokenizer = load(tmp_path / "out")
     assert tokenizer is not None
-    rounded = pairs_of.quantized_of(pairs_of.Models(str(tiny_llama), None, "w2", 16))
+    rounded = answering.quantized_of(answering.ModelPair(str(tiny_llama), None, "w2", 16))
     layers = [{name: replace(f, gain=1.0) for name, f in describe(m).layers.items()} for m in (model, rounded)]
     assert layers[0] == layers[1]  # but for one number a layer that the scales are multiplied by
     ours, theirs = ({n: (t.shape, t.dtype) for n, t in m.named_parameters()} for m in (model, rounded))
@@ -226,7 +229,6 @@ def test_pairs_that_cannot_be_meant(tiny_llama, tmp_path, capsys, text, flags, f
 
 
 def test_no_pairs_are_said_with_a_remedy(tmp_path):
-    config = pairs_of.PairsConfig(prompts="p.txt", out=tmp_path / "o")
-    said = pairs_of.next_step("m", config, {"pairs": 0, "precision": "w8"})
+    said = next_step("m", tmp_path / "o", {"pairs": 0, "precision": "w8"})
     assert "All answers are the same at w8" in said and "lower precision" in said
-    assert "polybit align m --pairs" in pairs_of.next_step("m", config, {"pairs": 3, "precision": "w8"})
+    assert "polybit align m --pairs" in next_step("m", tmp_path / "o", {"pairs": 3, "precision": "w8"})

@@ -1,0 +1,238 @@
+"""Teach a quantized model to answer as its float self, and save a checkpoint of the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from polybit.acts.pairs import model_pair
+from polybit.compress.sizes import quantized_layers, stored_bits_per_weight, stored_widths
+from polybit.compress.stats import collect
+from polybit.core.affine import QWeight
+from polybit.core.planes import unpack
+from polybit.core.precision import Precision
+from polybit.core.records import LayerStats, Run
+from polybit.core.runtime import PolybitError, warn
+from polybit.hub.checkpoint import save, verify
+from polybit.hub.directory import check_output, output_lock
+from polybit.hub.load import load_float, load_quantized
+from polybit.hub.models import device_of, own_name
+from polybit.hub.workspace import Workspace, model_digest
+from polybit.nn.convert import targets
+from polybit.nn.linear import QuantLinear
+from polybit.nn.rotation import rotate
+from polybit.nn.switch import set_presets
+from polybit.options.align import AlignOptions
+from polybit.options.checks import plain
+from polybit.options.pairs import SHARD
+from polybit.train.align import Refresh
+from polybit.train.align import run as train
+from polybit.train.answering import Asking, Hands, ModelPair, are_made, make_pairs
+from polybit.train.balance import Balance
+from polybit.train.fit import Course, Outcome
+from polybit.train.latent import freeze
+from polybit.train.material import PairMaterial, read_material
+from polybit.train.pairs import SUMMARY, summary
+from polybit.train.schedules import every, in_turn
+from polybit.train.table import AnswerKnobs
+from polybit.train.widths import FileWidths, settle_kept, trainable_of, widths_of
+
+HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 128
+WINDOWS, LENGTH = 64, 128  # of prompts and answers, for settling the widths that are kept
+FREE = ("out", "overwrite", "restart", "workers", "device", "trust_remote_code")  # options that change no result
+
+
+def align(model: str, options: AlignOptions) -> Run:
+    """Train MODEL (a float model or a polybit checkpoint) to answer as its float self and save it at `options.out`.
+
+    The moment of the run with the fewest held-out flips and the smallest KL is kept, the start if nothing beats it.
+    """
+    run = Run("align", {"model": model, **plain(options)})
+    with run.timed():
+        check_output(options.out, overwrite=options.overwrite)
+        objective = objective_of(options)
+        models = model_pair(
+            model,
+            precision=options.narrowest,
+            reference=options.reference,
+            group_size=options.group_size,
+            trust_remote_code=options.trust_remote_code,
+        )
+        with output_lock(options.out):
+            pairs = options.pairs or asked_first(models, options)
+            run.numbers = align_with(model, models, pairs, objective, options)
+    return run
+
+
+def objective_of(options: AlignOptions) -> Any:
+    """The objective of the method, with its knobs."""
+    knobs = AnswerKnobs(
+        beta=options.beta,
+        loss=options.loss,
+        nll=options.nll,
+        gamma=options.gamma,
+        shared_prefix=options.shared_prefix,
+        steps=options.steps,
+    )
+    return options.objective.build(knobs)
+
+
+def asked_first(models: ModelPair, options: AlignOptions) -> Path:
+    """Pairs of --prompts, beside the output, kept until the checkpoint is complete and taken over by a later run."""
+    assert options.prompts is not None
+    directory = options.out.with_name(f"{options.out.name}.pairs")
+    asking = Asking(prompts=options.prompts, max_tokens=options.max_tokens, shard=SHARD)
+    if not are_made(directory, models, asking):
+        old = (directory / SUMMARY).is_file()
+        hands = Hands(workers=options.workers, device=options.device)
+        make_pairs(models, asking, directory, hands=hands, overwrite=old, restart=options.restart)
+    return directory
+
+
+def align_with(name: str, models: ModelPair, pairs: Path, objective: Any, options: AlignOptions) -> dict[str, Any]:
+    """Training, freezing, saving; returns the numbers of the run."""
+    model, tokenizer = load_float(models.float_name, trust_remote_code=options.trust_remote_code)
+    noted = summary(pairs)
+    widths = chosen_widths(models, str(noted["precision"]), options)
+    digest = model_digest(model)
+    if models.rotation is not None:
+        rotate(model, models.rotation)  # it says the same, in the basis of the codes
+    store = Workspace(options.out, fingerprint(options, models, digest, widths), restart=options.restart)
+    try:
+        material = read_material(pairs, reference=digest, pad_token=tokenizer.pad_token_id or 0)
+        count = options.held_out or max(1, min(HELD_OUT_MOST, int(len(material) * HELD_OUT_SHARE)))
+        halves = material.split(count)
+        stats = statistics(model, halves[0]) if widths.settled else {}
+        trainable = trainable_of(
+            model,
+            widths,
+            None if models.checkpoint is None else start_codes(models.checkpoint, options.trust_remote_code),
+            group_size=options.group_size,
+            adapter=options.adapter,
+            rank=options.rank,
+            scales=options.scales,
+        ).to(device_of(options.device))
+        outcome = train(
+            trainable,
+            halves,
+            objective,
+            widths.trained,
+            out=store.path / "run",
+            course=course_of(options, widths),
+            schedule=in_turn if widths.chained else every,
+            refresh=Refresh(tokenizer, options.refresh, int(noted["max_tokens"])),
+        )
+        settled = settle_kept(trainable, widths.kept, stats, halves[1], outcome)
+        frozen = freeze(trainable.cpu(), widths.trained[0] if options.adapter == "nested" else None)
+        parent = own_name(name if models.checkpoint is None else models.float_name)
+        notes = {"base_model": parent, "aligned": noted_of(options, outcome)}
+        set_named_presets(frozen, widths)
+        saved = save(
+            frozen, options.out, tokenizer=tokenizer, widths=widths.stored, notes=notes, overwrite=options.overwrite
+        )
+        verify(saved, frozen)
+        store.discard()
+    finally:
+        store.close()
+    return numbers_of(outcome, settled, halves) | {"stored_bits_per_weight": stored_bits_per_weight(frozen)}
+
+
+def chosen_widths(models: ModelPair, pairs_at: str, options: AlignOptions) -> FileWidths:
+    """The widths of the run, with a warning where the pairs are of others."""
+    stored: tuple[int, ...] = ()
+    if models.checkpoint is not None:
+        stored = stored_widths(load_quantized(models.checkpoint)[0]) or ()
+    widths = widths_of(
+        options.names, stored, pairs_at, adapter=options.adapter, latents=options.latents, scales=options.scales
+    )
+    if options.objective.pairs and options.refresh == 0 and widths.trained != (pairs_at,):
+        warn(f"the pairs are of {pairs_at}, not of {', '.join(widths.trained)}: answers are only renewed with refresh")
+    return widths
+
+
+def course_of(options: AlignOptions, widths: FileWidths) -> Course:
+    """The course of the run."""
+    return Course(
+        steps=options.steps,
+        batch=options.batch,
+        accumulate=options.accumulate,
+        learning_rate=options.rate,
+        probes=options.probes,
+        seed=options.seed,
+        balance=Balance(options.share),
+        allowed=widths.allowed(options.keep_within),
+        exact=options.keep_within if len(widths.trained) > 1 else 0.0,
+    )
+
+
+def statistics(model: nn.Module, material: PairMaterial) -> dict[str, LayerStats]:
+    """What calibration sees of the float model at every layer, from prompts and their answers."""
+    answered = zip(material.prompts, material.chosen, strict=True)
+    joined = torch.tensor([token for prompt, answer in answered for token in (*prompt, *answer.tokens)])
+    joined = joined[: WINDOWS * LENGTH]
+    length = min(LENGTH, len(joined))
+    ids_NT = joined[: len(joined) // length * length].view(-1, length)
+    kinds = [target for target in targets(model) if target.kind != "embedding"]
+    return collect(model, list(ids_NT.split(8)), kinds)
+
+
+def start_codes(checkpoint: str, trust_remote_code: bool) -> dict[str, QWeight]:
+    """The codes of a checkpoint's layers; one that quantizes more than linear layers is refused."""
+    quantized, _ = load_quantized(checkpoint, trust_remote_code=trust_remote_code)
+    start = {n: unpack(m.planes) for n, m in quantized.named_modules() if isinstance(m, QuantLinear)}
+    left = set(quantized_layers(quantized)) - set(start)
+    if left:
+        raise PolybitError(
+            f"{checkpoint} quantizes {min(left)!r:.120}, which is no linear layer and cannot be trained: "
+            "make the checkpoint without --include-embeddings, from a model without fused experts"
+        )
+    return start
+
+
+def fingerprint(options: AlignOptions, models: ModelPair, digest: str, widths: FileWidths) -> dict[str, Any]:
+    """All that decides the result of a run, so that a resumed one cannot mix two."""
+    told = {key: value for key, value in plain(options).items() if key not in FREE}
+    return {**told, "reference": digest, "checkpoint": models.checkpoint, "presets": list(widths.presets)}
+
+
+def set_named_presets(model: nn.Module, widths: FileWidths) -> None:
+    """Plain widths are presets every checkpoint has; only other names are stored."""
+    plain_ones = {name for name in widths.presets if str(Precision.parse(name)) == name}
+    set_presets(model, {name: plan for name, plan in widths.presets.items() if name not in plain_ones})
+
+
+def noted_of(options: AlignOptions, outcome: Outcome) -> dict[str, Any]:
+    """What a checkpoint says about its alignment."""
+    return {
+        "method": options.method,
+        "steps": options.steps,
+        "learning_rate": options.rate,
+        "refresh_every": options.refresh,
+        "kept": outcome.kept,
+    }
+
+
+def numbers_of(
+    outcome: Outcome, settled: Mapping[str, Any], halves: tuple[PairMaterial, PairMaterial]
+) -> dict[str, Any]:
+    """Numbers of the run: each width before and after, the choice, the history.
+
+    settled: numbers of widths that were kept, after their own bits were chosen again.
+    """
+    assert outcome.picker is not None
+    return {
+        "prompts": {"train": len(halves[0]), "held_out": len(halves[1])},
+        "presets": {
+            name: {"before": dict(outcome.start[name]), "after": dict({**outcome.best, **settled}[name])}
+            for name in outcome.start
+        },
+        "kept": outcome.kept,
+        "stopped": outcome.picker.stopped,
+        "history": outcome.picker.history,
+        "log": outcome.log,
+        "train_seconds": outcome.seconds,
+    }

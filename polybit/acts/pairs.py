@@ -1,0 +1,62 @@
+"""Answer prompts with a float model and its quantized self, and keep where the answers part."""
+
+from __future__ import annotations
+
+from polybit.compress.sizes import base_model, stored_widths
+from polybit.core.precision import FLOAT, Precision
+from polybit.core.records import Run
+from polybit.core.runtime import PolybitError
+from polybit.hub.directory import check_output
+from polybit.hub.models import open_model, resolve
+from polybit.nn.rotation import rotation_of
+from polybit.options.checks import plain
+from polybit.options.pairs import PairsOptions
+from polybit.train.answering import Asking, Hands, ModelPair, make_pairs
+
+DEFAULT_PRECISION = "w4"
+
+
+def pairs(model: str, options: PairsOptions) -> Run:
+    """Have MODEL (a float model, which is then rounded, or a polybit checkpoint with its float model) answer prompts in
+    float and quantized, and write the pairs to `options.out`."""
+    run = Run("pairs", {"model": model, **plain(options)})
+    with run.timed():
+        check_output(options.out, overwrite=options.overwrite)
+        models = model_pair(
+            model,
+            precision=options.precision,
+            reference=options.reference,
+            group_size=options.group_size,
+            trust_remote_code=options.trust_remote_code,
+        )
+        asking = Asking(
+            prompts=options.prompts,
+            limit=options.limit,
+            max_tokens=options.max_tokens,
+            top=options.top,
+            shard=options.shard,
+        )
+        hands = Hands(workers=options.workers, ray=options.ray, device=options.device)
+        run.numbers = make_pairs(
+            models, asking, options.out, hands=hands, overwrite=options.overwrite, restart=options.restart
+        )
+    return run
+
+
+def model_pair(
+    model: str, *, precision: str | None, reference: str | None, group_size: int, trust_remote_code: bool = False
+) -> ModelPair:
+    """Which float model and which quantized one MODEL means; see the flags of these names."""
+    loaded, _ = open_model(model, trust_remote_code=trust_remote_code)
+    widths = stored_widths(loaded)
+    precision = precision or (DEFAULT_PRECISION if widths is None else f"w{min(widths)}")
+    if widths is None:
+        if reference is not None:
+            raise PolybitError(f"--reference {reference}: {model} is itself a float model, leave it out")
+        if not 2 <= Precision.parse(precision).w < FLOAT:
+            raise PolybitError(f"--precision {precision} leaves the weights in float: give w2 to w8")
+        return ModelPair(resolve(model), None, precision, group_size, trust_remote_code)
+    parent = reference or base_model(loaded)
+    if parent is None:
+        raise PolybitError(f"{model} does not say which model it was made from: name it with --reference")
+    return ModelPair(resolve(parent), resolve(model), precision, group_size, trust_remote_code, rotation_of(loaded))

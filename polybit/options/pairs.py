@@ -1,0 +1,53 @@
+"""What `pairs` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from polybit.options.checks import at_least
+
+SHARD = 512  # prompts of a file
+GROUP_SIZE = 64
+MAX_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsOptions:
+    """What is asked, of which two models, and where their answers go."""
+
+    prompts: str
+    """A .txt (one per line), .jsonl, .csv or .tsv file, a named set, or a dataset id (owner/name:config:split)."""
+    out: Path
+    """Directory of the pairs."""
+    precision: str | None = None
+    """Precision of the quantized model, as in w3 (default: a checkpoint's narrowest width, w4 for a float model)."""
+    reference: str | None = None
+    """The float model of a polybit checkpoint (default: the one it says it was made from)."""
+    group_size: int = GROUP_SIZE
+    """Weights that share a scale where MODEL is a float model: it is then rounded to nearest."""
+    limit: int | None = None
+    """At most so many prompts."""
+    max_tokens: int = MAX_TOKENS
+    """Longest answer."""
+    top: int | None = None
+    """Likeliest tokens of the float model to keep per token (default: all of a vocabulary up to 1024, else 64)."""
+    shard: int = SHARD
+    """Prompts per file; a run that is interrupted goes on after its last file."""
+    workers: int = 1
+    """Processes to spread the work over, each with both models."""
+    ray: bool = False
+    """Spread the work over a Ray cluster instead of processes of this machine."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where both models answer (auto: a GPU where there is one)."""
+    overwrite: bool = False
+    """Replace existing pairs at --out."""
+    restart: bool = False
+    """Forget what an interrupted run has finished instead of going on from there."""
+    trust_remote_code: bool = False
+    """Allow code that the model's repository brings."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out))
+        at_least(self, max_tokens=1, shard=1, workers=1, limit=2, top=2)

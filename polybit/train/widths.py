@@ -1,0 +1,144 @@
+"""Which widths of a file an alignment trains, which it keeps, and the trainable model for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from polybit.core.affine import QWeight
+from polybit.core.plan import Plan
+from polybit.core.records import LayerStats
+from polybit.core.runtime import PolybitError
+from polybit.train.chain import Chain
+from polybit.train.fit import Outcome
+from polybit.train.latent import Freedom, latent_layers, make_trainable
+from polybit.train.latent import settle as settle_bits
+from polybit.train.material import PairMaterial
+from polybit.train.probe import AnswerProbe, forget
+from polybit.train.straight import Scales
+
+NARROW = 4  # wider ones answer like the float model already: by default they are kept, not trained
+
+
+@dataclass(frozen=True)
+class FileWidths:
+    """presets: name -> Plan of every width of the file to be · trained: those that are trained, widest first · chained:
+    whether each has a latent weight of its own in one code."""
+
+    presets: Mapping[str, Plan]
+    trained: tuple[str, ...]
+    chained: bool
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Widths of the file that are not trained."""
+        return tuple(name for name in self.presets if name not in self.trained)
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The trained widths as numbers."""
+        return tuple(self.presets[name].default.w for name in self.trained)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """All widths as numbers, widest first."""
+        return tuple(sorted({plan.default.w for plan in self.presets.values()}, reverse=True))
+
+    @property
+    def settled(self) -> bool:
+        """Whether there are kept widths wider than all trained ones, whose own bits may be chosen again."""
+        return self.chained and any(self.presets[name].default.w > max(self.bits) for name in self.kept)
+
+    def allowed(self, nats: float) -> dict[str, float]:
+        """What every kept width may lose."""
+        return dict.fromkeys(self.kept, nats)
+
+
+def widths_of(
+    asked: Sequence[str],
+    stored: Sequence[int],
+    pairs_at: str,
+    *,
+    adapter: Literal["none", "nested"],
+    latents: Literal["own", "shared"],
+    scales: Scales | None,
+) -> FileWidths:
+    """The widths of a run. A nested checkpoint keeps all it has; a fixed one and a float model have those asked for.
+
+    asked: names, widest first; none = the narrow ones stored, or that of the pairs · stored: widths of the checkpoint,
+    none for a float model · pairs_at: the precision the pairs were made at.
+    """
+    there = [f"w{bits}" for bits in stored]
+    unknown = [name for name in asked if there and name not in there]
+    if unknown:
+        raise PolybitError(
+            f"the checkpoint does not hold {', '.join(unknown)}: align {', '.join(there)} or make another"
+        )
+    narrow = [name for name in there if int(name[1:]) <= NARROW]
+    names = list(asked) or narrow or there or [pairs_at]
+    if adapter == "nested" and len(names) > 1:
+        raise PolybitError(
+            "--adapter nested gives every width weights of its own: align one width at a time, or use --adapter none"
+        )
+    chained = adapter == "none" and latents == "own" and max(len(there), len(names)) > 1
+    if chained and scales not in (None, "frozen"):
+        raise PolybitError(
+            f"--scales {scales} moves what all widths of the file share: leave it out, or add --latents shared"
+        )
+    every = sorted({*there, *names}, key=lambda name: -int(name[1:])) if chained else names
+    return FileWidths({name: Plan.uniform(name) for name in every}, tuple(names), chained)
+
+
+def trainable_of(
+    model: nn.Module,
+    widths: FileWidths,
+    start: Mapping[str, QWeight] | None,
+    *,
+    group_size: int,
+    adapter: Literal["none", "nested"],
+    rank: int,
+    scales: Scales | None,
+) -> nn.Module:
+    """The trainable model: the float weights inside the cells of the start's codes, or of a plain rounding."""
+    plain: Scales = "recomputed" if start is None and len(widths.presets) == 1 else "learned"
+    return make_trainable(
+        model,
+        widths.presets,
+        start=start,
+        group_size=group_size,
+        zero="group",
+        adapter=adapter,
+        freedom=Freedom(
+            scales=scales or ("frozen" if widths.chained else plain),
+            base=adapter == "none",
+            rank=rank,
+            # a checkpoint's codes are compensated: latents at the borders of their cells would undo that in a few steps
+            margin=0.0 if start is None else 0.5,
+            chained=widths.bits if widths.chained else (),
+        ),
+    )
+
+
+def settle_kept(
+    model: nn.Module, kept: tuple[str, ...], stats: Mapping[str, LayerStats], held_out: PairMaterial, outcome: Outcome
+) -> dict[str, dict[str, float]]:
+    """Choose the bits that only kept widths read again, and measure those widths.
+
+    {} where nothing was trained or there are no statistics, and where the kept widths were nearer to the float model
+    before, which is then restored.
+    """
+    if not stats or outcome.best is outcome.start:
+        return {}
+    chains = [code for layer in latent_layers(model).values() for code in layer.codes.values()]
+    before = [(code, code.start_OI) for code in chains if isinstance(code, Chain)]
+    settle_bits(model, stats)
+    found = {name: dict(numbers) for name, numbers in AnswerProbe(held_out, kept)(model).items()}
+    if sum(numbers["kl"] for numbers in found.values()) > sum(outcome.best[name]["kl"] for name in found):
+        for code, start_OI in before:
+            code.start_OI = start_OI
+        found = {}
+    forget(model)
+    return found
