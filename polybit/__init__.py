@@ -19,6 +19,7 @@ _PUBLIC = {
     "bench": "polybit.library",
     "cost": "polybit.library",
     "attack": "polybit.library",
+    "train": "polybit.library",
     "Precision": "polybit.core.precision",
     "Plan": "polybit.core.plan",
     "PolybitError": "polybit.core.runtime",

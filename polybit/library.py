@@ -22,6 +22,7 @@ from polybit.options.frontier import FrontierOptions
 from polybit.options.generate import GenerateOptions
 from polybit.options.mix import MixOptions
 from polybit.options.pairs import PairsOptions
+from polybit.options.train import TrainOptions
 
 if TYPE_CHECKING:  # importing polybit loads no torch
     from polybit.core.records import Run
@@ -86,3 +87,4 @@ allocate = act(AllocateOptions, "polybit.acts.allocate:allocate", "Spend a budge
 mix = act(MixOptions, "polybit.acts.mix:mix", "Find the mixture of texts to calibrate on.")
 columns = act(ColumnsOptions, "polybit.acts.columns:columns", "Search widths inside layers and write them as a plan.")
 frontier = act(FrontierOptions, "polybit.acts.frontier:frontier", "Draw the best precision per layer at every cost.")
+train = act(TrainOptions, "polybit.acts.train:train", "Train one model to be good at several precisions.")

@@ -86,7 +86,7 @@ def study(model: str, /, *, config: Annotated[StudyConfig, Parameter(name="*")])
 
 def check(config: StudyConfig) -> None:
     """Refuse flags that make no sense before anything is loaded."""
-    from polybit.commands.train import read_presets
+    from polybit.compress.plan_files import read_presets
 
     names = arm_names(config)
     if "cdt" not in names:
@@ -140,7 +140,7 @@ def gather(model: str, config: StudyConfig) -> dict[str, Any]:
 
 def preset_plans(config: StudyConfig):
     """Name -> Plan of the presets, as given."""
-    from polybit.commands.train import read_presets
+    from polybit.compress.plan_files import read_presets
 
     return read_presets(config.presets)
 
@@ -174,16 +174,17 @@ def quantized(model: str, config: StudyConfig) -> str:
 
 def trained(source: str, arm: str, seed: int, config: StudyConfig) -> dict[str, Any]:
     """One arm with one seed: its run.json."""
-    from polybit.commands.train import TrainConfig, train
+    from polybit.acts.train import train
     from polybit.hub.files import read_json
+    from polybit.options.train import TrainOptions
 
     out = config.out / f"{arm}-{seed}"
     numbers = out.with_suffix(".json")
     if not numbers.is_file():
-        shared = {field.name for field in fields(StudyConfig)} & {field.name for field in fields(TrainConfig)}
+        shared = {field.name for field in fields(StudyConfig)} & {field.name for field in fields(TrainOptions)}
         flags: dict[str, Any] = {name: getattr(config, name) for name in shared - {"out", "seeds"}}
-        flags |= {"out": out, "seed": seed, "json": numbers, "overwrite": True, "probes": 0, **ARMS[arm]}
-        train(source, config=TrainConfig(**flags))
+        flags |= {"out": out, "seed": seed, "overwrite": True, "probes": 0, **ARMS[arm]}
+        train(source, TrainOptions(**flags)).write(numbers)
     return read_json(numbers)
 
 
@@ -269,13 +270,11 @@ def search_frontier(checkpoint: str, config: StudyConfig) -> dict[str, Any]:
 
 def attacked(checkpoint: str, presets: Sequence[str], config: StudyConfig) -> dict[str, Any]:
     """The transfer matrix of the trained checkpoint, and the verdict on drawing a precision."""
-    from polybit.commands.attack import AttackConfig, measure
+    from polybit.acts.attack import attack
+    from polybit.options.attack import AttackOptions
 
     if not config.attack_items:
         return {}
     squad = config.squad
-    return measure(
-        checkpoint,
-        AttackConfig(squad=squad, items=config.attack_items, precision=",".join(presets), steps=4, tries=8),
-        [0],
-    )
+    options = AttackOptions(squad=squad, items=config.attack_items, precision=",".join(presets), steps=4, tries=8)
+    return attack(checkpoint, options).numbers

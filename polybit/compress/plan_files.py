@@ -36,6 +36,20 @@ def read_plan(path: Path) -> Plan:
         raise PolybitError(f"--plan {path}: {error}") from None
 
 
+def read_presets(text: str) -> dict[str, Plan]:
+    """Name -> Plan from `A=w8a8,B=w4a4,C=plan.json`; a bare precision is its own name."""
+    found: dict[str, Plan] = {}
+    for part in (part.strip() for part in text.split(",") if part.strip()):
+        name, _, value = part.partition("=")
+        name, value = name.strip(), value.strip() or name.strip()
+        if name in found:
+            raise PolybitError(f"--presets names {name!r:.60} twice: give every preset a name of its own")
+        found[name] = read_plan(Path(value)) if value.endswith(".json") else Plan.uniform(value)
+    if not found:
+        raise PolybitError("--presets is empty: give names and precisions, as in A=w8a8,B=w4a4")
+    return found
+
+
 def write_plan(path: Path, plan: Plan, remarks: Mapping[str, Any] | None = None) -> None:
     """Write a plan for people: one line per layer. With `remarks` the plan stands under "plan" beside them."""
     from polybit.core.runtime import atomic_path

@@ -1,0 +1,140 @@
+"""One model made good at several precisions, saved as one checkpoint with its presets."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from polybit.acts.train_heads import HEADS
+from polybit.acts.train_start import Pupil
+from polybit.compress.plan_files import read_presets
+from polybit.compress.sizes import quantized_layers
+from polybit.core.plan import Plan
+from polybit.core.records import Run
+from polybit.hub.checkpoint import save, verify
+from polybit.hub.directory import check_output, output_lock
+from polybit.hub.models import device_of
+from polybit.hub.peft import save_peft
+from polybit.hub.workspace import Workspace
+from polybit.options.checks import plain
+from polybit.options.train import TrainOptions
+from polybit.train.balance import Balance
+from polybit.train.fit import Course
+from polybit.train.latent import freeze, latent_layers, quantized_names
+from polybit.train.schedules import choose
+from polybit.train.table import LESSON_OBJECTIVES
+
+WITHOUT_EFFECT = ("out", "overwrite", "restart", "trust_remote_code", "presets", "device")  # on what a run computes
+NOTED = ("method", "schedule", "steps", "batch", "learning_rate", "data", "adapter", "seed")  # in the checkpoint
+
+
+def train(model: str, options: TrainOptions) -> Run:
+    """Train MODEL (a float model or a polybit checkpoint) at all presets, so that one file is good at each."""
+    run = Run("train", {"model": model, **plain(options)})
+    presets = read_presets(options.presets)
+    check_output(options.out, overwrite=options.overwrite)
+    with run.timed():
+        if LESSON_OBJECTIVES[options.method].alone:
+            run.numbers = each_alone(model, options, presets)
+        else:
+            run.numbers = one_run(model, options, presets, options.out)
+    return run
+
+
+def each_alone(model: str, options: TrainOptions, presets: Mapping[str, Plan]) -> dict[str, Any]:
+    """A run and a checkpoint for each preset."""
+    found: dict[str, Any] = {"presets": {}, "saved": [], "training_seconds": 0.0, "kept": {}}
+    for preset, plan in presets.items():
+        numbers = one_run(model, options, {preset: plan}, options.out / preset)
+        found["presets"] |= numbers["presets"]
+        found["saved"] += numbers["saved"]
+        found["training_seconds"] += numbers["training_seconds"]
+        found["kept"][preset] = numbers["kept"]
+    return found
+
+
+def one_run(model: str, options: TrainOptions, presets: Mapping[str, Plan], out: Path) -> dict[str, Any]:
+    """Load, train, freeze, save; the numbers of the run."""
+    check_output(out, overwrite=options.overwrite)
+    head = HEADS[options.head]
+    pupil = head.pupil(model, options, presets)
+    reading = head.reading(pupil, options)
+    with output_lock(out):
+        store = Workspace(out, fingerprint(options, pupil), restart=options.restart)
+        try:
+            pupil.model.to(device_of(options.device))
+            schedule = choose(
+                options.schedule,
+                pupil.plans,
+                quantized_names(pupil.model),
+                steps=options.steps,
+                cycles=options.cycles,
+                seed=options.seed,
+            )
+            before = head.measure(pupil, reading)
+            objective = head.objective(pupil, options)
+            outcome = head.run(pupil, reading, objective, store.path / "run", course(options), schedule)
+            after = head.measure(pupil, reading)
+            pupil.model.cpu()
+            saved = save_all(pupil, out, options)
+            store.discard()
+        finally:
+            store.close()
+    return {
+        "presets": {
+            name: {"plan": plan.to_json(), "start": before[name], "end": after[name]}
+            for name, plan in pupil.plans.items()
+        },
+        "float": before["float"],
+        **reading.counts,
+        "kept": outcome.kept,
+        "training_seconds": round(outcome.seconds, 2),
+        "saved": saved,
+    }
+
+
+def course(options: TrainOptions) -> Course:
+    """How the run goes."""
+    return Course(
+        steps=options.steps,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        probes=options.probes,
+        slack=options.slack,
+        seed=options.seed,
+        balance=Balance(options.balance),
+    )
+
+
+def fingerprint(options: TrainOptions, pupil: Pupil) -> dict[str, Any]:
+    """All that decides the result, so that a resumed run cannot mix two."""
+    flags = {name: value for name, value in plain(options).items() if name not in WITHOUT_EFFECT}
+    return {"model": pupil.digest, **flags, "presets": {name: plan.to_json() for name, plan in pupil.plans.items()}}
+
+
+def save_all(pupil: Pupil, out: Path, options: TrainOptions) -> list[str]:
+    """Freeze and save: one checkpoint, with LoRA adapters beside it, or one per preset for codes of their own."""
+    notes = {"base_model": pupil.parent, "trained": {name: getattr(options, name) for name in NOTED}}
+
+    def one(frozen: nn.Module, path: Path) -> str:
+        wanted = sorted({min(plan.at(n).w for n in layers) for plan in pupil.plans.values()}, reverse=True)
+        stored = max(layer.bits for layer in quantized_layers(frozen).values())
+        widths = tuple(width for width in wanted if width <= stored) or (stored,)
+        saved = save(frozen, path, tokenizer=pupil.tokenizer, widths=widths, notes=notes, overwrite=options.overwrite)
+        verify(saved, frozen)
+        return str(saved)
+
+    model, layers = pupil.model, latent_layers(pupil.model)
+    loras: dict[str, Any] = {}
+    if options.adapter == "lora":
+        loras = {preset: {name: layer.loras[preset] for name, layer in layers.items()} for preset in pupil.plans}
+    if options.adapter == "nested" and len(pupil.plans) > 1:
+        return [one(freeze(copy.deepcopy(model), preset), out / preset) for preset in pupil.plans]
+    saved = [one(freeze(model), out)]
+    for preset, factors in loras.items():
+        saved.append(str(save_peft(factors, out / "adapters" / preset, base_model=pupil.parent)))
+    return saved
