@@ -17,6 +17,7 @@ _PUBLIC = {
     "pairs": "polybit.library",
     "align": "polybit.library",
     "bench": "polybit.library",
+    "evaluate": "polybit.library",
     "cost": "polybit.library",
     "attack": "polybit.library",
     "train": "polybit.library",

@@ -14,7 +14,7 @@ PROMPT = "Drejugair has 20 keys. Kikru has 15 more than Drejugair. How many keys
 STEPS = (
     "plan tinychat",
     "quantize tinychat --out {out}/tinychat --overwrite --json {out}/quantize.json",
-    "eval {out}/tinychat --reference tinychat --tasks reading,arithmetic,dialogue --items {items} "
+    "eval {out}/tinychat --reference tinychat --windows 64 --tasks reading,arithmetic,dialogue --items {items} "
     "--json {out}/eval.json",
     "report {out}/tinychat --eval {out}/eval.json --out {out}/report.html",
 )

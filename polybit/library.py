@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from polybit.core.parts import load
@@ -18,6 +18,7 @@ from polybit.options.attack import AttackOptions
 from polybit.options.bench import BenchOptions
 from polybit.options.columns import ColumnsOptions
 from polybit.options.cost import CostOptions
+from polybit.options.evaluate import EvalOptions
 from polybit.options.frontier import FrontierOptions
 from polybit.options.generate import GenerateOptions
 from polybit.options.mix import MixOptions
@@ -53,12 +54,12 @@ def explained(record: Callable[..., object]) -> str:
     import ast
 
     try:
-        tree = ast.parse(inspect.getsource(record))
+        trees = [ast.parse(inspect.getsource(part)) for part in inspect.getmro(record)[:-1]]  # type: ignore[arg-type]
     except OSError:  # installed without sources
         return ""
-    body = tree.body[0].body  # type: ignore[attr-defined]
+    bodies = [tree.body[0].body for tree in trees]  # type: ignore[attr-defined]
     said = {known.name: known.metadata["help"] for known in fields(record) if "help" in known.metadata}  # type: ignore[arg-type]
-    for field, text in pairwise(body):
+    for field, text in chain.from_iterable(map(pairwise, bodies)):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             said[ast.unparse(field.target)] = ast.literal_eval(text.value)
     order = [known.name for known in fields(record) if known.name in said]  # type: ignore[arg-type]
@@ -69,6 +70,8 @@ pairs = act(PairsOptions, "polybit.acts.pairs:pairs", "Answer prompts in float a
 align = act(AlignOptions, "polybit.acts.align:align", "Teach a quantized model to answer as its float self.")
 generate = act(GenerateOptions, "polybit.acts.generate:generate", "Answer a prompt with a model at a chosen width.")
 cost = act(CostOptions, "polybit.acts.cost:cost", "Say what a token costs at each precision: counted, read, measured.")
+
+evaluate = act(EvalOptions, "polybit.acts.evaluate:evaluate", "Measure what each width costs against the float model.")
 
 
 def bench(what: str, model: str | None = None, /, **options: Any) -> Run:

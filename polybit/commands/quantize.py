@@ -302,7 +302,7 @@ def describe(
 def measure(name: str, quantized, tokenizer, gathered, recipe, config: QuantizeConfig) -> dict[str, Any]:
     """Compare the new checkpoint with a fresh copy of the float model on windows calibration never saw."""
     from polybit.compress.sizes import preset_sizes
-    from polybit.evals.compare import Material, compare
+    from polybit.evals.compare import EvalMaterial, compare
     from polybit.hub.lm import LocalLM
     from polybit.hub.load import load_float
 
@@ -312,7 +312,7 @@ def measure(name: str, quantized, tokenizer, gathered, recipe, config: QuantizeC
         LocalLM(reference, tokenizer),
         LocalLM(quantized, tokenizer),
         presets,
-        Material(gathered.held_out_MT),
+        EvalMaterial(gathered.held_out_MT),
         sizes=preset_sizes(quantized, presets),
         seed=config.seed,
     )

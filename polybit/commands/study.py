@@ -192,13 +192,12 @@ def score_all(
     model: str, source: str, runs: Mapping[tuple[str, int], Any], presets: Sequence[str], config: StudyConfig
 ) -> dict[str, Any]:
     """EM and F1 of every arm at every preset, pooled over seeds, and paired differences to cdt and to the start."""
-    from polybit.commands.squad import open_file
-    from polybit.data.squad import choose
+    from polybit.data.squad import choose, open_squad
     from polybit.evals.scoring import bootstrap
 
     folder = config.out / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
-    file = open_file(config.squad, folder, config.items)
+    file = open_squad(config.squad, folder, count=config.items)
     asked = choose(file.questions(), config.items)
     plans = preset_plans(config)
     found: dict[str, dict[str, list[float]]] = {"em": {}, "f1": {}}

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from polybit.commands.evaluate import EvalConfig
 from polybit.commands.quantize import QuantizeConfig
 from polybit.core.runtime import PolybitError
 from polybit.hub.models import resolve
+from polybit.options.evaluate import WINDOWS, EvalOptions
 
 Values = Annotated[list[str], Parameter(consume_multiple=True)]
 OWN = ("out", "seed", "json", "overwrite", "restart", "measure", "reference")  # flags the sweep itself decides
@@ -115,7 +115,7 @@ def read_grid(config: SweepConfig) -> Grid:
             parts += [f"{key}={flags[key]}" for key in varied]
             cells.append(Cell(" ".join(parts) or "only", flags))
     measured = value.get("eval", {})
-    check_flags(measured, EvalConfig, "eval")
+    check_flags(measured, EvalOptions, "eval")
     baseline = config.baseline or value.get("baseline") or cells[0].name
     names = [cell.name for cell in cells]
     if baseline not in names or len(set(names)) != len(names):
@@ -193,20 +193,20 @@ def words(flags: Mapping[str, Any]) -> list[str]:
 
 def parse(
     model: str, flags: Mapping[str, Any], measured: Mapping[str, Any], *, seed: int, out: Path
-) -> tuple[QuantizeConfig, EvalConfig]:
+) -> tuple[QuantizeConfig, EvalOptions]:
     """The configurations of one combination, read by the same parser as the command line."""
     from polybit.commands.quantize import recipe_of
 
     def quantize(model: str, /, *, config: Annotated[QuantizeConfig, Parameter(name="*")]) -> QuantizeConfig:
         return config
 
-    def evaluate(target: str, /, *, config: Annotated[EvalConfig, Parameter(name="*")] = EvalConfig()) -> EvalConfig:
+    def evaluate(target: str, /, *, config: Annotated[EvalOptions, Parameter(name="*")] = EvalOptions()) -> EvalOptions:
         return config
 
     own = ["--out", str(out), "--seed", str(seed), "--no-measure", "--overwrite"]
     found = read_tokens(quantize, [model, *own, *words(flags)])
     recipe_of(found)
-    return found, read_tokens(evaluate, [str(out), "--reference", model, *words(measured)])
+    return found, read_tokens(evaluate, [str(out), "--reference", model, *words({"windows": WINDOWS, **measured})])
 
 
 def read_tokens(function: Callable[..., Any], tokens: list[str]) -> Any:
@@ -221,7 +221,7 @@ def read_tokens(function: Callable[..., Any], tokens: list[str]) -> Any:
 
 def measure_cell(model: str, cell: Cell, grid: Grid, seed: int, config: SweepConfig) -> dict[str, Any]:
     """Quantize, save, reload, measure: the numbers of one combination and seed."""
-    from polybit.commands.evaluate import measure
+    from polybit.acts.evaluate import evaluate
     from polybit.commands.quantize import build, recipe_of
     from polybit.core.records import Run
 
@@ -231,7 +231,7 @@ def measure_cell(model: str, cell: Cell, grid: Grid, seed: int, config: SweepCon
     run = Run("quantize", {"method": recipe_of(quantizing).method, **dict(cell.flags)})
     with run.timed():
         made = build(model, quantizing, run)
-    numbers, _ = measure(str(out), measuring)
+    numbers = evaluate(str(out), measuring).numbers
     if not config.keep:
         shutil.rmtree(out, ignore_errors=True)
     return {

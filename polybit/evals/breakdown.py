@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from polybit.evals.fidelity import mean_logprob, rouge_l
+from polybit.evals.readings import PairedAnswers
 from polybit.evals.scoring import bootstrap
-from polybit.evals.token_flip import first_divergence
 from polybit.hub.lm import LocalLM
 
 ARMS = {
@@ -48,9 +48,7 @@ def flip_breakdown(
     reference: LocalLM,
     quantized: LocalLM,
     preset: str | None,
-    prompts: Sequence[Sequence[int]],
-    theirs: Sequence[Sequence[int]],
-    ours: Sequence[Sequence[int]],
+    answers: PairedAnswers,
     *,
     max_tokens: int,
     seed: int = 0,
@@ -61,7 +59,7 @@ def flip_breakdown(
     tail_nats: mean log-probability per token under the float model; damage: 1 - tail_rouge_l;
     forced_minus_continuation: damage of (ii) minus that of (iii), paired. None when no answer parts.
     """
-    stars = [first_divergence(a, b) for a, b in zip(theirs, ours, strict=True)]
+    prompts, theirs, ours, stars = answers.prompts, answers.reference, answers.quantized, answers.stars
     parted = [
         (n, star) for n, star in enumerate(stars) if star is not None and star < min(len(theirs[n]), len(ours[n]))
     ]
@@ -83,11 +81,11 @@ def flip_breakdown(
     }
     found: dict[str, Any] = {"n": len(parted), "arms": {}}
     damages = {}
-    for name, answers in arms.items():
-        tails = [answer[star:] for answer, (_, star) in zip(answers, parted, strict=True)]
+    for name, said in arms.items():
+        tails = [answer[star:] for answer, (_, star) in zip(said, parted, strict=True)]
         wanted = [theirs[n][star:] for n, star in parted]
         overlap = np.array([rouge_l(a, b) for a, b in zip(wanted, tails, strict=True)])
-        befores = [[*prompt, *answer[:star]] for prompt, answer, (_, star) in zip(kept, answers, parted, strict=True)]
+        befores = [[*prompt, *answer[:star]] for prompt, answer, (_, star) in zip(kept, said, parted, strict=True)]
         nats = np.array(mean_logprob(reference, befores, tails, label=f"tails, {name}"))
         damages[name] = 1 - overlap
         found["arms"][name] = {

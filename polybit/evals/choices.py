@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from polybit.core.runtime import PolybitError, track
-from polybit.evals.choices_data import Choice, Item, Sum, ask, examples, pairs, texts
+from polybit.evals.choices_data import AskedItem, ChoiceItem, Sum, ask, examples, pairs, read_items, texts
 from polybit.evals.scoring import bootstrap, gsm8k_exact, last_number
 from polybit.hub.lm import LM, LocalLM, LogLik
 
@@ -28,12 +29,12 @@ class ChoiceSet:
     """Items of one set, how they are asked, and the examples that stand before them (`shots` of `shown`)."""
 
     name: str
-    items: Sequence[Item]
+    items: Sequence[AskedItem]
     form: str | None = None
     shots: int = 0
-    shown: Sequence[Item] = ()
+    shown: Sequence[AskedItem] = ()
 
-    def before(self, item: Item) -> str:
+    def before(self, item: AskedItem) -> str:
         """The worked examples for an item."""
         return examples(self.shown, self.shots, item.group, self.form) if self.shots else ""
 
@@ -43,11 +44,35 @@ class ChoiceSet:
         return isinstance(self.items[0], Sum)
 
 
+def choice_sets(
+    sources: Sequence[str],
+    *,
+    shown: Sequence[str] = (),
+    limit: int | None = None,
+    form: str | None = None,
+    shots: int = 0,
+) -> list[ChoiceSet]:
+    """The sets of several sources; `shown` names where the worked examples of each stand, if there are any."""
+    names = [set_name(source, sources) for source in sources]
+    return [
+        ChoiceSet(name, read_items(source, limit=limit), form, shots, read_items(before) if before else ())
+        for name, source, before in zip(names, sources, shown or [""] * len(sources), strict=True)
+    ]
+
+
+def set_name(source: str, others: Sequence[str]) -> str:
+    """The last part of a path, with the directory before it where another set is called the same."""
+    path = Path(source)
+    plain = ("test", "dev", "val", "validation")
+    same = [other for other in others if Path(other).stem == path.stem]
+    return f"{path.parent.name}/{path.stem}" if len(same) > 1 or path.stem in plain else path.stem
+
+
 def score(lm: LM, asked: ChoiceSet, *, label: str = "choices") -> Scores:
     """Right or wrong for every item, by metric: acc and acc_norm, or exact and flexible for GSM8K."""
     if asked.is_sums:
         return score_sums(lm, asked)
-    items = [item for item in asked.items if isinstance(item, Choice)]
+    items = [item for item in asked.items if isinstance(item, ChoiceItem)]
     parts = []
     groups = [items[start : start + PART] for start in range(0, len(items), PART)]
     for group in track(groups, f"{asked.name}, {label}"):
@@ -58,7 +83,7 @@ def score(lm: LM, asked: ChoiceSet, *, label: str = "choices") -> Scores:
     return {name: np.array([part[name] for part in parts], dtype=bool) for name in ("acc", "acc_norm")}
 
 
-def decide(item: Choice, replies: Sequence[LogLik], form: str | None = None) -> dict[str, bool]:
+def decide(item: ChoiceItem, replies: Sequence[LogLik], form: str | None = None) -> dict[str, bool]:
     """Whether the right answer is strictly likelier than every answer with another text."""
     said = texts(item, form)
     lengths = np.array([len(text) for text in said])
@@ -111,7 +136,7 @@ def knowing(asked: ChoiceSet, order: Sequence[int] | None = None) -> Scripted:
     sure, said = [], []
     for item, other in zip(items, others, strict=True):
         said.append(other.answer if isinstance(other, Sum) else "")
-        if isinstance(item, Choice) and isinstance(other, Choice):
+        if isinstance(item, ChoiceItem) and isinstance(other, ChoiceItem):
             sure += [n == other.gold % len(item.answers) for n in range(len(item.answers))]
     return Scripted(sure, said)
 

@@ -14,11 +14,10 @@ from polybit.core.runtime import PolybitError
 from polybit.data.rows import Row, is_hub_id, read_rows
 
 LETTERS = "ABCDEFGHIJ"
-FORMS = ("cloze", "letters")
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChoiceItem:
     """A question with its answers and the number of the right one; `start` is where the text before an answer ends.
 
     group: the subject, where a set has several. passage: text to read first. letters: asked by letter unless told
@@ -47,10 +46,10 @@ class Sum:
     group: str = ""
 
 
-Item = Choice | Sum
+AskedItem = ChoiceItem | Sum
 
 
-def read_items(source: str | Path, *, limit: int | None = None) -> list[Item]:
+def read_items(source: str | Path, *, limit: int | None = None) -> list[AskedItem]:
     """Items of a file, of a directory of .csv files (MMLU's subjects), or of a dataset id; the first `limit`
     of each file."""
     path = Path(source)
@@ -61,7 +60,7 @@ def read_items(source: str | Path, *, limit: int | None = None) -> list[Item]:
             raise PolybitError(
                 f"{str(source)!r} is a directory without .csv files; give MMLU's test directory or a file."
             )
-    items: list[Item] = []
+    items: list[AskedItem] = []
     for file in files:
         group = re.sub(r"_(dev|val|test)$", "", Path(file).stem) if len(files) > 1 else ""
         rows = read_rows(file)[: None if limit is None else limit]
@@ -71,7 +70,7 @@ def read_items(source: str | Path, *, limit: int | None = None) -> list[Item]:
     return items
 
 
-def read_item(row: Row, name: str, group: str, source: str) -> Item:
+def read_item(row: Row, name: str, group: str, source: str) -> AskedItem:
     """One row, by the first form that knows it; refused when no form does or the right answer is missing."""
     for fields, make in READERS:
         if fields <= row.keys():
@@ -82,7 +81,7 @@ def read_item(row: Row, name: str, group: str, source: str) -> Item:
                     f"Row {name} of {source!r} cannot be read ({error!s:.80}); mend or remove it."
                 ) from error
             item = replace(item, id=name, group=group or item.group)
-            if isinstance(item, Choice):
+            if isinstance(item, ChoiceItem):
                 check(item, source)
             return item
     raise PolybitError(
@@ -91,7 +90,7 @@ def read_item(row: Row, name: str, group: str, source: str) -> Item:
     )
 
 
-def check(item: Choice, source: str) -> None:
+def check(item: ChoiceItem, source: str) -> None:
     """Refuse an item that nobody could answer."""
     if len(item.answers) < 2 or not 0 <= item.gold < len(item.answers) or not all(map(str.strip, item.answers)):
         raise PolybitError(
@@ -100,68 +99,70 @@ def check(item: Choice, source: str) -> None:
         )
 
 
-def _labelled(row: Row, question: str) -> Choice:
+def _labelled(row: Row, question: str) -> ChoiceItem:
     """Choices with labels: a list of {label, text}, or {label: [...], text: [...]}, and the label that is right."""
     choices = row["choices"] if "choices" in row else row["question"]["choices"]
     if isinstance(choices, Mapping):
         labels, texts = list(choices["label"]), list(choices["text"])
     else:
         labels, texts = [choice["label"] for choice in choices], [choice["text"] for choice in choices]
-    return Choice("", question, tuple(texts), labels.index(row["answerKey"]))
+    return ChoiceItem("", question, tuple(texts), labels.index(row["answerKey"]))
 
 
-def _by_key(row: Row) -> Choice:
+def _by_key(row: Row) -> ChoiceItem:
     question = row["question"]
     return _labelled(row, question["stem"] if isinstance(question, Mapping) else question)
 
 
-def _mmlu_csv(row: Row) -> Choice:
+def _mmlu_csv(row: Row) -> ChoiceItem:
     answers = tuple(row[f"choice{n}"] for n in range(sum(key.startswith("choice") for key in row)))
-    return Choice("", row["question"], answers, int(row["answer"]), letters=True)
+    return ChoiceItem("", row["question"], answers, int(row["answer"]), letters=True)
 
 
-def _listed(row: Row) -> Item:
+def _listed(row: Row) -> AskedItem:
     question = next(str(row[key]) for key in ("question", "query", "context") if row.get(key))
     gold = next(row[key] for key in ("gold", "answer", "label") if row.get(key) is not None)
     subject = str(row.get("subject") or "")
     running = "query" in row and "question" not in row
-    return Choice("", question, tuple(row["choices"]), int(gold), subject, letters=bool(subject), running=running)
+    return ChoiceItem("", question, tuple(row["choices"]), int(gold), subject, letters=bool(subject), running=running)
 
 
-def _hellaswag(row: Row) -> Choice:
+def _hellaswag(row: Row) -> ChoiceItem:
     def clean(text: str) -> str:
         text = re.sub(r"\[.*?\]", "", text.replace(" [title]", ". "))
         return re.sub(r" +", " ", text).strip()
 
     context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    return Choice("", context, tuple(map(clean, row["endings"])), int(row["label"]), running=True)
+    return ChoiceItem("", context, tuple(map(clean, row["endings"])), int(row["label"]), running=True)
 
 
-def _boolq(row: Row) -> Choice:
-    return Choice(
+def _boolq(row: Row) -> ChoiceItem:
+    return ChoiceItem(
         "", row["question"].rstrip("?") + "?", ("no", "yes"), int(bool(row["answer"])), passage=row["passage"]
     )
 
 
-def _social(row: Row) -> Choice:
+def _social(row: Row) -> ChoiceItem:
     answers = tuple(row[f"answer{letter}"] for letter in "ABC")
-    return Choice("", f"{row['context']} {row['question']}", answers, int(row["label"]) - 1)
+    return ChoiceItem("", f"{row['context']} {row['question']}", answers, int(row["label"]) - 1)
 
 
-def _winogrande(row: Row) -> Choice:
+def _winogrande(row: Row) -> ChoiceItem:
     before, after = row["sentence"].split("_")
     options = (row["option1"], row["option2"])
     prefixes = tuple(before + option for option in options)
-    return Choice("", row["sentence"], (after.strip(),) * 2, int(row["answer"]) - 1, running=True, prefixes=prefixes)
+    return ChoiceItem(
+        "", row["sentence"], (after.strip(),) * 2, int(row["answer"]) - 1, running=True, prefixes=prefixes
+    )
 
 
-def _adapters(row: Row) -> Choice:
+def _adapters(row: Row) -> ChoiceItem:
     """LLM-Adapters writes question and choices into one instruction; take them apart again."""
     text, right = row["instruction"], str(row["answer"])
     body = re.split(r"\n\s*Answer format:", text)[0]
     question = re.split(r"question: |sentence: ", body, maxsplit=1)[1]
     if right in ("true", "false"):
-        return Choice("", question.strip(), ("no", "yes"), int(right == "true"))
+        return ChoiceItem("", question.strip(), ("no", "yes"), int(right == "true"))
     word, number = re.fullmatch(r"([a-z]+)(\d+)", right).groups()  # type: ignore[union-attr]
     parts = re.split(rf"(?:^|\s){word.capitalize()}(\d+):\s?", question)
     texts, numbers = parts[2::2], list(map(int, parts[1::2]))
@@ -170,17 +171,17 @@ def _adapters(row: Row) -> Choice:
     if word == "option" and parts[0].count("_") == 1:
         options = {"option1": texts[0].strip(), "option2": texts[1].strip(), "answer": number}
         return _winogrande({"sentence": parts[0].strip(), **options})
-    return Choice("", parts[0].strip(), tuple(map(str.strip, texts)), int(number) - 1)
+    return ChoiceItem("", parts[0].strip(), tuple(map(str.strip, texts)), int(number) - 1)
 
 
-READERS: Sequence[tuple[set[str], Callable[[Row], Item]]] = (
+READERS: Sequence[tuple[set[str], Callable[[Row], AskedItem]]] = (
     ({"instruction", "answer"}, _adapters),
     ({"question", "choice0", "choice1", "answer"}, _mmlu_csv),
     ({"sentence", "option1", "option2", "answer"}, _winogrande),
     ({"ctx_a", "ctx_b", "endings", "label", "activity_label"}, _hellaswag),
     ({"question_stem", "choices", "answerKey"}, lambda row: _labelled(row, row["question_stem"])),
     ({"question", "answerKey"}, _by_key),
-    ({"goal", "sol1", "sol2", "label"}, lambda r: Choice("", r["goal"], (r["sol1"], r["sol2"]), int(r["label"]))),
+    ({"goal", "sol1", "sol2", "label"}, lambda r: ChoiceItem("", r["goal"], (r["sol1"], r["sol2"]), int(r["label"]))),
     ({"passage", "question", "answer"}, _boolq),
     ({"context", "question", "answerA", "answerB", "answerC", "label"}, _social),
     ({"choices"}, _listed),
@@ -194,7 +195,7 @@ def _with_number(answer: str) -> str:
     return answer
 
 
-def ask(item: Item, form: str | None = None) -> str:
+def ask(item: AskedItem, form: str | None = None) -> str:
     """The text a model continues. letters: the choices are listed and a letter is the answer; cloze: they are not."""
     if isinstance(item, Sum):
         return f"Question: {item.question.strip()}\nAnswer:"
@@ -208,23 +209,23 @@ def ask(item: Item, form: str | None = None) -> str:
     return f"{passage}Question: {item.question.strip()}\nAnswer:"
 
 
-def by_letter(item: Choice, form: str | None) -> bool:
+def by_letter(item: ChoiceItem, form: str | None) -> bool:
     """Whether the item is asked by letter; a running text cannot be."""
     return item.letters if form is None or item.running else form == "letters"
 
 
-def texts(item: Choice, form: str | None = None) -> tuple[str, ...]:
+def texts(item: ChoiceItem, form: str | None = None) -> tuple[str, ...]:
     """What stands for each answer, without the blank before it."""
     return tuple(LETTERS[: len(item.answers)]) if by_letter(item, form) else tuple(map(str.strip, item.answers))
 
 
-def pairs(item: Choice, before: str = "", form: str | None = None) -> list[tuple[str, str]]:
+def pairs(item: ChoiceItem, before: str = "", form: str | None = None) -> list[tuple[str, str]]:
     """(context, continuation) for each answer; `before` holds worked examples."""
     contexts = item.prefixes or (ask(item, form),) * len(item.answers)
     return [(before + context, f" {text}") for context, text in zip(contexts, texts(item, form), strict=True)]
 
 
-def worked(item: Item, form: str | None = None) -> str:
+def worked(item: AskedItem, form: str | None = None) -> str:
     """An item with its right answer, as an example."""
     if isinstance(item, Sum):
         return f"{ask(item)} {item.answer.strip()}"
@@ -232,7 +233,7 @@ def worked(item: Item, form: str | None = None) -> str:
     return context + answer
 
 
-def examples(items: Sequence[Item], shots: int, group: str, form: str | None = None) -> str:
+def examples(items: Sequence[AskedItem], shots: int, group: str, form: str | None = None) -> str:
     """The first `shots` examples of the same group, each followed by an empty line; for MMLU with its subject named."""
     chosen = [item for item in items if item.group == group][:shots]
     if len(chosen) < shots:

@@ -13,12 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polybit.core.runtime import PolybitError
+from polybit.data import synth
+from polybit.data.rows import read_rows
+from polybit.data.text import read_messages
 from polybit.evals.conversation import Talk, converse
 from polybit.evals.fidelity import prefix_share, rouge_l
 from polybit.evals.scoring import bootstrap
 from polybit.evals.token_flip import answer_batches, measure_tokens
 from polybit.hub.lm import LocalLM
 
+TALK_SEED = 30_000  # seed of the embedded conversations asked here; no recipe trains or chooses with them
 GRAM = 4  # tokens of a run that counts as repeated
 
 
@@ -36,6 +40,16 @@ def scripts_from(conversations: Sequence[Sequence[dict[str, str]]], turns: int) 
             f"The conversations hold {len(script)} user messages, fewer than one talk of {turns} turns needs."
         )
     return scripts
+
+
+def talk_scripts(source: str | None, *, count: int, turns: int, seed: int = 0) -> list[list[str]]:
+    """Scripts of a .jsonl of conversations, None = of the embedded generator; at most `count`."""
+    if source is None:
+        conversations = synth.conversations(count * turns, TALK_SEED + seed, split="test")
+    else:
+        rows = enumerate(read_rows(source), start=1)
+        conversations = [read_messages(row.get("messages"), f"Row {n} of {source!r}, 'messages',") for n, row in rows]
+    return scripts_from(conversations, turns)[:count]
 
 
 def repeated_share(answer: Sequence[int], earlier: set[tuple[int, ...]]) -> float:

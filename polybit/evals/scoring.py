@@ -62,6 +62,11 @@ def gsm8k_exact(prediction: str, answer: str) -> float:
     return float(found is not None and found == gsm8k_number(answer))
 
 
+def gsm8k_any(prediction: str, answers: Sequence[str]) -> float:
+    """gsm8k_exact against the best of several answers."""
+    return max((gsm8k_exact(prediction, answer) for answer in answers), default=0.0)
+
+
 def last_number(text: str) -> float | None:
     """The last number of a text, thousands separators removed (lm-eval's flexible extraction); None without one."""
     found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
@@ -71,6 +76,11 @@ def last_number(text: str) -> float | None:
 def text_exact(prediction: str, answer: str) -> float:
     """1 when both texts are equal but for blanks at their ends, else 0."""
     return float(prediction.strip() == answer.strip())
+
+
+def text_any(prediction: str, answers: Sequence[str]) -> float:
+    """text_exact against the best of several answers."""
+    return max((text_exact(prediction, answer) for answer in answers), default=0.0)
 
 
 def bootstrap(

@@ -21,18 +21,19 @@ from torch import Tensor
 from polybit.core.records import Estimate
 from polybit.core.runtime import PolybitError, write_json
 from polybit.data.spans import Window, prompt_windows, span_windows
-from polybit.data.squad import Answer, Asked
+from polybit.data.squad import Answer, Asked, SquadFile, choose
 from polybit.evals.scoring import PUNCTUATION, bootstrap, normalize_answer
 from polybit.evals.tasks import Predictions
 from polybit.hub.lm import LocalLM, cut_at
 from polybit.hub.span import SpanReader
 
 Answerer = Callable[[Sequence[Asked]], list[str]]
+SquadView = LocalLM | SpanReader
 Scores = dict[str, NDArray[Any]]
 N_BEST, LONGEST_ANSWER = 20, 30  # candidates each for start and end, tokens of an answer, as in run_qa of transformers
 
 
-class Source(Protocol):
+class AnswerSource(Protocol):
     """Where questions come from; `answers` is asked only after every prediction is on disk."""
 
     def answers(self) -> Mapping[str, Sequence[Answer]]:
@@ -147,7 +148,9 @@ def thaw(path: Path) -> Predictions:
     return found
 
 
-def run(answerer: Answerer, asked: Sequence[Asked], source: Source, path: Path, *, korean: bool = False) -> Scores:
+def run(
+    answerer: Answerer, asked: Sequence[Asked], source: AnswerSource, path: Path, *, korean: bool = False
+) -> Scores:
     """Answer, freeze, and only then read the right answers and score: arrays per question, in order."""
     freeze(Predictions("squad", tuple(one.id for one in asked), tuple(answerer(asked))), path)
     return score(thaw(path), source.answers(), korean=korean)
@@ -211,4 +214,45 @@ def differences(scores: Scores, reference: Scores, *, seed: int = 0) -> dict[str
     return {
         name: bootstrap(scores[name].astype(float), paired_with=reference[name].astype(float), seed=seed)
         for name in ("em", "f1")
+    }
+
+
+# models side by side -------------------------------------------------------------------------------------------
+
+
+def compare_squad(
+    views: Mapping[str, tuple[SquadView, str | None]],
+    file: SquadFile,
+    folder: Path,
+    *,
+    count: int | None = None,
+    head: str = "generate",
+    reference: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """EM and F1 of every view (label -> (model, preset)), and their paired differences to the reference's label.
+
+    count: questions drawn at random, None = all. Predictions are frozen as `folder/LABEL.json`.
+    {"file", "head", "questions", "predictions", "scores": {LABEL: {"em": E, "f1": E, "difference": {...}}}}.
+    """
+    asked = choose(file.questions(), count, seed)
+    korean = "korquad" in file.version().lower()
+    threshold = 0.0 if file.version().startswith("v2") else None
+    scores = {}
+    for label, (view, preset) in views.items():
+        with view.at(preset):
+            answerer = spans(view, null_threshold=threshold) if isinstance(view, SpanReader) else generative(view)
+            scores[label] = run(answerer, asked, file, folder / f"{label}.json", korean=korean)
+    rows: dict[str, Any] = {}
+    for label, found in scores.items():
+        rows[label] = {name: estimate.to_json() for name, estimate in summarize(found, seed=seed).items()}
+        if reference is not None and label != reference:
+            paired = differences(found, scores[reference], seed=seed)
+            rows[label]["difference"] = {name: estimate.to_json() for name, estimate in paired.items()}
+    return {
+        "file": file.name,
+        "head": head,
+        "questions": len(asked),
+        "predictions": str(folder),
+        "scores": rows,
     }

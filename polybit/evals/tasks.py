@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from polybit.core.parts import load
 from polybit.core.records import Estimate
 from polybit.core.runtime import PolybitError
+from polybit.data import synth
 from polybit.data.chat import Prompt
-from polybit.evals.scoring import bootstrap, gsm8k_exact, squad_exact, squad_f1, text_exact
+from polybit.evals.scoring import bootstrap
+from polybit.evals.table import TASKS, AnswerTask
 from polybit.hub.lm import LM
 
 Scores = dict[str, NDArray[Any]]
-Metric = Callable[[str, Sequence[str]], float]
 
 
-class Item(Protocol):
+class TaskItem(Protocol):
     """What a data set gives: a prompt and its right answer (polybit.data.synth.Item is one)."""
 
     @property
@@ -50,36 +52,11 @@ class Item(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """How a task is asked and scored; `metrics` give 0..1 per item, those in `rates` give exactly 0 or 1.
-
-    correct: the metric that decides whether an answer counts as right when answers are said to flip.
-    """
-
-    max_tokens: int
-    metrics: Mapping[str, Metric]
-    correct: str
-    rates: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
+class TaskQuestion:
     """An item without its answer: all a model ever sees."""
 
     id: str
     prompt: Prompt
-
-
-def any_of(metric: Callable[[str, str], float]) -> Metric:
-    """A metric on one answer as a metric on several: the best counts."""
-    return lambda prediction, answers: max((metric(prediction, answer) for answer in answers), default=0.0)
-
-
-TASKS: Mapping[str, Task] = {
-    "reading": Task(24, {"em": squad_exact, "f1": squad_f1}, "em", frozenset({"em"})),
-    "arithmetic": Task(96, {"exact": any_of(gsm8k_exact)}, "exact", frozenset({"exact"})),
-    "dialogue": Task(48, {"exact": any_of(text_exact)}, "exact", frozenset({"exact"})),
-}
 
 
 def seal(task: str, ids: Sequence[str], texts: Sequence[str]) -> str:
@@ -106,19 +83,19 @@ class Predictions:
             raise PolybitError(f"Predictions for {self.task!r} were changed after they were made; predict again.")
 
 
-def find_task(name: str) -> Task:
+def find_task(name: str) -> AnswerTask:
     """A task by name."""
     if name not in TASKS:
         raise PolybitError(f"Task {name!r} is unknown; choose one of {', '.join(TASKS)}.")
     return TASKS[name]
 
 
-def questions(items: Sequence[Item]) -> list[Question]:
+def questions(items: Sequence[TaskItem]) -> list[TaskQuestion]:
     """The items without their answers."""
-    return [Question(item.id, [dict(message) for message in item.messages]) for item in items]
+    return [TaskQuestion(item.id, [dict(message) for message in item.messages]) for item in items]
 
 
-def gold(items: Sequence[Item]) -> dict[str, tuple[str, ...]]:
+def gold(items: Sequence[TaskItem]) -> dict[str, tuple[str, ...]]:
     """Right answers by item id."""
     found = {}
     for item in items:
@@ -128,7 +105,7 @@ def gold(items: Sequence[Item]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def predict(lm: LM, task: str, asked: Sequence[Question]) -> Predictions:
+def predict(lm: LM, task: str, asked: Sequence[TaskQuestion]) -> Predictions:
     """Let a model answer every question, greedily and running free, and seal what it said."""
     ids = tuple(question.id for question in asked)
     if len(set(ids)) != len(ids):
@@ -151,8 +128,8 @@ def score(predictions: Predictions, answers: Mapping[str, Sequence[str]]) -> Sco
         )
     pairs = [(text, answers[name]) for name, text in zip(predictions.ids, predictions.texts, strict=True)]
     return {
-        name: np.array([metric(*pair) for pair in pairs], dtype=bool if name in task.rates else np.float64)
-        for name, metric in task.metrics.items()
+        name: np.array([load(path)(*pair) for pair in pairs], dtype=bool if name in task.rates else np.float64)
+        for name, path in task.metrics.items()
     }
 
 
@@ -173,8 +150,6 @@ def answer_flips(task: str, reference: Scores, quantized: Scores, *, seed: int =
     return {name: bootstrap(values, seed=seed) for name, values in changes.items()}
 
 
-def embedded_items(n: int, *, seed: int = 0) -> dict[str, list[Item]]:
+def embedded_items(n: int, *, seed: int = 0) -> dict[str, list[TaskItem]]:
     """`n` held-out items of each embedded task: names and wordings no training document had."""
-    from polybit.data import synth
-
     return {name: list(synth.items(name, n, seed, split="test")) for name in TASKS}

@@ -13,7 +13,8 @@ from typing import Any
 
 from polybit.core.runtime import PolybitError
 from polybit.report import judged, plots, suites
-from polybit.report.html import answers, plain_row, task_score
+from polybit.report.columns import cells, float_cells, headings
+from polybit.report.html import answers, plain_row
 from polybit.report.tables import estimate, number, percent, percentage
 
 Json = Mapping[str, Any]
@@ -22,7 +23,7 @@ BAR_TEXT = "Share of answers that won, tied and lost; a tie stays in the denomin
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PagePart:
     """A heading with text, tables (caption, header, rows), figures as SVG, and answers side by side."""
 
     title: str
@@ -42,6 +43,8 @@ def merge(runs: Mapping[str, Json]) -> dict[str, Json]:
     rows: dict[str, Json] = {}
     for name, run in runs.items():
         numbers = run["numbers"]
+        if "text" not in numbers:
+            raise PolybitError(f"{name!r} was not measured on text: run `polybit eval` on it with --text or --windows")
         for what, ours, theirs in (
             ("text", numbers["text"], first["numbers"]["text"]),
             ("prompts", numbers["prompts"], first["numbers"]["prompts"]),
@@ -75,7 +78,7 @@ def choices_of(numbers: Json, preset: str) -> dict[str, Json]:
     return found
 
 
-def parts(runs: Mapping[str, Json], judge: Json | None = None, align: Json | None = None) -> list[Part]:
+def parts(runs: Mapping[str, Json], judge: Json | None = None, align: Json | None = None) -> list[PagePart]:
     """All parts there are numbers for; `runs` are `polybit eval` runs by row name, those before first."""
     found = [aligned_part(align["numbers"])] if align else []
     if len(runs) > 1:
@@ -84,33 +87,28 @@ def parts(runs: Mapping[str, Json], judge: Json | None = None, align: Json | Non
     for name, run in runs.items():
         tables = [(f"{name}: {t}" if len(runs) > 1 else t, h, r) for t, h, r in suites.tables(run["numbers"])]
         if tables:
-            found.append(Part("Measured on request" + (f", {name}" if len(runs) > 1 else ""), tables=tables))
+            found.append(PagePart("Measured on request" + (f", {name}" if len(runs) > 1 else ""), tables=tables))
     if judge:
         found += judged_parts(judge["numbers"])
     return found
 
 
-def compared_part(rows: Mapping[str, Json], runs: Mapping[str, Json]) -> Part:
+def compared_part(rows: Mapping[str, Json], runs: Mapping[str, Json]) -> PagePart:
     """Table 4: closeness, perplexity and every task, a row per model."""
     first = next(iter(runs.values()))["numbers"]
     tasks = list(first["reference"]["tasks"])
     sets = list(dict.fromkeys(name for row in rows.values() for name in row["choices"]))
-    header = ["row", "bits/weight", "perplexity", "KL, nats", "top-1", "flips on own answers", "first divergence"]
-    header += ["same answer", *tasks, *sets]
-    table = [["float", "", estimate(first["reference"]["perplexity"]), "0", "100 %", "0 %", "", "100 %"]]
-    table[0] += [percentage(task_score(first["reference"]["tasks"][task], task)) for task in tasks]
+    header = ["row", "bits/weight", *headings("page", tasks), *sets]
+    table = [["float", "", *float_cells(first["reference"], "page", tasks)]]
     table[0] += [percentage(float_choice(runs, name)) for name in sets]
     for name, row in rows.items():
-        cells = [name, number(row.get("bits_per_weight")), estimate(row["perplexity"]), estimate(row["kl"])]
-        cells += [percentage(row["top1"]), percentage(row["flips"]), estimate(row["first_divergence"])]
-        cells.append(percentage(row["identical"]))
-        cells += [percentage(task_score(row["tasks"].get(task, {}), task)) for task in tasks]
-        table.append(cells + [percentage(row["choices"].get(name)) for name in sets])
+        choices = [percentage(row["choices"].get(name)) for name in sets]
+        table.append([name, number(row.get("bits_per_weight")), *cells(row, "page", tasks), *choices])
     text = (
         "The same text and prompts for every row. Brackets are 95 % bootstrap intervals of a row's own mean; intervals "
         "of two rows that overlap can still hide a difference, because both rows read the same text."
     )
-    return Part("Before and after", text, [("Closeness, perplexity and tasks", header, table)])
+    return PagePart("Before and after", text, [("Closeness, perplexity and tasks", header, table)])
 
 
 def float_choice(runs: Mapping[str, Json], name: str) -> Json | None:
@@ -121,7 +119,7 @@ def float_choice(runs: Mapping[str, Json], name: str) -> Json | None:
     return None
 
 
-def margin_part(rows: Mapping[str, Json]) -> Part:
+def margin_part(rows: Mapping[str, Json]) -> PagePart:
     """Figure 3: mean margin between the two likeliest tokens, per text."""
     first = next(iter(rows.values()))["margins"]
     counts = {"float": first["reference"], **{name: row["margins"]["quantized"] for name, row in rows.items()}}
@@ -135,10 +133,10 @@ def margin_part(rows: Mapping[str, Json]) -> Part:
         "less decided; a row whose margins are wider than the float model's is not closer to it, only more decided."
     )
     figure = plots.histograms(first["edges"], counts, "mean margin of a text", "texts", colours=colours(rows))
-    return Part("Margins", text, [("Margins", ["row", "mean margin", "difference to float"], table)], [figure])
+    return PagePart("Margins", text, [("Margins", ["row", "mean margin", "difference to float"], table)], [figure])
 
 
-def flip_part(rows: Mapping[str, Json]) -> Part:
+def flip_part(rows: Mapping[str, Json]) -> PagePart:
     """Flips by the float model's margin, and how long answers stay the same."""
     shades = colours(rows)
     figures = []
@@ -150,7 +148,7 @@ def flip_part(rows: Mapping[str, Json]) -> Part:
     if alive := {name: row["survival"] for name, row in rows.items() if row["survival"]}:
         figures.append(plots.curves(alive, "tokens", "share still identical", step=True, colours=shades))
         text += " Last: share of greedy answers that are still word for word the float model's after so many tokens."
-    return Part("Where tokens flip, and how long answers agree", text, figures=figures)
+    return PagePart("Where tokens flip, and how long answers agree", text, figures=figures)
 
 
 def colours(rows: Mapping[str, Any]) -> dict[str, str]:
@@ -158,13 +156,13 @@ def colours(rows: Mapping[str, Any]) -> dict[str, str]:
     return {name: PALETTE[n % len(PALETTE)] for n, name in enumerate(rows)}
 
 
-def aligned_part(numbers: Json) -> Part:
+def aligned_part(numbers: Json) -> PagePart:
     """Each width at the start and at the moment that was kept, and the course of both."""
     table = []
     for preset, row in numbers["presets"].items():
         before, after = row["before"], row["after"]
-        cells = [preset, percent(before["flips"]), percent(after["flips"]), fewer(before["flips"], after["flips"])]
-        table.append([*cells, number(before["kl"]), number(after["kl"]), fewer(before["kl"], after["kl"])])
+        flips = [percent(before["flips"]), percent(after["flips"]), fewer(before["flips"], after["flips"])]
+        table.append([preset, *flips, number(before["kl"]), number(after["kl"]), fewer(before["kl"], after["kl"])])
     header = ["width", "flips, start", "kept", "change", "KL in nats, start", "kept", "change"]
     lines = {
         f"{preset}, {title}": [
@@ -181,7 +179,7 @@ def aligned_part(numbers: Json) -> Part:
         "`polybit eval` are not."
     )
     figure = plots.lines_over(lines, "step", "relative to the start") if len(numbers["history"]) > 1 else None
-    return Part("The training", text, [("Held-out prompts", header, table)], [figure] if figure else [])
+    return PagePart("The training", text, [("Held-out prompts", header, table)], [figure] if figure else [])
 
 
 def fewer(before: float, after: float) -> str:
@@ -189,7 +187,7 @@ def fewer(before: float, after: float) -> str:
     return f"{100 * (after / before - 1):+.0f} %" if before > 0 else "–"
 
 
-def judged_parts(numbers: Json) -> list[Part]:
+def judged_parts(numbers: Json) -> list[PagePart]:
     """Tables 1 to 3 with their bars; the offline fidelity beside them; answers side by side."""
     found = []
     tables = judged.tables(numbers)
@@ -199,10 +197,10 @@ def judged_parts(numbers: Json) -> list[Part]:
         bars = {name: row[key] for name, row in numbers["rows"].items() if row.get(key) and row[key].get("win")}
         figures = [plots.outcome_bars({name: outcome(row) for name, row in bars.items()})] if bars else []
         if chosen:
-            found.append(Part(title, judged_text(numbers, key) + (" " + BAR_TEXT if bars else ""), chosen, figures))
+            found.append(PagePart(title, judged_text(numbers, key) + (" " + BAR_TEXT if bars else ""), chosen, figures))
     if numbers.get("samples"):
         text = "The same questions to every row; the first word that differs from the float model's answer is marked."
-        found.append(Part("Conversations side by side", text, talks=talks(numbers["samples"])))
+        found.append(PagePart("Conversations side by side", text, talks=talks(numbers["samples"])))
     return found
 
 

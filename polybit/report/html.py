@@ -7,10 +7,10 @@ from importlib.resources import files
 from typing import Any
 
 from polybit.report import plots
+from polybit.report.columns import cells, float_cells, headings, task_score
 from polybit.report.tables import estimate, number, percent, percentage, size
 
 Json = Mapping[str, Any]
-MAIN_METRIC = {"reading": "em", "arithmetic": "exact", "dialogue": "exact"}
 
 
 def page(
@@ -24,26 +24,29 @@ def page(
     """The whole report as HTML text without any link outwards.
 
     evaluation: run.json of the verb eval · quantization: run.json of the verb quantize, for bytes per layer and what
-    stays in float · parts: report.alignment.Part, shown after the first table · said: answers side by side (default:
-    the evaluation's) · others: further runs, whose commands are shown.
+    stays in float · parts: report.alignment.PagePart, shown after the first table · said: answers side by side
+    (default: the evaluation's) · others: further runs, whose commands are shown.
     """
     numbers = evaluation["numbers"]
+    has_text = "text" in numbers
     made = (quantization or {}).get("numbers", {})
     return render(
         title=title(evaluation),
         subtitle=subtitle(evaluation, quantization),
-        verdict=verdict(numbers),
-        table=cost_table(numbers),
+        verdict=verdict(numbers) if has_text else "",
+        table=cost_table(numbers) if "presets" in numbers else None,
         sections=[
-            row for row in sections(numbers, made) if row["figures"] and (said is None or not row.get("compared"))
+            row
+            for row in (sections(numbers, made) if has_text else [])
+            if row["figures"] and (said is None or not row.get("compared"))
         ],
         parts=parts,
-        answers=answers(numbers) if said is None else said,
+        answers=answers(numbers) if said is None and has_text else said,
         leftovers=[
             {**row, "share": percent(row["share"]), "parameters": f"{row['parameters']:,}"}
             for row in made.get("left_in_float", [])
         ],
-        method=method_text(evaluation),
+        method=method_text(evaluation) if has_text else "",
         commands=commands_of([quantization, *others, evaluation]),
         machine=machine_text(evaluation),
     )
@@ -69,7 +72,7 @@ def commands_of(runs: Sequence[Json | None]) -> list[str]:
 
 def title(evaluation: Json) -> str:
     """Name of the checkpoint and at how many precisions it was measured."""
-    count = len(evaluation["numbers"]["presets"])
+    count = len(evaluation["numbers"].get("presets", ()))
     name = evaluation["config"].get("target_name", "model")
     return f"{name}: one file, {count} precisions" if count > 1 else str(name)
 
@@ -103,34 +106,22 @@ def verdict(numbers: Json) -> str:
 
 
 def cost_table(numbers: Json) -> dict[str, Any]:
-    """One row per precision, the float model first."""
+    """One row per precision, the float model first; columns that nobody fills are left out."""
     reference = numbers["reference"]
     tasks = list(reference["tasks"])
-    header = ["precision", "bits/weight", "bytes read", "perplexity", "KL, nats", "KL 99.9 %", "top-1 agreement"]
-    header += ["flips on own answers", "first divergence, tokens", *tasks]
-    first = ["float", "16–32", "", estimate(reference["perplexity"]), "0", "0", "100 %", "0 %", ""]
-    rows = [first + [percentage(task_score(reference["tasks"][task], task)) for task in tasks]]
+    header = ["precision", "bits/weight", "bytes read", *headings("page", tasks)]
+    rows = [["float", "16–32", "", *float_cells(reference, "page", tasks)]]
     for name, row in numbers["presets"].items():
-        cells = [name, number(row.get("bits_per_weight")), size(row["bytes"]) if "bytes" in row else ""]
-        cells += [estimate(row["perplexity"]), estimate(row["kl"]), number(row["kl_p999"]), percentage(row["top1"])]
-        cells += [percentage(row["flips"]), estimate(row["first_divergence"])]
-        rows.append(cells + [percentage(task_score(row["tasks"][task], task)) for task in tasks])
-    text, prompts = numbers["text"], numbers["prompts"]
-    note = (
-        "Brackets are 95 % bootstrap intervals, paired with the float model. "
-        f"Text: {text['tokens']:,} predicted tokens in {text['windows']} windows. "
-        f"Prompts answered freely: {prompts['n']}, up to {prompts['max_tokens']} tokens. "
-        "Bits per weight and bytes count codes, scales, zero points and ratios of the quantized layers."
-    )
-    return {"header": header, "rows": rows, "note": note}
-
-
-def task_score(row: Json, task: str) -> Json | None:
-    """The main metric of a task."""
-    if (metric := MAIN_METRIC.get(task, "")) in row:
-        return row[metric]
-    skipped = ("difference", "flips", "correct_to_wrong", "wrong_to_correct", "predictions_sha256")
-    return next((value for key, value in row.items() if key not in skipped), None)
+        sizes = [number(row.get("bits_per_weight")), size(row["bytes"]) if "bytes" in row else ""]
+        rows.append([name, *sizes, *cells(row, "page", tasks)])
+    kept = [n for n in range(len(header)) if any(row[n] for row in rows)]
+    note = "Brackets are 95 % bootstrap intervals, paired with the float model. "
+    if "text" in numbers:
+        text, prompts = numbers["text"], numbers["prompts"]
+        note += f"Text: {text['tokens']:,} predicted tokens in {text['windows']} windows. "
+        note += f"Prompts answered freely: {prompts['n']}, up to {prompts['max_tokens']} tokens. "
+    note += "Bits per weight and bytes count codes, scales, zero points and ratios of the quantized layers."
+    return {"header": [header[n] for n in kept], "rows": [[row[n] for n in kept] for row in rows], "note": note}
 
 
 def sections(numbers: Json, made: Json) -> list[dict[str, Any]]:

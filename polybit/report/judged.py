@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from polybit.core.parts import load
+from polybit.evals.table import JUDGING
 from polybit.report.tables import aligned, estimate, number, percentage
 
 Json = Mapping[str, Any]
@@ -80,7 +82,7 @@ def fidelity_table(numbers: Json) -> Table | None:
 
 def tables(numbers: Json) -> list[Table]:
     """All tables there are numbers for."""
-    made = (pair_table(numbers), grade_table(numbers), skill_table(numbers), fidelity_table(numbers))
+    made = (load(mode.table)(numbers) for mode in JUDGING.values())
     return [table for table in made if table is not None]
 
 
@@ -90,8 +92,8 @@ def terminal_tables(numbers: Json) -> str:
     missing = sum(
         row[mode]["unanswered"]
         for row in numbers["rows"].values()
-        for mode in ("pair", "single", "skills")
-        if mode in row
+        for mode, kind in JUDGING.items()
+        if kind.asks and mode in row
     )
     if missing:
         text += f"\n\n{missing} verdicts got no reply and are not in the numbers: the same command asks for them again."

@@ -1,10 +1,12 @@
-"""Tables of what `polybit eval` measured on request: multiple choice, lm-eval, the breakdown of flips, long talks."""
+"""Tables of what `polybit eval` measured on request: a function for each of SUITES in evals/table.py."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from polybit.core.parts import load
+from polybit.evals.table import SUITES
 from polybit.report.tables import aligned, estimate, number, percentage
 
 Json = Mapping[str, Any]
@@ -95,9 +97,22 @@ def percent_points(value: float) -> str:
     return f"{100 * value:+.1f} points"
 
 
+def squad_table(numbers: Json) -> Table | None:
+    """Exact match and F1 of every precision."""
+    if not numbers.get("squad"):
+        return None
+    squad = numbers["squad"]
+    rows = [
+        [label, percentage(row["em"]), percentage(row["f1"]), percentage(row.get("difference", {}).get("f1"))]
+        for label, row in squad["scores"].items()
+    ]
+    title = f"{squad['file']}, {squad['questions']} questions, {squad['head']}: EM, F1"
+    return title, ["precision", "EM", "F1", "difference of F1"], rows
+
+
 def tables(numbers: Json) -> list[Table]:
-    """All tables there are numbers for."""
-    made = (choices_table(numbers), lm_eval_table(numbers), breakdown_table(numbers), talk_table(numbers))
+    """All tables there are numbers for, in the order of SUITES."""
+    made = (load(suite.table)(numbers) for suite in SUITES.values() if suite.table is not None)
     return [table for table in made if table is not None]
 
 

@@ -5,31 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from polybit.report.html import task_score
-from polybit.report.tables import aligned, estimate, markdown, number, percentage, size
+from polybit.report.columns import cells, float_cells, headings
+from polybit.report.tables import aligned, markdown, number, size
 
 
 def rows(numbers: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows), one row per precision after the float model's."""
+    """(header, rows), one row per precision after the float model's; columns that nobody fills are left out."""
     reference = numbers["reference"]
     tasks = list(reference["tasks"])
-    header = ["precision", "bits/weight", "bytes read", "perplexity", "KL (nats)", "top-1", "flips", *tasks]
-    first = ["float", "", "", f"{reference['perplexity']['value']:.3f}", "0", "100 %", "0 %"]
-    table = [first + [short(task_score(reference["tasks"][task], task)) for task in tasks]]
+    header = ["precision", "bits/weight", "bytes read", *headings("narrow", tasks)]
+    table = [["float", "", "", *float_cells(reference, "narrow", tasks)]]
     for name, row in numbers["presets"].items():
-        cells = [name, number(row.get("bits_per_weight"), 4), size(row["bytes"]) if "bytes" in row else ""]
-        cells += [f"{row['perplexity']['value']:.3f}", estimate(row["kl"]), percentage(row["top1"])]
-        cells.append(short(row["flips"] or row["flips_text"]))
-        table.append(cells + [short(task_score(row["tasks"][task], task)) for task in tasks])
-    return header, table
-
-
-def short(value: Mapping[str, Any] | None) -> str:
-    """An Estimate of a share as a percentage with the half-width of its interval."""
-    if value is None:
-        return ""
-    half = 50 * (value["high"] - value["low"])
-    return f"{100 * value['value']:.1f} ± {half:.1f} %"
+        sizes = [number(row.get("bits_per_weight"), 4), size(row["bytes"]) if "bytes" in row else ""]
+        table.append([name, *sizes, *cells(row, "narrow", tasks)])
+    kept = [n for n in range(len(header)) if any(row[n] for row in table)]
+    return [header[n] for n in kept], [[row[n] for n in kept] for row in table]
 
 
 def terminal_table(numbers: Mapping[str, Any]) -> str:

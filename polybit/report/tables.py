@@ -45,6 +45,29 @@ def percentage(value: Mapping[str, Any] | None) -> str:
     return f"{100 * value['value']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}] %"
 
 
+def short_percentage(value: Mapping[str, Any] | None) -> str:
+    """An Estimate of a share as `89.9 ± 0.7 %`, with the half-width of its interval."""
+    if value is None:
+        return ""
+    half = 50 * (value["high"] - value["low"])
+    return f"{100 * value['value']:.1f} ± {half:.1f} %"
+
+
+def level(value: Mapping[str, Any] | None) -> str:
+    """The mean of an Estimate alone, three decimals."""
+    return "" if value is None else f"{value['value']:.3f}"
+
+
+FORMS = {"number": estimate, "level": level, "share": percentage, "short share": short_percentage}
+
+
+def cell(value: Any, form: str) -> str:
+    """An Estimate or a number in the form a metric asks for; an empty cell for None."""
+    if value is None or isinstance(value, Mapping):
+        return FORMS[form](value)
+    return f"{100 * value:.3g} %" if form.endswith("share") else number(value)
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]

@@ -1,17 +1,14 @@
 """What `polybit eval` asks: prompts from any source that `polybit pairs` takes, no more than asked for."""
 
-from types import SimpleNamespace
-
-from polybit.commands.material import choose_prompts
+from polybit.acts.evaluate_material import choose_prompts
 from polybit.hub.load import load_float
 from polybit.hub.tiny import path
 
 
 def test_prompts_of_a_named_set_and_of_a_file(tmp_path):
     _, tokenizer = load_float(str(path()))
-    config = SimpleNamespace(prompts="embedded-test", answers=5, max_tokens=8)
-    found = choose_prompts(tokenizer, config, None, {}, 256)
+    found = choose_prompts(tokenizer, None, {}, source="embedded-test", count=5, max_tokens=8, context=256)
     assert len(found) == 5 and all(prompt[-1]["role"] == "user" for prompt in found)
     (tmp_path / "p.txt").write_text("One?\nTwo?\nThree?\n")
-    config = SimpleNamespace(prompts=str(tmp_path / "p.txt"), answers=2, max_tokens=8)
-    assert [prompt[-1]["content"] for prompt in choose_prompts(tokenizer, config, None, {}, 256)] == ["One?", "Two?"]
+    found = choose_prompts(tokenizer, None, {}, source=str(tmp_path / "p.txt"), count=2, max_tokens=8, context=256)
+    assert [prompt[-1]["content"] for prompt in found] == ["One?", "Two?"]

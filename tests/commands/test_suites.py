@@ -5,7 +5,7 @@ import json
 import pytest
 
 from polybit.cli import main
-from polybit.commands.suites import set_name
+from polybit.evals.choices import set_name
 
 
 @pytest.fixture(scope="module")

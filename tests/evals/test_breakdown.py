@@ -9,6 +9,7 @@ from polybit.core.runtime import PolybitError
 from polybit.evals.breakdown import branch, flip_breakdown
 from polybit.evals.conversation import converse, fit, history
 from polybit.evals.drift import drift, repeated_share, scripts_from
+from polybit.evals.readings import PairedAnswers
 from polybit.hub.lm import LocalLM
 from tests.evals.models import Uniform
 from tests.evals.tiny import tokenizer
@@ -41,7 +42,7 @@ def answers(model, prompts, n=8):
 
 def breakdown(reference, quantized, prompts, n=8):
     theirs, ours = answers(reference, prompts, n), answers(quantized, prompts, n)
-    return flip_breakdown(reference, quantized, None, prompts, theirs, ours, max_tokens=n)
+    return flip_breakdown(reference, quantized, None, PairedAnswers(prompts, theirs, ours), max_tokens=n)
 
 
 def test_a_quantized_model_that_slips_once_does_no_harm_afterwards():

@@ -10,7 +10,7 @@ import pytest
 
 from polybit.core.runtime import PolybitError
 from polybit.evals.choices import ChoiceSet, chance, compare_choices, decide, gate, ignorant, knowing, paired, score
-from polybit.evals.choices_data import Choice, Sum, ask, examples, pairs, read_items, texts, worked
+from polybit.evals.choices_data import ChoiceItem, Sum, ask, examples, pairs, read_items, texts, worked
 from polybit.evals.scoring import last_number
 from polybit.hub.lm import LocalLM, LogLik
 from tests.evals.models import Uniform
@@ -52,7 +52,7 @@ def write(tmp_path, rows, name="items.jsonl"):
 
 def choice_set(n=30, seed=0, **rest):
     rng = random.Random(seed)
-    items = [Choice(str(i), f"Q{i}?", tuple(f"{w}{i}" for w in "abcd"), rng.randrange(4), **rest) for i in range(n)]
+    items = [ChoiceItem(str(i), f"Q{i}?", tuple(f"{w}{i}" for w in "abcd"), rng.randrange(4), **rest) for i in range(n)]
     return ChoiceSet("made", items)
 
 
@@ -100,32 +100,32 @@ def test_shuffled_gold_is_chance():
 
 
 def test_a_damaged_set_does_not_pass_the_gate():
-    same = Choice("x", "Q?", ("a", "a"), 0)  # nothing to choose: a model without knowledge would be right
+    same = ChoiceItem("x", "Q?", ("a", "a"), 0)  # nothing to choose: a model without knowledge would be right
     with pytest.raises(PolybitError, match=r"knows nothing scores 100\.0%"):
         gate(ChoiceSet("bad", [same]))
 
 
 def test_acc_and_acc_norm():
-    item = Choice("x", "Q?", ("aa", "bbbbbbbb"), 1)
+    item = ChoiceItem("x", "Q?", ("aa", "bbbbbbbb"), 1)
     replies = [LogLik(-3.0, 1, False), LogLik(-4.0, 1, False)]
     assert decide(item, replies) == {"acc": False, "acc_norm": True}
     assert decide(item, [LogLik(-3.0, 1, False)] * 2)["acc"] is False, "a tie is no knowledge"
-    double = Choice("x", "Q?", ("a", "b", "b"), 1)
+    double = ChoiceItem("x", "Q?", ("a", "b", "b"), 1)
     assert decide(double, [LogLik(v, 1, False) for v in (-5.0, -1.0, -1.0)])["acc"], "the same text twice is one answer"
 
 
 def test_letters_and_cloze():
-    item = Choice("x", "Q?", ("red", "blue"), 1, passage="P.")
+    item = ChoiceItem("x", "Q?", ("red", "blue"), 1, passage="P.")
     assert ask(item, "letters") == "P.\nQ?\nA. red\nB. blue\nAnswer:" and texts(item, "letters") == ("A", "B")
     assert pairs(item)[1] == ("P.\nQuestion: Q?\nAnswer:", " blue")
-    running = Choice("x", "He went", ("home", "away"), 0, running=True)
+    running = ChoiceItem("x", "He went", ("home", "away"), 0, running=True)
     assert pairs(running, form="letters")[0] == ("He went", " home")
-    grande = Choice("x", "", ("ran.", "ran."), 1, running=True, prefixes=("when Al", "when Bo"))
+    grande = ChoiceItem("x", "", ("ran.", "ran."), 1, running=True, prefixes=("when Al", "when Bo"))
     assert pairs(grande, "E\n\n") == [("E\n\nwhen Al", " ran."), ("E\n\nwhen Bo", " ran.")]
 
 
 def test_worked_examples_come_from_the_same_subject():
-    shown = [Choice(str(i), f"S{i}?", ("a", "b"), 1, group="x" if i % 2 else "y", letters=True) for i in range(6)]
+    shown = [ChoiceItem(str(i), f"S{i}?", ("a", "b"), 1, group="x" if i % 2 else "y", letters=True) for i in range(6)]
     text = examples(shown, 2, "x")
     assert text.startswith("The following are multiple choice questions (with answers) about x.\n\nS1?")
     assert text.count("Answer: B\n\n") == 2 and "S3?" in text and "S2?" not in text

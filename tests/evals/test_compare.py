@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from polybit.core.runtime import PolybitError
-from polybit.evals.compare import AS_LOADED, Material, compare
+from polybit.evals.compare import AS_LOADED, EvalMaterial, compare
 from polybit.hub.lm import LocalLM
 from tests.evals.test_tasks import Watched
 from tests.evals.tiny import items, tokenizer
@@ -32,7 +32,7 @@ def walk(value):
 @pytest.fixture(scope="module")
 def result():
     lm, ours = LocalLM(tiny_model("llama"), tokenizer()), LocalLM(quantized("llama"), tokenizer())
-    material = Material(WINDOWS, PROMPTS, {name: items(name, 6) for name in ("reading", "dialogue")}, max_tokens=10)
+    material = EvalMaterial(WINDOWS, PROMPTS, {name: items(name, 6) for name in ("reading", "dialogue")}, max_tokens=10)
     sizes = {"w8": {"bits_per_weight": 8.5, "bytes": 1000}}
     return compare(lm, ours, ["w8", "w4", "w2"], material, sizes=sizes, shown=3)
 
@@ -41,7 +41,7 @@ def result():
 def identical(request):
     lm = LocalLM(tiny_model(request.param), tokenizer())
     tasks = {"dialogue": items("dialogue", 6)}
-    return compare(lm, lm, [None], Material(WINDOWS, PROMPTS, tasks, max_tokens=10))["presets"][AS_LOADED]
+    return compare(lm, lm, [None], EvalMaterial(WINDOWS, PROMPTS, tasks, max_tokens=10))["presets"][AS_LOADED]
 
 
 def test_schema(result):
@@ -107,16 +107,16 @@ def test_every_prediction_is_sealed_before_an_answer_is_read():
     generate = lm.generate
     lm.generate = lambda *args, **options: log.append("generate") or generate(*args, **options)
     tasks = {name: [Watched(item, log) for item in items(name, 2)] for name in ("reading", "dialogue")}
-    compare(lm, lm, [None], Material(WINDOWS[:2], (), tasks))
+    compare(lm, lm, [None], EvalMaterial(WINDOWS[:2], (), tasks))
     assert log[:4] == ["generate"] * 4 and set(log[4:]) == {"answer"}
 
 
 def test_without_prompts_and_tasks():
     lm = LocalLM(tiny_model("llama"), tokenizer())
-    row = compare(lm, lm, [None], Material(WINDOWS[:2]))["presets"][AS_LOADED]
+    row = compare(lm, lm, [None], EvalMaterial(WINDOWS[:2]))["presets"][AS_LOADED]
     assert row["flips"] is row["first_divergence"] is row["identical"] is None
     assert row["survival"] == row["answers"] == [] and row["tasks"] == {}
     with pytest.raises(PolybitError, match="No precision"):
-        compare(lm, lm, [], Material(WINDOWS[:2]))
+        compare(lm, lm, [], EvalMaterial(WINDOWS[:2]))
     with pytest.raises(PolybitError, match="context of 64"):
-        compare(lm, lm, [None], Material(WINDOWS[:2], PROMPTS, max_tokens=64))
+        compare(lm, lm, [None], EvalMaterial(WINDOWS[:2], PROMPTS, max_tokens=64))

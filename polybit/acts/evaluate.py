@@ -1,0 +1,80 @@
+"""Measure what each width of a checkpoint costs against its float model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from polybit.acts.evaluate_material import gather_material
+from polybit.acts.evaluate_suites import ModelPair, span_numbers
+from polybit.compress.sizes import base_model, default_presets, preset_sizes, stored_widths
+from polybit.core.parts import load
+from polybit.core.records import Run
+from polybit.core.runtime import PolybitError
+from polybit.evals.compare import compare
+from polybit.evals.table import SUITES
+from polybit.hub.lm import LocalLM
+from polybit.hub.models import is_embedded, open_model
+from polybit.options.checks import names_of, plain
+from polybit.options.evaluate import WINDOWS, EvalOptions
+
+
+def evaluate(model: str, options: EvalOptions) -> Run:
+    """Compare MODEL (a polybit directory or any model) with its float reference, paired and with intervals."""
+    if options.with_text and options.windows is None:
+        options = replace(options, windows=WINDOWS)
+    run = Run("eval", {"target": model, **plain(options), "target_name": Path(model).name})
+    with run.timed():
+        if options.squad_head == "span":
+            run.numbers = {"squad": span_numbers(model, options)}
+        else:
+            pair, reference_name = open_pair(model, options)
+            run.numbers, text_name = measure(pair, options, embedded=is_embedded(reference_name))
+            run.config |= {"reference_name": Path(reference_name).name, "text_name": text_name}
+    return run
+
+
+def open_pair(target: str, options: EvalOptions) -> tuple[ModelPair, str]:
+    """Both models, the precisions to measure, and the name of the reference."""
+    model, tokenizer = open_model(target, trust_remote_code=options.trust_remote_code)
+    widths = stored_widths(model)
+    named = options.reference or base_model(model)
+    if named is None:
+        if widths is not None:
+            raise PolybitError(f"{target} does not say which model it was made from: name it with --reference")
+        named = target
+    asked = names_of(options.precision)
+    if widths is None and asked:
+        raise PolybitError(
+            f"--precision {options.precision}: {target} is a float model without stored widths; quantize it first"
+        )
+    float_model, float_tokenizer = open_model(named, trust_remote_code=options.trust_remote_code)
+    if stored_widths(float_model) is not None:
+        raise PolybitError(f"the reference {named} is itself quantized: give the float model it was made from")
+    presets: list[str | None] = list(asked or (default_presets(model) if widths else ())) or [None]
+    sizes: Mapping[str, Any] = preset_sizes(model, [p for p in presets if p]) if widths else {}
+    pair = ModelPair(LocalLM(float_model, float_tokenizer), LocalLM(model, tokenizer), tuple(presets), sizes)
+    return pair, named
+
+
+def measure(pair: ModelPair, options: EvalOptions, *, embedded: bool) -> tuple[dict[str, Any], str]:
+    """All that was asked for, and the name of the text; embedded: the reference is the embedded model."""
+    numbers: dict[str, Any] = {}
+    text_name = ""
+    if options.with_text or options.tasks:
+        material, text_name = gather_material(pair.reference, options, embedded=embedded)
+        numbers = compare(
+            pair.reference,
+            pair.quantized,
+            pair.presets,
+            material,
+            sizes=pair.sizes,
+            breakdown=options.breakdown,
+            seed=options.seed,
+        )
+    for name in options.suites:
+        if (path := SUITES[name].measure) is not None:
+            numbers[name] = load(path)(pair, options)
+    return numbers, text_name
