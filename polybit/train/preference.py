@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import log
 from typing import Any, Literal
 
 import torch
@@ -198,6 +197,3 @@ def kd_then_qdpo(knobs: AnswerKnobs) -> Stages:
     """`--method kd-then-qdpo`: distillation for half of the steps, then both."""
     half = knobs.steps // 2
     return Stages([(Distillation(), half), (qdpo_and_kd(knobs), knobs.steps - half)])
-
-
-INITIAL = log(2)  # loss of a pair without margin; QDPO starts above it, because at the first flip its margin is below 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import TYPE_CHECKING, Any, Literal
 
 from polybit.core.parts import load
@@ -43,7 +44,8 @@ class AnswerObjective:
     (material.Gather) · summary: half a sentence for `--help` · rate: peak learning rate unless told otherwise ·
     static_rate: the same where the model's own answers are never renewed, None = no other · own: whether it looks at
     the model's own answers, so that renewing them has a meaning · pairs: whether it compares both models' answers and
-    learns nothing where they are all the same · prefix: whether it can share the beginning of a pair.
+    learns nothing where they are all the same · prefix: whether it can share the beginning of a pair · at_teacher: the
+    loss, by the end of a run with the default knobs, of a model that says what the float model says.
     """
 
     builder: str
@@ -53,6 +55,7 @@ class AnswerObjective:
     own: bool = False
     pairs: bool = False
     prefix: bool = False
+    at_teacher: float = 0.0
 
     def build(self, knobs: AnswerKnobs) -> Any:
         """The objective."""
@@ -101,12 +104,14 @@ class TrainingSchedule:
     """Which presets a step of `polybit train` uses.
 
     builder: dotted path of `(plans, layers, *, steps, cycles, seed) -> schedule`, plans being preset -> Plan and layers
-    the names of what is trained · summary: half a sentence for `--help` · cycles: whether it goes round so many times.
+    the names of what is trained · summary: half a sentence for `--help` · cycles: whether it goes round so many times ·
+    all_presets: whether a long enough run uses every preset.
     """
 
     builder: str
     summary: str
     cycles: bool = False
+    all_presets: bool = True
 
     def build(
         self, plans: Mapping[str, Plan], layers: Sequence[str], *, steps: int, cycles: int, seed: int
@@ -125,6 +130,7 @@ def rates(table: Mapping[str, AnswerObjective]) -> str:
     return "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in found.items())
 
 
+NO_MARGIN = log(2)  # sigmoid loss of a pair without margin; QDPO starts above it: at the first flip its margin is < 0
 STATIC_RATE = 1e-5  # of QDPO without refresh: above it likelihood displacement begins (docs/results)
 
 ANSWER_OBJECTIVES: dict[str, AnswerObjective] = {
@@ -139,12 +145,18 @@ ANSWER_OBJECTIVES: dict[str, AnswerObjective] = {
         own=True,
         pairs=True,
         prefix=True,
+        at_teacher=NO_MARGIN,
     ),
     "qdpo+kd": AnswerObjective(
-        "polybit.train.preference:qdpo_and_kd", "qdpo and kd at once", rate=1e-4, own=True, pairs=True
+        "polybit.train.preference:qdpo_and_kd",
+        "qdpo and kd at once",
+        rate=1e-4,
+        own=True,
+        pairs=True,
+        at_teacher=NO_MARGIN,
     ),
     "kd-then-qdpo": AnswerObjective(
-        "polybit.train.preference:kd_then_qdpo", "kd, then both", rate=1e-4, own=True, pairs=True
+        "polybit.train.preference:kd_then_qdpo", "kd, then both", rate=1e-4, own=True, pairs=True, at_teacher=NO_MARGIN
     ),
 }
 LESSON_OBJECTIVES: dict[str, LessonObjective] = {
@@ -156,12 +168,10 @@ LESSON_OBJECTIVES: dict[str, LessonObjective] = {
         "polybit.train.cascade:independent", "one checkpoint per preset, each trained by itself", alone=True
     ),
 }
-OBJECTIVES: Mapping[str, AnswerObjective | LessonObjective] = {**ANSWER_OBJECTIVES, **LESSON_OBJECTIVES}
-
 SCHEDULES: dict[str, TrainingSchedule] = {
     "all": TrainingSchedule("polybit.train.schedules:always_all", "every preset"),
     "cyclic": TrainingSchedule("polybit.train.schedules:cyclic", "one along CPT's cosine", cycles=True),
     "random": TrainingSchedule("polybit.train.schedules:one_drawn", "one drawn at random"),
     "sandwich": TrainingSchedule("polybit.train.schedules:sandwich", "the widest, the narrowest and one between"),
-    "fixed": TrainingSchedule("polybit.train.schedules:widest_only", "the widest only"),
+    "fixed": TrainingSchedule("polybit.train.schedules:widest_only", "the widest only", all_presets=False),
 }

@@ -1,0 +1,79 @@
+"""A new objective is one file and one table line: `polybit align` takes it, its help and its learning rate."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from polybit.train.table import ANSWER_OBJECTIVES
+from tests.commands.conftest import tiny_llama  # noqa: F401
+
+FILE = '''
+from dataclasses import dataclass
+
+from polybit.train.distill import token_divergence
+
+
+@dataclass(frozen=True)
+class Halved:
+    """Half of the KL to the float model's answers."""
+
+    separable: bool = True
+    needs: frozenset = frozenset({"chosen"})
+
+    def __call__(self, forward, batch, presets):
+        part, total, logs = batch["chosen"], 0.0, {}
+        for preset in presets:
+            each_N = token_divergence(forward(part, preset).float(), part["top_logp_NK"], part["top_index_NK"])
+            total = total + each_N.mean() / 2
+            logs[f"{preset}/half"] = float(each_N.mean().detach()) / 2
+        return total, logs
+
+
+def halved(knobs):
+    return Halved()
+'''
+LINE = """
+import sys
+from polybit.train.table import ANSWER_OBJECTIVES, AnswerObjective
+ANSWER_OBJECTIVES["halved"] = AnswerObjective("halved:halved", "half of kd", rate=2e-3)
+from polybit.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def polybit(tmp_path_factory):
+    """`polybit`, as it would be with the file and the line; gives the finished process."""
+    folder = tmp_path_factory.mktemp("new")
+    (folder / "halved.py").write_text(FILE)
+
+    def run(*words):
+        paths = os.pathsep.join([str(folder), *filter(None, sys.path)])
+        command = [sys.executable, "-c", LINE, *map(str, words)]
+        return subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+
+    return run
+
+
+def test_help_and_refusals_know_it(polybit):
+    told = " ".join(polybit("align", "--help").stdout.replace("│", " ").split())
+    assert "halved = half of kd" in told and "0.002 for halved" in told
+    refused = polybit("align", "x", "--pairs", "p", "--out", "o", "--method", "magic").stderr
+    assert all(f'"{name}"' in refused for name in ("halved", *ANSWER_OBJECTIVES))
+    refused = polybit("align", "x", "--pairs", "p", "--out", "o", "--method", "halved", "--shared-prefix").stderr
+    assert "belongs to --method qdpo, not to halved" in refused
+
+
+def test_it_trains_a_checkpoint(polybit, tiny_llama, tmp_path):  # noqa: F811
+    (tmp_path / "p.txt").write_text("".join(f"Tell me about number {n}.\n" for n in range(12)))
+    few = ["--precision", "w2", "--group-size", "16", "--max-tokens", "8", "--steps", "4", "--batch", "4"]
+    told = ["--prompts", tmp_path / "p.txt", "--probes", "2", "--held-out", "2", "--json", tmp_path / "run.json"]
+    done = polybit("align", tiny_llama, "--method", "halved", "--out", tmp_path / "out", *few, *told)
+    assert not done.returncode, done.stderr
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["config"]["method"] == "halved" and any("w2/half" in entry for entry in run["numbers"]["log"])
+    notes = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["notes"]
+    assert notes["aligned"]["method"] == "halved" and notes["aligned"]["learning_rate"] == 2e-3
