@@ -17,7 +17,7 @@ TABLES = "table"  # the torch-free table of a room's parts, open to every room
 ALLOWED = {  # room -> rooms it may import, beside every room's table
     "core": CORE,
     "kernels": CORE | {"kernels"},
-    "quant": CORE | {"quant"},
+    "quant": CORE | {"quant", "kernels"},
     "allocate": CORE | {"allocate"},
     "data": CORE | {"data"},
     "report": CORE | {"report"},

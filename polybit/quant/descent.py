@@ -1,7 +1,8 @@
 """Choosing codes one column at a time: GPTQ's error compensation, then exact coordinate descent with refitted scales.
 
 Everything here works on one or several widths at once (`Levels`): one matrix of codes, one error per width. Rows are
-independent, so the work is done for all rows together, and for a few rows at a time when the layer is large.
+independent, so the work is done for all rows together, and for a few rows at a time when the layer is large. On a
+processor the compiled search (`quant.compiled`) does the same; what is written here says what that is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from polybit.kernels import search
+from polybit.quant import compiled
 from polybit.quant.fit import Freedom, fit_group
 from polybit.quant.levels import Choice, Levels
 from polybit.quant.problem import Problem, row_chunks
@@ -27,6 +30,8 @@ def compensate(problem: Problem, factor_II: Tensor, levels: Levels, order_I: Ten
     """
     rows, columns = problem.weight_OI.shape
     order_I = torch.arange(columns, device=factor_II.device) if order_I is None else order_I
+    if search.usable(problem.weight_OI):
+        return compiled.compensate(problem, factor_II, levels, order_I)
     codes_OI = torch.empty(rows, columns, dtype=torch.long, device=factor_II.device)
     for part in row_chunks(rows, 2 * len(levels.widths) * columns):
         weight_OI = problem.weight_OI[part].index_select(1, order_I)
@@ -76,6 +81,8 @@ def descend(
     codes under H given the rest of the row, rounded to what is stored, then each of its columns the best code given
     everything else. `held` leading bits of every code stay as they are. Returns new codes and levels.
     """
+    if search.usable(problem.weight_OI):
+        return compiled.descend(problem, codes_OI, levels, sweeps=sweeps, freedom=freedom, held=held)
     codes_OI = codes_OI.clone()
     levels = levels.copy()
     for part in row_chunks(len(codes_OI), 3 * len(levels.widths) * codes_OI.shape[1]):

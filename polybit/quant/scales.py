@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from polybit.core.affine import Grid, centre, round_half_up, scale_gain, split_groups, storable_scale
+from polybit.kernels import search
 from polybit.quant.problem import row_chunks
 
 
@@ -57,6 +58,11 @@ def search_scale(
     weights_I = torch.ones_like(weight_OI[0]) if importance_I is None else importance_I.to(weight_OI.dtype)
     weights_Gg, _ = split_groups(weights_I[None], grid.group_size)
     gain = scale_gain(span_scale(weight_OI, grid)[0])
+    if search.usable(weight_OI):
+        bits_G = tuple(grid.group_bits(columns).tolist())
+        clips = search.Clips(grid.group_size, bits_G, grid.zero, gain, (shrinks(2, points), shrinks(4, points)), refine)
+        scale_OG, zero_OG = search.search_scales(weight_OI, weights_I, clips)
+        return settle(scale_OG).to(weight_OI.dtype), stored_zero(zero_OG, grid)
     scale_OG = weight_OI.new_empty(rows, grid.groups(columns))
     zero_OG = torch.empty_like(scale_OG)
     for part in row_chunks(rows, columns + grid.group_size):
@@ -65,6 +71,11 @@ def search_scale(
             found = search_rows(groups_OGg[:, chosen_G], weights_Gg[:, chosen_G], plain, gain, points, refine)
             scale_OG[part, chosen_G], zero_OG[part, chosen_G] = found
     return settle(scale_OG).to(weight_OI.dtype), stored_zero(zero_OG, grid)
+
+
+def shrinks(bits: int, points: int) -> tuple[float, ...]:
+    """Clipping ranges worth trying: 2- and 3-bit ranges profit from hard clipping, 8-bit ranges from none."""
+    return tuple(torch.linspace(1.0, 0.3 if bits < 4 else 0.5, points).tolist())
 
 
 def stored_zero(zero_OG: Tensor, grid: Grid) -> Tensor:
@@ -91,8 +102,7 @@ def search_rows(
         best_OG = torch.where(better, total, best_OG)
         scale_OG, zero_OG = torch.where(better, scale, scale_OG), torch.where(better, zero, zero_OG)
 
-    # 2- and 3-bit ranges profit from hard clipping, 8-bit ranges from none
-    for shrink in torch.linspace(1.0, 0.3 if grid.bits < 4 else 0.5, points).tolist():
+    for shrink in shrinks(grid.bits, points):
         consider(*candidate(low, high, shrink, grid, gain))
         if grid.zero == "level":  # the side with the extra level may be either one
             consider(*candidate(-high, -low, -shrink, grid, gain))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polybit.core.affine import Grid, centre, round_half_up, scale_gain, split_groups
+from polybit.kernels import search
 from polybit.quant.levels import Levels
 from polybit.quant.problem import Problem, row_chunks
 from polybit.quant.scales import half_scale, integer_zero, search_scale, span_scale
@@ -27,6 +28,18 @@ def start_levels(problem: Problem, grid: Grid, widths: Sequence[int], emphasis: 
     symmetric = Grid(grid.bits, grid.group_size)
     gain = scale_gain(span_scale(problem.weight_OI, symmetric)[0])
     alone = {b: search_scale(problem.weight_OI, Grid(b, grid.group_size), problem.importance_I)[0] for b in widths}
+    if search.usable(problem.weight_OI):
+        ones_OG = torch.ones_like(next(iter(alone.values())))
+        ratio_BOG = torch.ones_like(ones_OG).repeat(len(widths), 1, 1)
+        judged = tuple(emphasis[b] for b in widths)
+        numbers = search.Numbers(
+            columns, grid.group_size, tuple(widths), judged, ones_OG, torch.zeros_like(ones_OG), ratio_BOG
+        )
+        fixed = None if grid.zero == "group" else float(grid.fixed_zero() or 0.0)
+        tilts = search.Tilts(gain, fixed, SHRINKS, TILTS if grid.zero == "group" else (0.0,))
+        search.search_slices(numbers, problem.weight_OI, problem.importance_I, torch.stack(list(alone.values())), tilts)
+        emphasis_B = ones_OG.new_ones(len(widths))
+        return Levels(grid.bits, grid.group_size, tuple(widths), emphasis_B, ones_OG, numbers.zero_OG, ratio_BOG)
     found = []
     for part in row_chunks(rows, 4 * columns):
         groups_OGg, _ = split_groups(problem.weight_OI[part], grid.group_size)
