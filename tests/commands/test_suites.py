@@ -59,3 +59,19 @@ def test_wrong_flags(checkpoint, tmp_path, capsys):
 def test_sets_of_one_name_are_told_apart():
     assert set_name("mc/ARC-Easy/test.json", ["mc/ARC-Easy/test.json", "mc/piqa/test.json"]) == "ARC-Easy/test"
     assert set_name("csqa/dev_rand_split.jsonl", ["csqa/dev_rand_split.jsonl"]) == "dev_rand_split"
+
+
+def test_suites_alone_measure_nothing_else(checkpoint, tmp_path, capsys):
+    rows = [{"question": f"Where is {n}?", "choices": ["here", "there"], "answer": n % 2} for n in range(4)]
+    (tmp_path / "places.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    places, numbers, html = tmp_path / "places.jsonl", tmp_path / "eval.json", tmp_path / "page.html"
+    main(["eval", str(checkpoint), "--choices", str(places), "--json", str(numbers)])
+    said = capsys.readouterr()
+    assert "measuring questions with choices only" in said.err and "perplexity" not in said.out
+    assert set(json.loads(numbers.read_text())["numbers"]) == {"choices"}
+    main(["report", str(checkpoint), "--eval", str(numbers), "--out", str(html)])
+    assert "Questions with choices" in html.read_text() and "What each width costs" not in html.read_text()
+    main(["eval", str(checkpoint), "--tasks", "reading", "--items", "2", "--json", str(numbers)])
+    said = capsys.readouterr()
+    assert "reading" in said.out and "perplexity" not in said.out
+    assert set(json.loads(numbers.read_text())["numbers"]) == {"reference", "presets"}
