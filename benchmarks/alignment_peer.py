@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
-from polybit.hub.models import resolve
 from polybit.core.plan import Plan
 from polybit.data.chat import encode_prompt
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import load_float
-from polybit.train.latent import Freedom, at, make_trainable, use
+from polybit.hub.models import resolve
+from polybit.nn.switch import at, use
+from polybit.train.latent import Freedom, make_trainable
 from polybit.train.material import Gather, order_of, prepare
 from polybit.train.pairs import Pair
 from polybit.train.preference import Preference

@@ -43,6 +43,7 @@ from polybit.evals.scoring import bootstrap
 from polybit.hub.lm import LocalLM
 from polybit.hub.models import open_model
 from polybit.nn.convert import convert
+from polybit.nn.switch import use
 from polybit.options.attack import AttackOptions
 from polybit.robust.attackers import ADAPTIVE, NOBODY, NOISE, views
 from polybit.robust.cases import Case, allowed_tokens, answer_tokens, build_cases, prompt_tokens
@@ -52,7 +53,7 @@ from polybit.robust.table import ATTACKS
 from polybit.robust.transfer import TransferGame, embedding_game
 from polybit.train.cascade import Cascade
 from polybit.train.forward import logits_of
-from polybit.train.latent import freeze, make_trainable, use
+from polybit.train.latent import freeze, make_trainable
 from polybit.train.schedules import Drawn, Fixed
 
 WEIGHTS, ACTIVATIONS = (8, 6, 4, 3, 2), (8, 6, 4)

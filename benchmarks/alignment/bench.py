@@ -23,10 +23,11 @@ from polybit.hub.lm import LocalLM
 from polybit.hub.load import load_float
 from polybit.hub.models import resolve
 from polybit.nn.convert import targets
+from polybit.nn.switch import at
 from polybit.quant.table import QUANTIZERS
 from polybit.train.distill import token_divergence
 from polybit.train.forward import logits_of
-from polybit.train.latent import Freedom, at, make_trainable
+from polybit.train.latent import Freedom, make_trainable
 from polybit.train.material import PairMaterial, prepare
 from polybit.train.pairs import Pair, first_divergence, sift
 from polybit.train.probe import forget

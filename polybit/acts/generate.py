@@ -13,7 +13,7 @@ from polybit.hub.lm import longest_input
 from polybit.hub.models import open_model
 from polybit.kernels.ops import best_arithmetic
 from polybit.nn.linear import QuantWeight
-from polybit.nn.switch import current, panel, use
+from polybit.nn.switch import current, stored_layers, use
 from polybit.options.checks import plain
 from polybit.options.generate import GenerateOptions
 
@@ -58,7 +58,7 @@ def generate(model: str, options: GenerateOptions) -> Run:
 
 def choose_arithmetic(model, asked: str) -> None:
     """Tell every layer how to multiply; see the flag."""
-    for layer in panel(model).layers.values():
+    for layer in stored_layers(model).values():
         best = best_arithmetic(layer.qplanes.device)
         automatic = "int8" if best == "int16" and layer.width <= NARROW else best
         layer.arithmetic = automatic if asked == "auto" else asked  # type: ignore[assignment]

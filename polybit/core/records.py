@@ -1,4 +1,4 @@
-"""Records that pass between rooms: what calibration saw, what harm costs, what a run was."""
+"""Records that pass between rooms: what calibration saw, what harm costs, what a run was, how a model was turned."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from polybit.core.runtime import PolybitError, write_json
 
 RUN_FILE = "run.json"  # the record of a run, beside what it made
+
+
+ROTATION = "hadamard"  # the one kind of rotation there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,41 @@ def read_run(path: Path, verb: str) -> Mapping[str, Any]:
     if not isinstance(value, dict) or value.get("verb") != verb or "numbers" not in value:
         raise PolybitError(f"{path} is not what `polybit {verb} --json` writes: give that file")
     return value
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """All that decides a rotation; a checkpoint keeps it in its notes, so that its float model can be turned alike.
+
+    The signs come from Python's own generator, whose numbers are the same on every machine and version.
+    """
+
+    seed: int = 0
+    kind: str = ROTATION
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint's notes."""
+        return {"kind": self.kind, "seed": self.seed}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Rotation:
+        """The inverse of to_json, checked."""
+        if not isinstance(value, Mapping) or set(value) != {"kind", "seed"}:
+            raise PolybitError(f"the checkpoint's rotation is {value!r:.80}: it must give a kind and a seed")
+        if value["kind"] != ROTATION:
+            raise PolybitError(
+                f"the checkpoint's rotation is of kind {value['kind']!r:.40}, not {ROTATION!r}: upgrade polybit"
+            )
+        if not isinstance(value["seed"], int) or isinstance(value["seed"], bool):
+            raise PolybitError(
+                f"the seed of the checkpoint's rotation is {value['seed']!r:.40}: it must be a whole number"
+            )
+        return cls(value["seed"])
+
+    def signs(self, place: str, size: int) -> Tensor:
+        """[size] of -1 and 1, float64, other ones at every place of the model."""
+        draw = Random(f"{self.seed} {place}")
+        return torch.tensor([-1.0 if draw.random() < 0.5 else 1.0 for _ in range(size)], dtype=torch.float64)
 
 
 def machine() -> dict[str, Any]:

@@ -14,7 +14,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from polybit.core.precision import FLOAT
 from polybit.core.runtime import PolybitError
-from polybit.nn.attention import Operands, ports
+from polybit.nn.attention import ports
+from polybit.nn.board import board_of
+from polybit.nn.operands import Operands
 
 
 class PackedLayer(DynamicLayer):
@@ -127,11 +129,11 @@ class PackedCache(Cache):
 
     def __init__(self, model: nn.Module, mask_BT: Tensor | None = None) -> None:
         """mask_BT: the attention mask of the prompts, where some are padded on the left."""
-        board = {operands.index: operands for operands in ports(model).values()}
+        places = {operands.index: operands for operands in ports(model).values()}
         plain = DynamicCache(config=model.config)  # type: ignore[arg-type]
-        count = max([len(plain.layers), *(index + 1 for index in board)])
+        count = max([len(plain.layers), *(index + 1 for index in places)])
         layers = [
-            packed(plain.layers[n] if n < len(plain.layers) else DynamicLayer(), board.get(n)) for n in range(count)
+            packed(plain.layers[n] if n < len(plain.layers) else DynamicLayer(), places.get(n)) for n in range(count)
         ]
         super().__init__(layers=layers)
         if mask_BT is not None and mask_BT.ndim == 2:
@@ -167,16 +169,17 @@ def keep_packed(model: nn.Module) -> nn.Module:
     A cache that was filled already, and one of another kind (static, offloaded), is left as it is: its numbers are then
     rounded alike, its bytes are not packed. Returns the model.
     """
-    if not model.__dict__.get("polybit_keeps_packed"):
-        model.__dict__["polybit_keeps_packed"] = True
+    board = board_of(model)
+    if not board.keeps_packed:
+        board.keeps_packed = True
         model.register_forward_pre_hook(give_cache, with_kwargs=True)
     return model
 
 
 def give_cache(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Before a forward pass: an empty cache becomes a packed one where keys or values have a width."""
-    board: dict[str, Operands] = model.__dict__.get("polybit_attention", {})
-    if all(operands.precision.k == FLOAT and operands.precision.v == FLOAT for operands in board.values()):
+    known = board_of(model).operands or {}
+    if all(operands.precision.k == FLOAT and operands.precision.v == FLOAT for operands in known.values()):
         return None
     cache = kwargs.get("past_key_values")
     wanted = kwargs.get("use_cache", getattr(model.config, "use_cache", False)) and not model.training
@@ -194,8 +197,8 @@ def give_cache(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def reads_in_blocks(model: nn.Module) -> int:
     """Tokens at a time in which text must be read for keys per channel to know no later token; 0 = all at once."""
-    board: dict[str, Operands] = model.__dict__.get("polybit_attention", {})
-    blocks = {o.block for o in board.values() if o.keys == "channel" and o.precision.k != FLOAT}
+    known = board_of(model).operands or {}
+    blocks = {o.block for o in known.values() if o.keys == "channel" and o.precision.k != FLOAT}
     return min(blocks, default=0)
 
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 import polybit
 from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT
+from polybit.core.records import Rotation
 from polybit.core.runtime import PolybitError, write_json
 from polybit.hub.directory import absolute, check_manifest, restore, staged_directory
 from polybit.hub.files import Header, check_sizes, read_headers, read_json, shards_of
+from polybit.nn.board import panel
 from polybit.nn.convert import is_kind
 from polybit.nn.fields import Fields, check_columns, is_integer
-from polybit.nn.rotation import Rotation, rotation_of
-from polybit.nn.switch import panel
+from polybit.nn.switch import stored_layers
 
 METHOD, VERSION = "polybit", 1
 SINGLE, INDEX = "polybit.safetensors", "polybit.safetensors.index.json"
@@ -154,12 +155,12 @@ def describe(
     notes: Mapping[str, Any] | None = None,
 ) -> Description:
     """The description of a quantized model in memory; without `widths`, the widest stored one."""
-    board = panel(model)
-    layers = {name: layer.fields for name, layer in board.layers.items()}
-    kinds = {name: layer.kind for name, layer in board.layers.items()}
+    board, stored = panel(model), stored_layers(model)
+    layers = {name: layer.fields for name, layer in stored.items()}
+    kinds = {name: layer.kind for name, layer in stored.items()}
     top = max(fields.bits for fields in layers.values())
     chosen = tuple(sorted(set(widths or (top,)), reverse=True))
-    rotation = rotation_of(model)
+    rotation = board.rotation
     noted = {**(notes or {}), **({} if rotation is None else {"rotation": rotation.to_json()})}
     return Description(weights, read_widths(list(chosen), top), dict(board.presets), layers, kinds, noted)
 

@@ -79,7 +79,7 @@ class LocalLM:
             return
         keep = self.keep_decoded
         if keep is None:
-            keep = any(layer.arithmetic == "float" for layer in switch.panel(self.model).layers.values())
+            keep = any(layer.arithmetic == "float" for layer in switch.stored_layers(self.model).values())
         with switch.at(self.model, preset), switch.keep_decoded(self.model) if keep else nullcontext():
             yield self
 

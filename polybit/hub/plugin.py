@@ -90,10 +90,11 @@ class PolybitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Check that every stored tensor arrived as declared; give the model its presets and our save_pretrained."""
+        from polybit.core.records import Rotation
         from polybit.hub.cache import keep_packed
         from polybit.hub.checkpoint import Description
+        from polybit.nn.board import board_of
         from polybit.nn.linear import QuantWeight
-        from polybit.nn.rotation import Rotation, mark
         from polybit.nn.switch import multiply_by, set_presets
 
         for name, layer in model.named_modules():
@@ -107,7 +108,7 @@ class PolybitQuantizer(HfQuantizer):
         description = Description.from_json(self.quantization_config.to_dict())
         set_presets(model, description.presets)
         if "rotation" in description.notes:
-            mark(model, Rotation.from_json(description.notes["rotation"]))
+            board_of(model).rotation = Rotation.from_json(description.notes["rotation"])
         multiply_by(model)  # several times faster than in float and within 1e-4 of it; gradients stay exact
         model.save_pretrained = types.MethodType(save_pretrained, model)
         keep_packed(model)

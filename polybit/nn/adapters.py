@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import sqrt
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from polybit.core.runtime import PolybitError
+from polybit.nn.board import board_of
 from polybit.nn.linear import QuantLinear
 
 
@@ -34,21 +34,13 @@ class Lora(nn.Module):
         return 2 * (self.down_RI.numel() + self.up_OR.numel())
 
 
-@dataclass(slots=True)
-class Socket:
-    """A quantized layer that has adapters, and the preset whose adapter is in use."""
-
-    layer: QuantLinear
-    preset: str | None = None
-
-
 def plug(model: nn.Module, adapters: Mapping[str, Mapping[str, Lora]]) -> None:
     """Attach adapters (layer name -> preset -> adapter) to the quantized layers of a model.
 
     They are no part of the model's own state: the checkpoint stays a pure quantized one, adapters are files beside it.
     The layer adds the adapter in the same call as its product (`QuantLinear.set_adapter`).
     """
-    sockets = model.__dict__.setdefault("polybit_sockets", {})
+    board = board_of(model)
     for name, loras in adapters.items():
         layer = model.get_submodule(name)
         if not isinstance(layer, QuantLinear):
@@ -58,16 +50,12 @@ def plug(model: nn.Module, adapters: Mapping[str, Mapping[str, Lora]]) -> None:
             if wanted != found:
                 raise PolybitError(f"the adapter of {name!r:.120} is for shape {found}, the layer has {wanted}")
             layer.set_adapter(preset, lora.down_RI, lora.up_OR, lora.alpha / len(lora.down_RI))
-        sockets[name] = Socket(layer)
+        board.adapted[name] = layer
 
 
 def wear(model: nn.Module, preset: str | None) -> None:
     """Let every layer use the adapter of a preset; None or a preset without adapters: none."""
-    for socket in model.__dict__.get("polybit_sockets", {}).values():
-        socket.preset = preset
-        socket.layer.wear(preset)
-
-
-def worn_by(model: nn.Module) -> str | None:
-    """The preset whose adapters are in use."""
-    return next((socket.preset for socket in model.__dict__.get("polybit_sockets", {}).values()), None)
+    board = board_of(model)
+    board.worn = preset if board.adapted else None
+    for layer in board.adapted.values():
+        layer.wear(preset)

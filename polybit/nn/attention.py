@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,67 +20,19 @@ from polybit.core.affine import fake_quantize_tokens
 from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
-from polybit.nn.keyvalue import BLOCK, GROUP, ChannelStore, FloatStore, Store, TokenStore, round_blocks, round_tokens
+from polybit.nn.board import board_of
+from polybit.nn.keyvalue import BLOCK, GROUP
+from polybit.nn.operands import CACHE_NAMES, Operands, Passage
 
-CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
 QUERY_NAMES = ("q_norm", "q_layernorm", "q_proj", "c_attn", "query_key_value")  # the first one an attention has
-
-
-@dataclass(slots=True)
-class Operands:
-    """The widths of one attention layer now, and how its keys are grouped.
-
-    index: its place in a cache · keys: "channel" (KIVI) or "token" · group: channels that share a scale · block: tokens
-    that share one where keys are per channel · module: the attention layer · query: where queries come from, or None.
-    """
-
-    name: str
-    index: int
-    module: nn.Module
-    precision: Precision = field(default_factory=Precision)
-    keys: str = "channel"
-    group: int = GROUP
-    block: int = BLOCK
-    query: nn.Module | None = None
-
-    def stores(self) -> tuple[Store, Store]:
-        """Empty stores for keys and values at the widths of now."""
-        k, v = self.precision.k, self.precision.v
-        per_channel = self.keys == "channel"
-        keys: Store = ChannelStore(k, self.block, self.group) if per_channel else TokenStore(k, self.group)
-        return (keys if k != FLOAT else FloatStore()), (TokenStore(v, self.group) if v != FLOAT else FloatStore())
-
-
-class Passage:
-    """What an attention layer sees in place of its cache: rounds keys and values, then asks the cache, if any."""
-
-    def __init__(self, operands: Operands, cache: Any) -> None:
-        self.operands, self.cache = operands, cache
-
-    def update(self, keys: Tensor, values: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T, D] that attention reads."""
-        port, precision = self.operands, self.operands.precision
-        if port.keys == "token":
-            keys = round_tokens(keys, precision.k, port.group)
-        elif self.cache is None or precision.k == FLOAT or not self.cache.get_seq_length(port.index):
-            keys = round_blocks(keys, precision.k, port.block, port.group)
-        else:
-            raise PolybitError(
-                f"keys of {precision.k} bits per channel need the packed cache: call hub.cache.keep_packed(model), or "
-                "arrange keys per token"
-            )
-        values = round_tokens(values, precision.v, port.group)
-        return (keys, values) if self.cache is None else self.cache.update(keys, values, *rest, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["cache"], name)
 
 
 def ports(model: nn.Module) -> dict[str, Operands]:
     """The operands of every attention layer by the layer's name, put in place at the first call; empty where none."""
-    found = model.__dict__.get("polybit_attention")
+    board = board_of(model)
+    found = board.operands
     if found is None:
-        found = model.__dict__["polybit_attention"] = {}
+        found = board.operands = {}
         for name, module in attention_layers(model).items():
             place = getattr(module, "layer_idx", getattr(module, "layer_id", None))
             operands = found[name] = Operands(name, len(found) if place is None else int(place), module)
@@ -173,24 +124,24 @@ def operand_precisions(model: nn.Module, plan: Plan) -> list[tuple[Operands, Pre
     speak), else for the attention layer by name, else the plan's default.
     Raises PolybitError for a model whose attention cannot be reached, and for operands of a layer outside attention.
     """
-    if not asks_for_operands(plan) and "polybit_attention" not in model.__dict__:
+    if not asks_for_operands(plan) and board_of(model).operands is None:
         return []
-    board = ports(model)
+    known = ports(model)
     if not asks_for_operands(plan):
-        return [(operands, Precision()) for operands in board.values()]
-    if not board:
+        return [(operands, Precision()) for operands in known.values()]
+    if not known:
         raise PolybitError(
             "the precision asks for quantized attention operands, but no attention layer of this model takes a cache: "
             "leave q, k and v out"
         )
     for layer, precision in plan.layers.items():
-        inside = any(layer == name or layer.startswith(name + ".") for name in board)
+        inside = any(layer == name or layer.startswith(name + ".") for name in known)
         if not inside and min(precision.q, precision.k, precision.v) != FLOAT:
             raise PolybitError(
                 f"layer {layer!r} is given {precision}, but it belongs to no attention: leave q, k and v out there, or "
-                f"name an attention layer such as {next(iter(board))!r}"
+                f"name an attention layer such as {next(iter(known))!r}"
             )
-    found = [(operands, chosen(plan, name)) for name, operands in board.items()]
+    found = [(operands, chosen(plan, name)) for name, operands in known.items()]
     for operands, precision in found:
         if precision.q != FLOAT and operands.query is None:
             raise PolybitError(
@@ -219,7 +170,7 @@ def use_operands(model: nn.Module, plan: Plan) -> nn.Module:
 
 def operands_of(model: nn.Module) -> Mapping[str, Precision]:
     """The widths of q, k and v now, by attention layer; empty where none was ever asked for."""
-    found: dict[str, Operands] = model.__dict__.get("polybit_attention", {})
+    found = board_of(model).operands or {}
     return {name: operands.precision for name, operands in found.items()}
 
 

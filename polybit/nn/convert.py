@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from polybit.core.planes import Planes
 from polybit.core.runtime import PolybitError
+from polybit.nn.board import board_of
 from polybit.nn.fields import Fields, tensors_of
 from polybit.nn.linear import QuantEmbedding, QuantExperts, QuantLinear, QuantWeight, TiedHead
 
@@ -238,7 +239,7 @@ def install(model: nn.Module, stored: Stored) -> None:
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantWeight)
         layer.kind = target.kind
-    model.__dict__.pop("polybit_panel", None)  # what switching knew of the model is out of date
+    board_of(model).converted(stored)
 
 
 def place(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from polybit.core.runtime import PolybitError
-from polybit.nn.attention import CACHE_NAMES
 from polybit.nn.linear import QuantExperts, TiedHead
+from polybit.nn.operands import CACHE_NAMES
 
 Put = Callable[[int], None]  # sets one layer to the precision of a choice
 
@@ -89,11 +89,9 @@ def split_batches(model: nn.Module, rows: Rows, puts: dict[nn.Module, Put]) -> I
     for module, put in owners.items():
         module.__dict__["forward"] = partial(rows.split, module.forward, put)
     hook = model.register_forward_pre_hook(rows.begin, with_kwargs=True)
-    model.__dict__["polybit_rows"] = rows
     try:
         yield
     finally:
         hook.remove()
-        del model.__dict__["polybit_rows"]
         for module in owners:
             del module.__dict__["forward"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import frexp, isfinite
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,20 @@ KEYS = {"shape", "bits", "group_size", "zero", "gain", "ratios", "column_scale"}
 LARGEST = 1 << 31  # no dimension of a real weight reaches this
 OPTIONAL = {"group_bits"}
 GROUP_SIZES = (0, 16, 32, 64, 128, 256)
+
+
+class Grouped(Protocol):
+    """Whatever holds a weight whose columns share scales by groups."""
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """Columns of a group; 0 = a whole row, which cannot have widths inside."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +62,11 @@ class Fields:
         shape = (int(planes.shape[0]), int(planes.shape[1]))
         scaled = planes.column_scale is not None
         return cls(shape, planes.bits, planes.group_size, zero, planes.gain, ratios, scaled, planes.bits_G)
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs."""
+        return self.shape[1]
 
     @property
     def groups(self) -> int:
@@ -144,14 +163,14 @@ def tensors_of(planes: Planes) -> dict[str, Tensor]:
     return found
 
 
-def check_columns(plan: Plan, layers: Mapping[str, Fields]) -> None:
+def check_columns(plan: Plan, layers: Mapping[str, Grouped]) -> None:
     """Refuse column offsets of a plan that do not fit the layers they are meant for."""
     for name in plan.columns:
         if name not in layers:
             raise PolybitError(
                 f"the plan gives column widths to {name!r:.120}, which is no quantized layer: remove them"
             )
-        plan.group_widths(name, layers[name].shape[1], layers[name].group_size)
+        plan.group_widths(name, layers[name].columns, layers[name].group_size)
 
 
 def read_ratios(name: str, value: Any, bits: int) -> dict[int, tuple[float, float, bool]]:

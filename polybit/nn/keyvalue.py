@@ -59,7 +59,7 @@ def round_blocks(x_BHTD: Tensor, bits: int, block: int = BLOCK, group: int = GRO
     return x_BHTD + (value - x_BHTD).detach() if x_BHTD.requires_grad else value
 
 
-class Store(Protocol):
+class PastStore(Protocol):
     """Past keys or values of one layer."""
 
     @property

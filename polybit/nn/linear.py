@@ -81,6 +81,11 @@ class QuantWeight(nn.Module):
         return found[2]
 
     @property
+    def group_size(self) -> int:
+        """Columns that share a scale; 0 = a whole row."""
+        return self.fields.group_size
+
+    @property
     def rows(self) -> int:
         """Number of outputs."""
         return self.fields.shape[0]
@@ -89,6 +94,13 @@ class QuantWeight(nn.Module):
     def columns(self) -> int:
         """Number of inputs."""
         return self.fields.shape[1]
+
+    def set_precision(self, precision: Precision, offsets: ColumnWidths | None = None) -> None:
+        """Read the weight so from now on, and let a kept one go; past nn.Module's slow attribute hook."""
+        state = self.__dict__
+        state["precision"] = precision
+        state["offsets"] = offsets
+        state["kept"] = None
 
     def decode(self) -> Tensor:
         """The weight in float32 [O, I] as it is read now, from memory when it is kept."""

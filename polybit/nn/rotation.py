@@ -9,19 +9,17 @@ The model stays a plain one of the same architecture.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from math import pi
-from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from polybit.core.records import Rotation
 from polybit.core.runtime import PolybitError
+from polybit.nn.board import board_of
 from polybit.nn.convert import ends, is_tied
 
-KIND = "hadamard"
 FAMILIES = {
     "LlamaForCausalLM": "Llama",
     "MistralForCausalLM": "Mistral",
@@ -38,49 +36,9 @@ HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # norms of single heads, 
 CHUNK = 1 << 22  # numbers turned at once, in float64
 
 
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """All that decides a rotation; a checkpoint keeps it in its notes, so that its float model can be turned alike.
-
-    The signs come from Python's own generator, whose numbers are the same on every machine and version.
-    """
-
-    seed: int = 0
-    kind: str = KIND
-
-    def to_json(self) -> dict[str, Any]:
-        """For a checkpoint's notes."""
-        return {"kind": self.kind, "seed": self.seed}
-
-    @classmethod
-    def from_json(cls, value: Any) -> Rotation:
-        """The inverse of to_json, checked."""
-        if not isinstance(value, Mapping) or set(value) != {"kind", "seed"}:
-            raise PolybitError(f"the checkpoint's rotation is {value!r:.80}: it must give a kind and a seed")
-        if value["kind"] != KIND:
-            raise PolybitError(
-                f"the checkpoint's rotation is of kind {value['kind']!r:.40}, not {KIND!r}: upgrade polybit"
-            )
-        if not isinstance(value["seed"], int) or isinstance(value["seed"], bool):
-            raise PolybitError(
-                f"the seed of the checkpoint's rotation is {value['seed']!r:.40}: it must be a whole number"
-            )
-        return cls(value["seed"])
-
-    def signs(self, place: str, size: int) -> Tensor:
-        """[size] of -1 and 1, float64, other ones at every place of the model."""
-        draw = Random(f"{self.seed} {place}")
-        return torch.tensor([-1.0 if draw.random() < 0.5 else 1.0 for _ in range(size)], dtype=torch.float64)
-
-
 def rotation_of(model: nn.Module) -> Rotation | None:
     """How a model in memory was turned, by `rotate` or as its checkpoint says; None if it was not."""
-    return model.__dict__.get("polybit_rotation")
-
-
-def mark(model: nn.Module, rotation: Rotation | None) -> None:
-    """Note on a model how it was turned; checkpoints made of it say so."""
-    model.__dict__["polybit_rotation"] = rotation
+    return board_of(model).rotation
 
 
 @torch.no_grad()
@@ -108,7 +66,7 @@ def rotate(model: nn.Module, rotation: Rotation) -> bool:
             if layer.bias is not None:
                 turn(layer.bias.detach()[None], stream)
         turn_values(block.self_attn, rotation, index)
-    mark(model, rotation)
+    board_of(model).rotation = rotation
     return untied
 
 

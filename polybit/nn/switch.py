@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -22,34 +22,22 @@ from polybit.core.plan import ColumnWidths, Plan
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
 from polybit.kernels import ops
-from polybit.nn.adapters import wear, worn_by
+from polybit.nn.adapters import wear
 from polybit.nn.attention import asks_for_operands, attention_layers, operand_precisions, operands_of, ports
+from polybit.nn.board import Board, board_of, panel
 from polybit.nn.draw import Rows, split_batches
 from polybit.nn.fields import check_columns
 from polybit.nn.fuse import fuse, unfuse
+from polybit.nn.layer import SwitchableLayer
 from polybit.nn.linear import QuantWeight
 
 Wanted = str | int | Precision | Plan
-Entry = tuple[QuantWeight, Precision, ColumnWidths | None]  # a layer, its precision, its column offsets
+Entry = tuple[SwitchableLayer, Precision, ColumnWidths | None]  # a layer, its precision, its column offsets
 
 
-@dataclass(slots=True)
-class Panel:
-    """What switching needs to know of a model: its quantized layers by name, and its named plans."""
-
-    layers: dict[str, QuantWeight]
-    presets: dict[str, Plan] = field(default_factory=dict)
-
-
-def panel(model: nn.Module) -> Panel:
-    """The panel of a model, made at the first call and kept on the model."""
-    found = model.__dict__.get("polybit_panel")
-    if found is None:
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantWeight)}
-        if not layers:
-            raise PolybitError("the model has no quantized layer: quantize it first, or load a polybit checkpoint")
-        found = model.__dict__["polybit_panel"] = Panel(layers)
-    return found
+def stored_layers(model: nn.Module) -> dict[str, QuantWeight]:
+    """The layers of a model that read a stored weight, by name: all switchable ones but those in training."""
+    return {name: layer for name, layer in panel(model).layers.items() if isinstance(layer, QuantWeight)}
 
 
 def set_presets(model: nn.Module, presets: Mapping[str, Plan]) -> None:
@@ -77,26 +65,18 @@ def use(model: nn.Module, wanted: Wanted) -> nn.Module:
     layers = check(model, board, plan)
     for operands, precision in operand_precisions(model, plan):
         operands.precision = precision
-    for entry in layers:
-        put(*entry)
+    for layer, precision, offsets in layers:
+        layer.set_precision(precision, offsets)
     wear(model, wanted if isinstance(wanted, str) and wanted in board.presets else None)
     return model
 
 
-def check(model: nn.Module, board: Panel, plan: Plan) -> list[Entry]:
+def check(model: nn.Module, board: Board, plan: Plan) -> list[Entry]:
     """Every quantized layer with what the plan gives it; refused when the model cannot have it."""
     inner = attention_layers(model) if asks_for_operands(plan) else {}
     found = precisions(board, plan, attention=inner)
     operand_precisions(model, plan)
     return found
-
-
-def put(layer: QuantWeight, precision: Precision, offsets: ColumnWidths | None = None) -> None:
-    """Set the precision of one layer and let its kept weight go; past nn.Module's slow attribute hook."""
-    state = layer.__dict__
-    state["precision"] = precision
-    state["offsets"] = offsets
-    state["kept"] = None
 
 
 @contextmanager
@@ -110,15 +90,16 @@ def at(model: nn.Module, wanted: Wanted) -> Iterator[nn.Module]:
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Give every layer and every attention back the precision it has now when the body ends."""
-    layers = [(layer, layer.precision, layer.offsets) for layer in panel(model).layers.values()]
-    operands, worn = operands_of(model), worn_by(model)
+    board = panel(model)
+    layers = [(layer, layer.precision, layer.offsets) for layer in board.layers.values()]
+    operands, worn = operands_of(model), board.worn
     try:
         yield
     finally:
         wear(model, worn)
-        for entry in layers:
-            put(*entry)
-        for name, port in (ports(model) if "polybit_attention" in model.__dict__ else {}).items():
+        for layer, precision, offsets in layers:
+            layer.set_precision(precision, offsets)
+        for name, port in (ports(model) if board.operands is not None else {}).items():
             port.precision = operands.get(name, Precision())
 
 
@@ -147,8 +128,12 @@ def random_precision(
             same_operands(model, plans)
             entries = zip(*table, strict=True)  # one tuple per layer: (layer, precision) for each choice
             puts = {row[0][0]: partial(put_choice, row) for row in entries}
-            with split_batches(model, Rows(len(plans), generator), puts):  # type: ignore[arg-type]
-                yield model
+            board.rows = Rows(len(plans), generator)
+            try:
+                with split_batches(model, board.rows, puts):  # type: ignore[arg-type]
+                    yield model
+            finally:
+                board.rows = None
             return
 
         def draw(*_: object) -> None:
@@ -163,7 +148,8 @@ def random_precision(
 
 def put_choice(entries: Sequence[Entry], choice: int) -> None:
     """Set one layer to the precision it has in a choice."""
-    put(*entries[choice])
+    layer, precision, offsets = entries[choice]
+    layer.set_precision(precision, offsets)
 
 
 def same_operands(model: nn.Module, plans: Sequence[Plan]) -> None:
@@ -178,7 +164,7 @@ def same_operands(model: nn.Module, plans: Sequence[Plan]) -> None:
 
 def keep_rows(model: nn.Module, rows: Sequence[int]) -> None:
     """Say which rows of the running batch go on being answered; needed only inside `random_precision(per="prompt")`."""
-    running: Rows | None = model.__dict__.get("polybit_rows")
+    running = board_of(model).rows
     if running is not None:
         running.keep(rows)
 
@@ -197,7 +183,7 @@ def keep_decoded(model: nn.Module) -> Iterator[nn.Module]:
 
     Costs 4 bytes per quantized weight (as much as a float32 model); pays for many small batches on a CPU.
     """
-    layers = list(panel(model).layers.values())
+    layers = list(stored_layers(model).values())
     for layer in layers:
         layer.keep = True
     try:
@@ -212,14 +198,14 @@ def multiply_by(model: nn.Module, arithmetic: ops.Arithmetic | None = None) -> n
     fastest whose error stays below 1e-4 where the model is now. In the fast modes layers that share an input multiply
     in one call (nn/fuse.py).
     """
-    layers = panel(model).layers
+    layers = stored_layers(model)
     chosen = arithmetic or ops.best_arithmetic(next(iter(layers.values())).qplanes.device)
     for layer in layers.values():
         layer.arithmetic = chosen
     return unfuse(model) if chosen == "float" else fuse(model)
 
 
-def read(board: Panel, wanted: Wanted) -> Plan:
+def read(board: Board, wanted: Wanted) -> Plan:
     """A Plan from anything `use` takes."""
     if isinstance(wanted, Plan):
         return wanted
@@ -245,18 +231,18 @@ def reread(base: Plan, asked: Precision) -> Plan:
     return Plan(replace(asked, w=base.default.w), layers, base.columns)
 
 
-def precisions(board: Panel, plan: Plan, *, attention: Iterable[str] = ()) -> list[Entry]:
+def precisions(board: Board, plan: Plan, *, attention: Iterable[str] = ()) -> list[Entry]:
     """Every layer with its precision in the plan, checked; a plan may name attention layers too."""
     plan.check_names([*board.layers, *attention])
-    least = min(layer.fields.bits for layer in board.layers.values())
-    check_columns(plan, {name: layer.fields for name, layer in board.layers.items()})
+    least = min(layer.bits for layer in board.layers.values())
+    check_columns(plan, board.layers)
     found = [(layer, plan.at(name), plan.columns.get(name)) for name, layer in board.layers.items()]
     if max((p.w for p in (plan.default, *plan.layers.values()) if p.w != FLOAT), default=0) > least:
         for name, layer in board.layers.items():
             width = plan.at(name).w
-            if layer.fields.bits < width != FLOAT:
+            if layer.bits < width != FLOAT:
                 raise PolybitError(
-                    f"layer {name!r} is stored at {layer.fields.bits} bits, {width} were asked for: "
-                    f"choose at most {layer.fields.bits}, or 'float' for all stored bits"
+                    f"layer {name!r} is stored at {layer.bits} bits, {width} were asked for: "
+                    f"choose at most {layer.bits}, or 'float' for all stored bits"
                 )
     return found

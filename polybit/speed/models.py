@@ -105,11 +105,11 @@ def bytes_per_token(model: nn.Module, preset: str) -> tuple[int, float]:
     embedding, head = ends(model)
     lookup = embedding if head is not None and getattr(head, "source", (None,))[0] is not embedding else None
     with switch.at(model, preset):
-        for layer in switch.panel(model).layers.values():
+        for layer in switch.stored_layers(model).values():
             if layer is not lookup:
                 size += layer.planes.nbytes(layer.width)
                 weights += layer.rows * layer.columns
-    stored = {id(p) for layer in switch.panel(model).layers.values() for p in layer.parameters()}
+    stored = {id(p) for layer in switch.stored_layers(model).values() for p in layer.parameters()}
     floats = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in stored)
     return size + floats - embedding_bytes(model), 8 * size / max(weights, 1)
 
@@ -133,7 +133,7 @@ def switch_seconds(model: nn.Module, presets: Sequence[str], rounds: int, clock:
         seconds.append(clock() - begin)
     seconds = seconds[len(presets) :]
     return {
-        "layers": len(switch.panel(model).layers),
+        "layers": len(switch.stored_layers(model)),
         "seconds": percentile(seconds, 0.5),
         "p20": percentile(seconds, 0.2),
         "p80": percentile(seconds, 0.8),

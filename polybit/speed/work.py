@@ -8,14 +8,14 @@ from polybit.core.cost import Work, bitops_of
 from polybit.core.precision import Precision
 from polybit.nn.attention import attention_layers, operands_of
 from polybit.nn.linear import QuantWeight, TiedHead
-from polybit.nn.switch import panel
+from polybit.nn.switch import stored_layers
 
 
 def model_bitops(model: Any, context: int) -> float:
     """BitOPs of a token at the precision the model has now; it sees `context` tokens."""
     work = [
         (Work(name, linear_macs(model, layer, name)), Precision(w=layer.width, a=layer.precision.a))
-        for name, layer in panel(model).layers.items()
+        for name, layer in stored_layers(model).items()
     ]
     operands = operands_of(model)
     for name, scores, values in attention_work(model, context):
@@ -26,7 +26,7 @@ def model_bitops(model: Any, context: int) -> float:
 
 def everything(model: Any, context: int) -> list[Work]:
     """All the work of a token."""
-    found = [Work(name, linear_macs(model, layer, name)) for name, layer in panel(model).layers.items()]
+    found = [Work(name, linear_macs(model, layer, name)) for name, layer in stored_layers(model).items()]
     found += [work for _, scores, values in attention_work(model, context) for work in (scores, values)]
     return [*found, Work("head", float_head(model))]
 
@@ -57,7 +57,7 @@ def float_head(model: Any) -> float:
 
 def float_bytes(model: Any) -> float:
     """Bytes of float weights a token reads: all of them, but one row of an input embedding that is no output head."""
-    stored = {id(p) for layer in panel(model).layers.values() for p in layer.parameters(recurse=False)}
+    stored = {id(p) for layer in stored_layers(model).values() for p in layer.parameters(recurse=False)}
     head = getattr(model.get_output_embeddings(), "weight", None)
     embedding = getattr(model.get_input_embeddings(), "weight", None)
     total = 0

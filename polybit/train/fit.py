@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from polybit.core.runtime import PolybitError
+from polybit.nn.switch import use
 from polybit.train.balance import Balance
-from polybit.train.latent import use
 from polybit.train.picker import Picker, Probed
 from polybit.train.probe import forget
 from polybit.train.schedules import every

@@ -12,28 +12,26 @@ A nested adapter needs own codes: one stored code cannot stand for different wei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from polybit.core.affine import Grid, QWeight, ZeroKind, fake_quantize_tokens
-from polybit.core.plan import Plan
+from polybit.core.plan import ColumnWidths, Plan
 from polybit.core.planes import pack, unpack
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError, track
 from polybit.nn.adapters import Lora, plug
+from polybit.nn.board import board_of
 from polybit.nn.convert import Target, install, place, refuse_save, targets
 from polybit.nn.fields import Fields, tensors_of
 from polybit.nn.linear import QuantLinear
-from polybit.nn.switch import Panel, set_presets
-from polybit.nn.switch import use as use_precision
+from polybit.nn.switch import set_presets, use
 from polybit.quant.rounding import start_latents
 from polybit.quant.rtn import rtn
 from polybit.train.adapters import NestedAdapter
@@ -88,14 +86,28 @@ class LatentLinear(nn.Module):
         self.codes = nn.ModuleDict()
         self.nested: NestedAdapter | None = None
         self.loras = nn.ModuleDict()
-        self.precision = Precision()
+        self.precision: Precision = Precision()
+        self.offsets: ColumnWidths | None = None
         self.preset: str | None = None
-        self.kept = None  # nn.switch clears it; here kept weights follow the versions of what they were made from
+        self.group_size = 0  # trained with one width per layer: no plan gives it others inside
 
     @property
-    def fields(self) -> Any:
-        """What nn.switch asks of a quantized layer: the widest width."""
-        return SimpleNamespace(bits=max(int(key) for key in self.codes))
+    def bits(self) -> int:
+        """The widest width that will be stored."""
+        return max(int(key) for key in self.codes)
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs."""
+        return self.in_features
+
+    def set_precision(self, precision: Precision, offsets: ColumnWidths | None = None) -> None:
+        """Read the weight so from now on; kept weights follow the versions of what they were made from."""
+        self.precision, self.offsets = precision, offsets
+
+    def wear(self, preset: str | None) -> None:
+        """Use the LoRA adapter of a preset, where the layer has it."""
+        self.preset = preset
 
     def code(self, width: int) -> Code:
         """The grid a width is read from."""
@@ -141,7 +153,7 @@ def make_trainable(
 
     A float model starts from a quick quantization of its weights, or from `start` (layer -> codes of the widest width,
     as `polybit quantize` makes them); a polybit checkpoint starts from its own codes, scales and ratios. Either way the
-    first training step sees exactly the quantized model. The presets' names work with `use` of this module. Only what
+    first training step sees exactly the quantized model. The presets' names work with `nn.switch.use`. Only what
     `freedom` names is trained. Raises PolybitError for presets no stored weight can serve and for unknown layers.
     """
     freedom = freedom or Freedom()
@@ -174,8 +186,11 @@ def make_trainable(
             layer.bias.requires_grad_(bool(freedom.others))
         place(model, name, layer)
         made[name] = layer
-    known = {name: trimmed(plan, made) for name, plan in presets.items()}
-    model.__dict__["polybit_panel"] = Panel(made, known)  # type: ignore[arg-type]
+    board = board_of(model)
+    board.converted(made)
+    board.layers = dict(made)
+    board.presets = {name: trimmed(plan, made) for name, plan in presets.items()}
+    board.adapted |= {name: layer for name, layer in made.items() if layer.loras}
     return use(model, next(iter(presets)))
 
 
@@ -264,28 +279,6 @@ def latent_layers(model: nn.Module) -> dict[str, LatentLinear]:
     return found
 
 
-def use(model: nn.Module, preset: str) -> nn.Module:
-    """Switch a trainable model to a preset, its adapters included; "float" is the model it was made from."""
-    use_precision(model, preset)
-    board = model.__dict__["polybit_panel"]
-    for layer in board.layers.values():
-        layer.preset = preset if preset in board.presets else None
-    return model
-
-
-@contextmanager
-def at(model: nn.Module, preset: str) -> Iterator[nn.Module]:
-    """`with at(model, "B"): ...`: switch for the body, then back."""
-    layers = list(latent_layers(model).values())
-    before = [(layer.precision, layer.preset) for layer in layers]
-    use(model, preset)
-    try:
-        yield model
-    finally:
-        for layer, (precision, name) in zip(layers, before, strict=True):
-            layer.precision, layer.preset = precision, name
-
-
 def quantized_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the trainable layers."""
     return tuple(latent_layers(model))
@@ -302,7 +295,7 @@ def settle(model: nn.Module, stats: Mapping[str, LayerStats]) -> None:
 
     stats: what calibration saw at each layer; a layer without them takes plain squared error.
     """
-    widths = {plan.at(name).w for plan in model.__dict__["polybit_panel"].presets.values() for name in stats}
+    widths = {plan.at(name).w for plan in board_of(model).presets.values() for name in stats}
     for name, layer in track(list(latent_layers(model).items()), "settling"):
         for code in layer.codes.values():
             if isinstance(code, Chain):
@@ -315,7 +308,7 @@ def freeze(model: nn.Module, preset: str | None = None) -> nn.Module:
     With shared codes all presets stay and are saved with the checkpoint. With own codes a `preset` must be named when
     there are several widths; it stays, with the presets that read the same widths. LoRA adapters are attached.
     """
-    layers, board = latent_layers(model), model.__dict__["polybit_panel"]
+    layers, board = latent_layers(model), board_of(model)
     if preset is not None and preset not in board.presets:
         raise PolybitError(f"there is no preset {preset!r:.60}: choose one of {', '.join(board.presets)}")
     kept, stored = dict(board.presets), {}

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from polybit.hub.lm import LocalLM
+from polybit.nn.switch import at
 from polybit.train.distill import token_divergence
 from polybit.train.forward import logits_of
-from polybit.train.latent import FLOAT_PRESET, at, latent_layers
+from polybit.train.latent import FLOAT_PRESET, latent_layers
 from polybit.train.material import PairMaterial, score
 from polybit.train.picker import Probed
 from polybit.train.preference import token_logps

@@ -16,9 +16,9 @@ from polybit.core.plan import Plan
 from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
 from polybit.data.batches import pad
+from polybit.nn.switch import at, use
 from polybit.train.cascade import FLOAT
 from polybit.train.fit import Course, Outcome, Teaching, fit
-from polybit.train.latent import at, use
 from polybit.train.picker import Probed
 from polybit.train.schedules import every
 from polybit.train.switchable import grouped_order

@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from polybit.data.lessons import Lessons
 from polybit.data.lessons import batch as as_batch
+from polybit.nn.switch import at
 from polybit.train.cascade import FLOAT, answer_part
 from polybit.train.fit import Course, Outcome, Teaching, fit
 from polybit.train.forward import logits_of
-from polybit.train.latent import at
 from polybit.train.picker import Probed
 from polybit.train.schedules import every
 from polybit.train.table import Schedule

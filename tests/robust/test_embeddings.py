@@ -53,7 +53,8 @@ def test_ascent_raises_the_loss_within_its_ball():
 
 
 def test_adversarial_training_lowers_the_attacked_loss():
-    from polybit.train.latent import make_trainable, use
+    from polybit.nn.switch import use
+    from polybit.train.latent import make_trainable
 
     model = make_trainable(tiny_model("llama"), {"w8": Plan.uniform("w8"), "w3": Plan.uniform("w3")}, group_size=0)
 

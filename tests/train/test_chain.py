@@ -10,9 +10,10 @@ from polybit.core.affine import Grid
 from polybit.core.plan import Plan
 from polybit.core.runtime import PolybitError
 from polybit.nn import switch
+from polybit.nn.switch import use
 from polybit.quant.nested import nested
 from polybit.train.chain import PACE, Chain, Link, ThroughChain
-from polybit.train.latent import Freedom, freeze, latent_layers, make_trainable, use
+from polybit.train.latent import Freedom, freeze, latent_layers, make_trainable
 from tests.families import prompt, tiny_model
 
 WIDTHS = (8, 4, 3, 2)

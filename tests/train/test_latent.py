@@ -12,9 +12,11 @@ from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
 from polybit.hub.peft import load_peft, save_peft
 from polybit.nn import switch
-from polybit.nn.adapters import plug, worn_by
+from polybit.nn.adapters import plug
+from polybit.nn.board import board_of
+from polybit.nn.switch import at, use
 from polybit.train.adapters import NestedAdapter, rank_at
-from polybit.train.latent import Freedom, at, freeze, latent_layers, make_trainable, use
+from polybit.train.latent import Freedom, freeze, latent_layers, make_trainable
 from polybit.train.straight import Code
 from tests.families import prompt, quantized, tiny_model
 
@@ -240,7 +242,7 @@ def test_switching_a_preset_switches_its_adapter(tmp_path):
     switch.use(frozen, "A")
     with switch.at(frozen, "B"), switch.keep_decoded(frozen), torch.no_grad():
         assert torch.equal(frozen(prompt()).logits, wanted)
-    assert worn_by(frozen) == "A"
+    assert board_of(frozen).worn == "A"
     switch.use(frozen, "w4a4")  # the same precision without the preset's name: no adapter
     with switch.keep_decoded(frozen), torch.no_grad():
         assert torch.equal(frozen(prompt()).logits, plain["B"])

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from polybit.core.runtime import PolybitError
+from polybit.nn.switch import use
 from polybit.train.distill import Distillation
 from polybit.train.forward import logits_of
-from polybit.train.latent import use
 from polybit.train.material import Gather
 from polybit.train.preference import Preference, Stages, preference_loss, sum_rows, token_logps
 from tests.train.tiny_run import gradients, material, trainable

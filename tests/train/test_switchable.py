@@ -8,9 +8,10 @@ import torch
 from polybit.core.plan import Plan
 from polybit.core.runtime import PolybitError
 from polybit.data.lessons import Lesson, Lessons
+from polybit.nn.switch import at, use
 from polybit.train.cascade import Agreement, Cascade
 from polybit.train.fit import Course
-from polybit.train.latent import Freedom, at, latent_layers, make_trainable, use
+from polybit.train.latent import Freedom, latent_layers, make_trainable
 from polybit.train.schedules import Drawn
 from polybit.train.switchable import grouped_order, means, rows_of, run
 from polybit.train.trainer import settings

@@ -9,7 +9,8 @@ import torch
 
 from polybit.core.plan import Plan
 from polybit.hub.lm import LocalLM
-from polybit.train.latent import Freedom, at, make_trainable
+from polybit.nn.switch import at
+from polybit.train.latent import Freedom, make_trainable
 from polybit.train.material import PairMaterial, prepare
 from polybit.train.pairs import Pair
 from polybit.train.probe import forget
