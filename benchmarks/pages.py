@@ -99,9 +99,9 @@ def index(pages: list[str]) -> str:
     lines = []
     for page in pages:
         question, answer = parts((RESULTS / f"{page}.md").read_text())
-        line = f"- [{question}]({page}.md) {answer}"
+        line = f"- [{question}]({page}.md) {answer}".replace(" %", "\u00a0%")  # a number keeps its sign beside it
         lines.append(textwrap.fill(line, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("\u00a0%", " %") + "\n"
 
 
 def filled(text: str) -> str:
