@@ -22,8 +22,8 @@ def one(depth: int) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from polybit.compress.loop import Recipe
-    from polybit.commands.quantize import replace_weights
+    from polybit.compress.loop import compress_in_place
+    from polybit.compress.recipe import Recipe
     from polybit.core.affine import Grid
     from polybit.hub.workspace import Workspace
     from polybit.nn.convert import targets
@@ -47,11 +47,11 @@ def one(depth: int) -> dict[str, float]:
             writing += time.perf_counter() - started
 
     with tempfile.TemporaryDirectory() as folder:
-        replace_weights(small, targets(small), [w[:, :8] for w in windows], recipe, Workspace(Path(folder) / "s", {}))
+        compress_in_place(small, targets(small), [w[:, :8] for w in windows], recipe, Workspace(Path(folder) / "s", {}))
         model = LlamaForCausalLM(config).eval()
         loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         writing, started = 0.0, time.perf_counter()
-        replace_weights(model, targets(model), windows, recipe, Timed(Path(folder) / "o", {"depth": depth}))
+        compress_in_place(model, targets(model), windows, recipe, Timed(Path(folder) / "o", {"depth": depth}))
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     floats = 4 * sum(p.numel() for p in LlamaForCausalLM(config).parameters())

@@ -3,9 +3,10 @@
     python benchmarks/quality.py MODEL --calibration train.txt --text validation.txt \
         --rows rtn:4:32a gptq:3:32s block:3:32s finish:3:32s nested:8,6,5,4,3,2:32a --json rows.json
 
-A row is method:bits:group, `s` symmetric or `a` with a zero point per group. Methods: rtn, hqq, awq, gptq, block
-(learned rounding block by block), finish (GPTQ, then learned rounding of the whole model), nested and nested-finish
-(several widths of one code). Protocol: one token stream cut into windows of BOS + 255 tokens; calibration 128 windows
+A row is method:bits:group, `s` symmetric or `a` with a zero point per group. Methods: all of the table of quantizers by
+their layer-wise codes; NAME-block and NAME-finish go on with learned rounding block by block or of the whole model
+(block and finish alone: of the default method of one width).
+Protocol: one token stream cut into windows of BOS + 255 tokens; calibration 128 windows
 drawn with seed 0; evaluation on the first 392 windows of the other text. KL(float || quantized) in nats per token with
 its standard error over windows. Quantized: every linear layer of the decoder blocks. CPU seconds cover everything from
 the loaded float model and the token windows to the codes.
@@ -26,23 +27,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from polybit.compress.loop import Recipe, compress
-from polybit.compress.recipe import BLOCK_STEPS, FINISH_STEPS
+from polybit.compress.blocks import Whole, outside
+from polybit.compress.loop import compress
+from polybit.compress.recipe import Recipe
 from polybit.core.affine import Grid, QWeight
 from polybit.core.records import machine
 from polybit.core.runtime import write_json
 from polybit.data.text import read_windows
 from polybit.hub.load import load_float
-from polybit.compress.blocks import Whole, outside
 from polybit.nn.convert import Target, targets
+from polybit.quant.table import DEFAULT_FIXED, QUANTIZERS
 
 WINDOW, CALIBRATION, EVALUATION = 256, 128, 392
-STEPS = {
-    "block": (BLOCK_STEPS, 0),
-    "finish": (0, FINISH_STEPS["rounding"]),
-    "nested-finish": (0, FINISH_STEPS["nested"]),
-}  # steps per block, steps of the finish
-METHODS = {"block": "rounding", "finish": "rounding", "nested-finish": "nested"}
+ENDINGS = ("block", "finish")  # learned rounding per block, or of the whole model, after the method's own codes
 
 
 @dataclass
@@ -56,24 +53,29 @@ class Row:
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-class Forget(dict):
-    """A store that keeps nothing between runs."""
-
-    def read(self, block: str) -> None:
-        return None
-
-    def write(self, block: str, weights: Mapping[str, QWeight]) -> None:
-        return None
-
-
 def recipe_of(text: str) -> Recipe:
     """Read `finish:3:32s`."""
-    method, bits, group = text.split(":")
+    spelled, bits, group = text.split(":")
+    method, ending = ending_of(spelled)
+    learned = QUANTIZERS[method].learned
+    if ending and learned is None:
+        raise SystemExit(
+            f"{method} has no learned steps: {', '.join(n for n, q in QUANTIZERS.items() if q.learned)} do"
+        )
     widths = tuple(int(b) for b in bits.split(","))
     zero = {"s": "centre", "a": "group"}[group[-1]]
-    block_steps, finish_steps = STEPS.get(method, (0, 0))
     grid = Grid(max(widths), int(group[:-1]), zero)  # type: ignore[arg-type]
-    return Recipe(METHODS.get(method, method), grid, widths, block_steps, finish_steps)
+    block_steps = learned.block_steps if learned and ending == "block" else 0
+    finish_steps = learned.steps if learned and ending == "finish" else 0
+    return Recipe(method, grid, widths, block_steps, finish_steps)
+
+
+def ending_of(spelled: str) -> tuple[str, str]:
+    """(method, ending) of `gptq`, `nested-finish`, or `finish` alone, which means the default fixed method's."""
+    if spelled in ENDINGS:
+        return DEFAULT_FIXED, spelled
+    method, _, ending = spelled.rpartition("-")
+    return (method, ending) if ending in ENDINGS else (spelled, "")
 
 
 def quantize(model: torch.nn.Module, chosen: list[Target], batches: list[Tensor], text: str) -> list[Row]:
@@ -81,7 +83,7 @@ def quantize(model: torch.nn.Module, chosen: list[Target], batches: list[Tensor]
     recipe = recipe_of(text)
     began = time.process_time()
     codes: dict[str, QWeight] = {}
-    for part in compress(model, chosen, batches, recipe, Forget()):
+    for part in compress(model, chosen, batches, recipe):
         codes |= part
     seconds = time.process_time() - began
     several = len(recipe.widths) > 1

@@ -16,6 +16,8 @@ _PUBLIC = {
     "generate": "polybit.library",
     "pairs": "polybit.library",
     "align": "polybit.library",
+    "quantize": "polybit.library",
+    "plan": "polybit.library",
     "bench": "polybit.library",
     "evaluate": "polybit.library",
     "cost": "polybit.library",

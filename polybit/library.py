@@ -23,6 +23,8 @@ from polybit.options.frontier import FrontierOptions
 from polybit.options.generate import GenerateOptions
 from polybit.options.mix import MixOptions
 from polybit.options.pairs import PairsOptions
+from polybit.options.plan import PlanOptions
+from polybit.options.quantize import QuantizeOptions
 from polybit.options.train import TrainOptions
 
 if TYPE_CHECKING:  # importing polybit loads no torch
@@ -69,6 +71,8 @@ def explained(record: Callable[..., object]) -> str:
 pairs = act(PairsOptions, "polybit.acts.pairs:pairs", "Answer prompts in float and quantized; keep where they part.")
 align = act(AlignOptions, "polybit.acts.align:align", "Teach a quantized model to answer as its float self.")
 generate = act(GenerateOptions, "polybit.acts.generate:generate", "Answer a prompt with a model at a chosen width.")
+quantize = act(QuantizeOptions, "polybit.acts.quantize:quantize", "Turn a model into one checkpoint of many widths.")
+plan = act(PlanOptions, "polybit.acts.plan:plan", "Say what quantizing would give and cost, before running it.")
 cost = act(CostOptions, "polybit.acts.cost:cost", "Say what a token costs at each precision: counted, read, measured.")
 
 evaluate = act(EvalOptions, "polybit.acts.evaluate:evaluate", "Measure what each width costs against the float model.")

@@ -151,13 +151,14 @@ class Bench:
         model, grid = copy.deepcopy(self.model).cpu(), Grid(bits, self.setting.group_size, "group")
         if method == "rtn":
             return {t.name: QUANTIZERS["rtn"](t.weight_OI(model), None, grid) for t in targets(model)}
-        from polybit.compress.loop import Nowhere, Recipe, compress
+        from polybit.compress.loop import compress
+        from polybit.compress.recipe import Recipe
 
         rows = [[*p, *a] for p, a in zip(self.train, self.answers, strict=False)]
         count, length = CALIBRATION
         joined = torch.tensor([token for row in rows for token in row])[: count * length].view(-1, length)
         found: dict[str, QWeight] = {}
-        for done in compress(model, targets(model), list(joined.split(8)), Recipe(method, grid, widths), Nowhere()):
+        for done in compress(model, targets(model), list(joined.split(8)), Recipe(method, grid, widths)):
             found |= done
         return found
 

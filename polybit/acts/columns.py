@@ -12,12 +12,12 @@ from polybit.acts.columns_search import ColumnSearch, search_layers
 from polybit.allocate.columns import Split, base_width, block_lengths, ranked_offsets
 from polybit.compress import text
 from polybit.compress.blocks import Whole
-from polybit.compress.loop import Nowhere, compress
+from polybit.compress.loop import compress
 from polybit.compress.mix_files import gather_either
-from polybit.compress.plan_files import LEAST_GROUP, check_document, check_plan, read_plan, write_plan
+from polybit.compress.plan_files import check_document, check_plan, read_plan, write_plan
 from polybit.compress.recipe import choose, largest_width
 from polybit.compress.sorting import sort_model
-from polybit.core.plan import ColumnWidths, Plan
+from polybit.core.plan import LEAST_GROUP, ColumnWidths, Plan
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
 from polybit.hub.load import load_float
@@ -138,7 +138,7 @@ def quantized_by(
         seed=options.seed,
         plan=plan,
     )
-    parts = compress(model, chosen, text.batches(windows_NT, text.BATCH), recipe, Nowhere())
+    parts = compress(model, chosen, text.batches(windows_NT, text.BATCH), recipe)
     codes = {name: q for part in parts for name, q in part.items()}
     sizes = {target.name: target.size for target in chosen}
     total = sum(q.bits_per_weight() * sizes[name] for name, q in codes.items())

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from polybit.compress.loop import Nowhere, compress
+from polybit.compress.loop import compress
 from polybit.compress.mix_files import about
 from polybit.compress.recipe import choose
 from polybit.compress.text import BATCH, batches, gather, window_length
@@ -131,7 +131,7 @@ def quantizer(model, chosen: Sequence[Target], options: MixOptions) -> Callable[
     )
 
     def quantize(windows_NT: Tensor, seed: int) -> dict[str, Tensor]:
-        parts = compress(model, chosen, batches(windows_NT, BATCH), replace(recipe, seed=seed), Nowhere())
+        parts = compress(model, chosen, batches(windows_NT, BATCH), replace(recipe, seed=seed))
         return {key: q.dequantize() for part in parts for key, q in part.items()}
 
     return quantize

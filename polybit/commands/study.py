@@ -157,18 +157,18 @@ def kept(path: Path, make) -> Any:
 
 def quantized(model: str, config: StudyConfig) -> str:
     """The checkpoint every arm starts from: post-training quantization at all weight widths of the presets."""
-    from polybit.commands.quantize import QuantizeConfig, quantize
+    from polybit.acts.quantize import quantize
+    from polybit.options.quantize import QuantizeOptions
+    from polybit.report.quantizing import made
 
     out = config.out / "quantized"
     widths = sorted({plan.default.w for plan in preset_plans(config).values()} | {8}, reverse=True)
     if not out.is_dir():
         more = {"widths": ",".join(map(str, widths))} if len(widths) > 1 else {"bits": widths[0]}
-        quantize(
-            model,
-            config=QuantizeConfig(
-                out=out, group_size=config.group_size, measure=False, trust_remote_code=config.trust_remote_code, **more
-            ),
+        options = QuantizeOptions(
+            out=out, group_size=config.group_size, measure=False, trust_remote_code=config.trust_remote_code, **more
         )
+        print(made(str(out), model, quantize(model, options).numbers))
     return str(out)
 
 

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from polybit.commands.quantize import QuantizeConfig
 from polybit.core.runtime import PolybitError
 from polybit.hub.models import resolve
 from polybit.options.evaluate import WINDOWS, EvalOptions
+from polybit.options.quantize import QuantizeOptions
 
 Values = Annotated[list[str], Parameter(consume_multiple=True)]
 OWN = ("out", "seed", "json", "overwrite", "restart", "measure", "reference")  # flags the sweep itself decides
@@ -107,7 +107,7 @@ def read_grid(config: SweepConfig) -> Grid:
     cells = []
     for name, own in variants.items():
         merged = {key: values if isinstance(values, list) else [values] for key, values in {**axes, **own}.items()}
-        check_flags(dict.fromkeys(merged), QuantizeConfig, "quantize")
+        check_flags(dict.fromkeys(merged), QuantizeOptions, "quantize")
         varied = [key for key, values in merged.items() if len(values) > 1]
         for combination in itertools.product(*merged.values()):
             flags = dict(zip(merged, combination, strict=True))
@@ -193,11 +193,11 @@ def words(flags: Mapping[str, Any]) -> list[str]:
 
 def parse(
     model: str, flags: Mapping[str, Any], measured: Mapping[str, Any], *, seed: int, out: Path
-) -> tuple[QuantizeConfig, EvalOptions]:
+) -> tuple[QuantizeOptions, EvalOptions]:
     """The configurations of one combination, read by the same parser as the command line."""
-    from polybit.commands.quantize import recipe_of
+    from polybit.acts.quantize import recipe_for
 
-    def quantize(model: str, /, *, config: Annotated[QuantizeConfig, Parameter(name="*")]) -> QuantizeConfig:
+    def quantize(model: str, /, *, config: Annotated[QuantizeOptions, Parameter(name="*")]) -> QuantizeOptions:
         return config
 
     def evaluate(target: str, /, *, config: Annotated[EvalOptions, Parameter(name="*")] = EvalOptions()) -> EvalOptions:
@@ -205,7 +205,7 @@ def parse(
 
     own = ["--out", str(out), "--seed", str(seed), "--no-measure", "--overwrite"]
     found = read_tokens(quantize, [model, *own, *words(flags)])
-    recipe_of(found)
+    recipe_for(found)
     return found, read_tokens(evaluate, [str(out), "--reference", model, *words({"windows": WINDOWS, **measured})])
 
 
@@ -222,22 +222,19 @@ def read_tokens(function: Callable[..., Any], tokens: list[str]) -> Any:
 def measure_cell(model: str, cell: Cell, grid: Grid, seed: int, config: SweepConfig) -> dict[str, Any]:
     """Quantize, save, reload, measure: the numbers of one combination and seed."""
     from polybit.acts.evaluate import evaluate
-    from polybit.commands.quantize import build, recipe_of
-    from polybit.core.records import Run
+    from polybit.acts.quantize import quantize
 
     safe = "".join(c if c.isalnum() or c in "=-." else "_" for c in cell.name)
     out = config.out / "checkpoints" / f"{safe}-seed{seed}"
     quantizing, measuring = parse(model, cell.flags, grid.measured, seed=seed, out=out)
-    run = Run("quantize", {"method": recipe_of(quantizing).method, **dict(cell.flags)})
-    with run.timed():
-        made = build(model, quantizing, run)
+    run = quantize(model, quantizing)
     numbers = evaluate(str(out), measuring).numbers
     if not config.keep:
         shutil.rmtree(out, ignore_errors=True)
     return {
         "seconds": run.seconds,
         "cpu_seconds": run.cpu_seconds,
-        "stored_bits_per_weight": made["stored_bits_per_weight"],
+        "stored_bits_per_weight": run.numbers["stored_bits_per_weight"],
         "presets": {name: plain_numbers(row) for name, row in numbers["presets"].items()},
     }
 

@@ -38,7 +38,7 @@ class Call:
 
 
 @dataclass(slots=True)
-class Block:
+class VisitedBlock:
     """One decoder block and the batches on their way through it.
 
     inputs: hidden states as the quantized prefix makes them, one [B, T, D] per batch · references: as the float model
@@ -99,7 +99,12 @@ class Block:
 
     @torch.no_grad()
     def stages(self) -> list[tuple[Target, ...]]:
-        """The targets in the order they run, together where they read the same input (q, k, v; gate, up)."""
+        """The targets in the order they run, together where they read the same input (q, k, v; gate, up).
+
+        Without text there is no order: all at once.
+        """
+        if not self.inputs:
+            return [self.targets]
         seen: dict[str, int] = {}  # target -> storage of its input; kept alive by `kept` so that none is reused
         kept: list[Tensor] = []
         handles = []
@@ -127,6 +132,8 @@ class Block:
     @torch.no_grad()
     def finish(self, weights: Weights | None = None) -> None:
         """Send the batches on: through `weights` where given (usually dequantized), through float weights elsewhere."""
+        if not self.inputs:
+            return
         if self.keeps_references:
             self.wanted(self.batches - 1)
             if not weights and self.inputs is self.references:
@@ -179,7 +186,7 @@ class Whole:
 
 def run_blocks(
     model: nn.Module, batches: Sequence[Tensor], targets: Sequence[Target], *, references: bool = True
-) -> Iterator[Block]:
+) -> Iterator[VisitedBlock]:
     """Visit the decoder blocks of a causal language model in order; `finish` each block before taking the next.
 
     batches: token ids [B, T], the calibration text · references: also take the float model's hidden states along, which
@@ -195,11 +202,20 @@ def run_blocks(
     for index, module in enumerate(modules):
         path = f"{name}.{index}"
         inside = tuple(target for target in targets if target.name.startswith(f"{path}."))
-        block = Block(index, path, module, inside, model, calls[index], inputs, follow, references)
+        block = VisitedBlock(index, path, module, inside, model, calls[index], inputs, follow, references)
         yield block
         assert len(block.outputs) == len(batches), "block.finish was not called"
         inputs, follow = block.outputs, block._wanted
         calls[index] = []
+
+
+def visit_blocks(model: nn.Module, targets: Sequence[Target]) -> Iterator[VisitedBlock]:
+    """The decoder blocks in order with no text on its way through them, for methods that look at weights alone."""
+    name, modules = find_blocks(model, targets)
+    for index, module in enumerate(modules):
+        path = f"{name}.{index}"
+        inside = tuple(target for target in targets if target.name.startswith(f"{path}."))
+        yield VisitedBlock(index, path, module, inside, model, [], [], [], keeps_references=False)
 
 
 def outside(model: nn.Module, targets: Sequence[Target]) -> list[Target]:

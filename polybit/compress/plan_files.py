@@ -9,11 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polybit.core.plan import Plan
-from polybit.core.precision import FLOAT
-from polybit.core.runtime import PolybitError
+from torch import nn
 
-LEAST_GROUP = 32  # columns of the smallest group that can have a width of its own in a file (core/planes.py)
+from polybit.compress.recipe import PLAN
+from polybit.core.plan import LEAST_GROUP, Plan
+from polybit.core.precision import FLOAT
+from polybit.core.runtime import PolybitError, atomic_path
+from polybit.data.text import read_utf8
+from polybit.hub.files import read_json
+from polybit.nn.convert import Target
+from polybit.nn.switch import panel, set_presets
 
 
 def read_plan(path: Path) -> Plan:
@@ -21,8 +26,6 @@ def read_plan(path: Path) -> Plan:
 
     `polybit allocate` may thus write further remarks beside the plan. A malformed one is refused with its key.
     """
-    from polybit.data.text import read_utf8
-
     if not path.is_file():
         raise PolybitError(f"--plan {path}: there is no such file; give the JSON file of a plan")
     try:
@@ -52,8 +55,6 @@ def read_presets(text: str) -> dict[str, Plan]:
 
 def write_plan(path: Path, plan: Plan, remarks: Mapping[str, Any] | None = None) -> None:
     """Write a plan for people: one line per layer. With `remarks` the plan stands under "plan" beside them."""
-    from polybit.core.runtime import atomic_path
-
     value = plan.to_json()
     parts = [f' "default": {json.dumps(value["default"])}']
     for key in ("layers", "columns"):
@@ -68,14 +69,12 @@ def write_plan(path: Path, plan: Plan, remarks: Mapping[str, Any] | None = None)
         staged.write_text(text + "\n", encoding="utf-8")
 
 
-def check_document(path: Path, targets: Sequence[Any], group_size: int) -> None:
+def check_document(path: Path, targets: Sequence[Target], group_size: int) -> None:
     """What the file says beside its plan must fit the model; another group size is only warned of.
 
     A plan without a default must name every layer (of those `polybit allocate` gives a width), so that one that was
     lost while editing does not silently stay in float. `made_for` refuses the plan of another model.
     """
-    from polybit.hub.files import read_json
-
     value = read_json(path)
     assert isinstance(value, Mapping)  # read_plan read it
     made_for, inner = value.get("made_for"), value.get("plan", value)
@@ -108,7 +107,7 @@ def check_document(path: Path, targets: Sequence[Any], group_size: int) -> None:
         )
 
 
-def check_plan(plan: Plan, targets: Sequence[Any], group_size: int) -> list[Any]:
+def check_plan(plan: Plan, targets: Sequence[Target], group_size: int) -> list[Target]:
     """The targets the plan gives a width, after checking every name and every column block; the rest stays in float."""
     plan.check_names(target.name for target in targets)
     chosen = [target for target in targets if plan.at(target.name).w != FLOAT]
@@ -127,6 +126,12 @@ def check_plan(plan: Plan, targets: Sequence[Any], group_size: int) -> list[Any]
                 "give at least one block 2 bits or more"
             )
     return chosen
+
+
+def store_plan(model: nn.Module, plan: Plan, *, nested: bool) -> None:
+    """Store the plan as a preset: a nested file is read by it, a fixed one holds just what it says."""
+    stored = {name: layer.bits for name, layer in panel(model).layers.items()}
+    set_presets(model, {PLAN: plan if nested else fixed_preset(plan, stored)})
 
 
 def fixed_preset(plan: Plan, stored: Mapping[str, int]) -> Plan:

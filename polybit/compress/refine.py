@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from polybit.compress.blocks import Block, Whole
+from polybit.compress.blocks import VisitedBlock, Whole
 from polybit.compress.stats import collect
 from polybit.core.affine import QWeight
 from polybit.core.records import LayerStats
@@ -29,7 +29,7 @@ SAMPLE = 8  # batches on which the widths are compared before and after
 TEACHER_BYTES = 1 << 30  # the teacher's distributions are kept up to this size, and recomputed beyond it
 
 
-def refine_block(block: Block, start: Mapping[str, QWeight], *, tuning: Tuning = BLOCK) -> dict[str, QWeight]:
+def refine_block(block: VisitedBlock, start: Mapping[str, QWeight], *, tuning: Tuning = BLOCK) -> dict[str, QWeight]:
     """Train the codes of one block so that, on the quantized prefix's inputs, it gives what the float model gives.
 
     The loss is the mean squared difference over its mean square at the start of the block's own update.
@@ -146,7 +146,7 @@ def divergences(codes: Mapping[str, QWeight], width: int, teacher: Teacher, samp
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class FloatAnswer:
     """What the float model says about one batch: distributions of the next token and hidden states on the way."""
 
     probability_BTV: Tensor
@@ -164,30 +164,30 @@ class Teacher:
 
     def __init__(self, whole: Whole, batches: Sequence[Tensor], hidden: float = HIDDEN) -> None:
         self.whole, self.batches, self.hidden = whole, batches, hidden
-        self.kept: dict[int, Lesson] = {}
+        self.kept: dict[int, FloatAnswer] = {}
         self.room = TEACHER_BYTES
 
     def divergence(self, weights: Mapping[str, Tensor], index: int) -> Tensor:
         """KL(float || quantized) on batch `index`, nats per token."""
-        return self._divergence(self.whole.forward(weights, self.batches[index]), self.lesson(index))
+        return self._divergence(self.whole.forward(weights, self.batches[index]), self.answer(index))
 
     def distance(self, weights: Mapping[str, Tensor], index: int) -> Tensor:
         """The loss of training: KL, plus `hidden` times the relative squared error of the hidden states.
 
         The hidden states say more per token than the next token's distribution does: less is learnt by heart.
         """
-        lesson = self.lesson(index)
+        answer = self.answer(index)
         logits_BTV, hidden = self.whole.states(weights, self.batches[index])
-        pairs = zip(hidden, lesson.hidden, lesson.levels, strict=True)
+        pairs = zip(hidden, answer.hidden, answer.levels, strict=True)
         errors = [(given - wanted).square().mean() / level for given, wanted, level in pairs]
-        return self._divergence(logits_BTV, lesson) + self.hidden * torch.stack(errors).mean()
+        return self._divergence(logits_BTV, answer) + self.hidden * torch.stack(errors).mean()
 
-    def _divergence(self, logits_BTV: Tensor, lesson: Lesson) -> Tensor:
+    def _divergence(self, logits_BTV: Tensor, answer: FloatAnswer) -> Tensor:
         given_BTV = log_softmax(logits_BTV[:, :-1].float(), -1)
-        return lesson.negative_entropy - (lesson.probability_BTV * given_BTV).sum(-1).mean()
+        return answer.negative_entropy - (answer.probability_BTV * given_BTV).sum(-1).mean()
 
     @torch.no_grad()
-    def lesson(self, index: int) -> Lesson:
+    def answer(self, index: int) -> FloatAnswer:
         """The float model's answer to batch `index`, kept while there is room."""
         if index in self.kept:
             return self.kept[index]
@@ -195,8 +195,8 @@ class Teacher:
         log_BTV = log_softmax(logits_BTV[:, :-1].float(), -1)
         probability_BTV = log_BTV.exp()
         levels = [h.square().mean().clamp_min(1e-12) for h in hidden]
-        lesson = Lesson(probability_BTV, (probability_BTV * log_BTV).sum(-1).mean(), hidden, levels)
-        if lesson.nbytes() <= self.room:
-            self.room -= lesson.nbytes()
-            self.kept[index] = lesson
-        return lesson
+        answer = FloatAnswer(probability_BTV, (probability_BTV * log_BTV).sum(-1).mean(), hidden, levels)
+        if answer.nbytes() <= self.room:
+            self.room -= answer.nbytes()
+            self.kept[index] = answer
+        return answer

@@ -16,6 +16,39 @@ def quantized_layers(model) -> Mapping[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantWeight)}
 
 
+def described(
+    model,
+    presets: Sequence[str],
+    *,
+    errors: Mapping[str, Mapping[str, float]],
+    left_in_float: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Sizes at every preset, per layer and together, and what stays in float.
+
+    errors: relative errors by layer and preset
+    left_in_float: a row per weight that is not quantized, with its share of the model
+    """
+    from polybit.nn.switch import at
+
+    quantized = quantized_layers(model)
+    layers: dict[str, Any] = {
+        key: {"shape": [layer.rows, layer.columns], "bytes": {}, "relative_error": errors.get(key)}
+        for key, layer in quantized.items()
+    }
+    for preset in presets:
+        with at(model, preset):
+            for key, layer in quantized.items():
+                layers[key]["bytes"][preset] = bytes_read(layer.planes, layer.reading)
+    return {
+        "presets": list(presets),
+        "stored_bits_per_weight": stored_bits_per_weight(model),
+        "sizes": preset_sizes(model, presets),
+        "float_share": sum(row["share"] for row in left_in_float),
+        "left_in_float": list(left_in_float),
+        "layers": layers,
+    }
+
+
 def declared(model) -> Any:
     """The quantization part of the model's configuration, or None."""
     return getattr(model.config, "quantization_config", None)

@@ -26,6 +26,12 @@ class Calibration:
     held_out_MT: Tensor
     source: str
 
+    @classmethod
+    def empty(cls, source: str, length: int) -> Calibration:
+        """No windows, where nothing reads any; source: what would have been read."""
+        none_NT = torch.empty(0, length, dtype=torch.long)
+        return cls(none_NT, none_NT, source)
+
     def digest(self) -> str:
         """Hex digest of the tokens, for the fingerprint of a resumable run."""
         return hashlib.sha256(self.windows_NT.numpy().tobytes()).hexdigest()
@@ -38,7 +44,7 @@ def gather(
     if samples < 1 or held_out < 1:
         raise PolybitError(f"{min(samples, held_out)} calibration samples are too few: give 1 or more")
     if source == AUTO:
-        source = "embedded" if embedded else SELF
+        source = auto_source(embedded=embedded)
     bos = tokenizer.bos_token_id
     if source == SELF:
         from polybit.compress.self_text import self_text
@@ -62,6 +68,11 @@ def gather(
     return Calibration(drawn[:-held_out], drawn[-held_out:], source)
 
 
+def auto_source(*, embedded: bool) -> str:
+    """The text a model is calibrated on unless told otherwise."""
+    return "embedded" if embedded else SELF
+
+
 def window_length(model, asked: int | None) -> int:
     """Tokens per window: what was asked for if the model can read it, else 512, or 256 for a short context."""
     context = longest_input(model)
@@ -78,7 +89,7 @@ def window_length(model, asked: int | None) -> int:
 
 def batches(windows_NT: Tensor, size: int) -> list[Tensor]:
     """Windows in batches of `size` rows, the last one shorter."""
-    return list(torch.split(windows_NT, size))
+    return list(torch.split(windows_NT, size)) if len(windows_NT) else []
 
 
 def text_name(source: str) -> str:

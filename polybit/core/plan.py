@@ -9,6 +9,7 @@ from typing import Any
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
 
+LEAST_GROUP = 32  # columns of the smallest group that can have a width of its own in a file (core/planes.py)
 LARGEST_OFFSET = 4  # bits a block of columns may differ from its layer
 KEYS = {"default", "layers", "columns"}
 

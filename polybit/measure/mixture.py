@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from polybit.compress.blocks import Block, find_blocks, run_blocks
+from polybit.compress.blocks import VisitedBlock, find_blocks, run_blocks
 from polybit.compress.stats import watch
 from polybit.core.parts import pick
 from polybit.core.runtime import PolybitError, track
@@ -232,7 +232,7 @@ def collect_traces(
     )
 
 
-def watch_through(block: Block, heads: Sequence[Target]) -> dict[str, Tensor]:
+def watch_through(block: VisitedBlock, heads: Sequence[Target]) -> dict[str, Tensor]:
     """Send a source's batches through one float block and give the Hessians [I, I] of the chosen inputs."""
     with ExitStack() as stack:
         grams = stack.enter_context(watch(block.model, heads))

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from polybit.compress.blocks import Block, as_stored, find_blocks, parameter_name, run_blocks
+from polybit.compress.blocks import VisitedBlock, as_stored, find_blocks, parameter_name, run_blocks
 from polybit.compress.stats import HOOKED, plain_experts
 from polybit.core.records import LayerStats
 from polybit.measure.probe import ProbeText, counted_log_probabilities, read_losses
@@ -71,7 +71,7 @@ def measure_layers(
     batches = [ids_BT for probe in probes for ids_BT in probe.ids]
     _, modules = find_blocks(model, targets)
     wraps = answers_with_tuple(model, modules[0], batches[0])
-    seen: Iterable[Block | None] = (
+    seen: Iterable[VisitedBlock | None] = (
         run_blocks(model, calibration, targets, references=False) if calibration else (None for _ in modules)
     )
     for block, calibrated in zip(run_blocks(model, batches, targets), seen, strict=True):
@@ -85,7 +85,7 @@ def measure_layers(
 
 @torch.no_grad()
 def measure_block(
-    block: Block,
+    block: VisitedBlock,
     modules: nn.ModuleList,
     probes: Sequence[ProbeText],
     candidates: Candidates,
@@ -141,7 +141,7 @@ def names(targets: Iterable[Target]) -> list[str]:
 class Suffix:
     """The model from one block on: its own forward, entered with hidden states that are already known."""
 
-    def __init__(self, block: Block, modules: nn.ModuleList, wraps: bool) -> None:
+    def __init__(self, block: VisitedBlock, modules: nn.ModuleList, wraps: bool) -> None:
         self.block, self.modules, self.wraps = block, modules, wraps
         self.device = next(block.module.parameters()).device
         self.by_name = {target.name: target for target in block.targets}

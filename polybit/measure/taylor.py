@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from polybit.compress.blocks import Block, find_blocks, run_blocks
+from polybit.compress.blocks import VisitedBlock, find_blocks, run_blocks
 from polybit.compress.stats import HOOKED
 from polybit.core.runtime import PolybitError
 from polybit.measure.probe import ProbeText
@@ -55,7 +55,9 @@ def estimate_layers(
     for block in run_blocks(model, batches, targets, references=False):
         block.finish()
         blocks.append(
-            Block(block.index, block.name, block.module, block.targets, model, list(block.calls), block.inputs, [])
+            VisitedBlock(
+                block.index, block.name, block.module, block.targets, model, list(block.calls), block.inputs, []
+            )
         )
         last = block.outputs
     for calibrated in run_blocks(model, calibration, targets, references=False) if calibration else ():
@@ -95,7 +97,7 @@ def output_gradients(
 
 
 def back_through(
-    block: Block,
+    block: VisitedBlock,
     probes: Sequence[ProbeText],
     candidates: Candidates,
     stats: Mapping[str, Any],
@@ -130,7 +132,7 @@ def back_through(
 
 
 def step_back(
-    block: Block,
+    block: VisitedBlock,
     index: int,
     gradient_BTD: Tensor,
     errors: Mapping[str, Mapping[int, Tensor]],

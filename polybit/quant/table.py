@@ -1,4 +1,4 @@
-"""The quantizers by name, and all that anybody else needs to know of each; a new one is a file here and a line below."""
+"""The quantizers by name, and all that anybody else needs to know of each; a new one is a file and a line below."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # the table is read where no torch is loaded
     from polybit.core.affine import Grid, QWeight, ZeroKind
     from polybit.core.records import LayerStats
 
+Effort = Literal["fast", "normal", "best"]  # how much learning a user allows, least first
+
 
 @dataclass(frozen=True, slots=True)
 class Learned:
@@ -24,7 +26,7 @@ class Learned:
 
     steps: int
     block_steps: int
-    effort: Literal["normal", "best"]
+    effort: Effort
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,5 +72,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "hqq": Quantizer("polybit.quant.hqq:hqq", "robust zero points, needs no text", needs_stats=False),
     "rtn": Quantizer("polybit.quant.rtn:rtn", "rounding to nearest, needs no text", needs_stats=False),
 }
+NESTED = tuple(name for name, part in QUANTIZERS.items() if part.nested)  # make files of several widths
 FIXED = tuple(name for name, part in QUANTIZERS.items() if not part.nested)  # make files of one width
 LAYERWISE = tuple(name for name in FIXED if QUANTIZERS[name].start is None)  # and look at one layer at a time
+DEFAULT_NESTED, DEFAULT_FIXED = NESTED[0], FIXED[0]  # taken where no method is named: the first line of each kind

@@ -7,8 +7,9 @@ import torch
 
 from polybit.acts.columns_search import ColumnSearch, search_layer
 from polybit.cli import main
-from polybit.compress.loop import Recipe, quantize_layer
+from polybit.compress.loop import quantize_layer
 from polybit.compress.plan_files import check_plan, fixed_preset, read_plan, write_plan
+from polybit.compress.recipe import Recipe
 from polybit.core.affine import Grid
 from polybit.core.plan import ColumnWidths, Plan
 from polybit.core.precision import Precision

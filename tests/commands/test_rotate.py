@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 
+from polybit.acts.quantize import recipe_for
 from polybit.cli import main
-from polybit.commands.quantize import QuantizeConfig, recipe_of
 from polybit.core.planes import unpack
 from polybit.core.runtime import PolybitError
 from polybit.hub.checkpoint import describe
 from polybit.hub.load import load
 from polybit.nn import switch
 from polybit.nn.rotation import Rotation, rotate, rotation_of
+from polybit.options.quantize import QuantizeOptions
 
 FAST = ["--samples", "8", "--window", "32", "--calibration", "embedded", "--effort", "fast", "--group-size", "16"]
 
@@ -128,7 +129,7 @@ def test_what_cannot_be_meant_is_one_sentence(tmp_path, capsys, tiny_llama):
     }
     (tmp_path / "plan.json").write_text(json.dumps({"plan": plan}))
     with pytest.raises(PolybitError, match="--rotate mixes the columns"):
-        recipe_of(QuantizeConfig(out=tmp_path / "out", plan=tmp_path / "plan.json", rotate=True))
+        recipe_for(QuantizeOptions(out=tmp_path / "out", plan=tmp_path / "plan.json", rotate=True))
 
 
 def test_an_edited_note_is_refused(rotated, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from polybit.compress.blocks import Block, Whole, as_stored, find_blocks, outside, parameter_name, run_blocks
+from polybit.compress.blocks import VisitedBlock, Whole, as_stored, find_blocks, outside, parameter_name, run_blocks
 from polybit.compress.stats import collect
 from polybit.core.runtime import PolybitError
 from polybit.nn.convert import targets
@@ -51,7 +51,7 @@ def text() -> list[torch.Tensor]:
     return list(torch.randint(0, 40, (6, 12), generator=torch.Generator().manual_seed(1)).split(2))
 
 
-def shaken(block: Block) -> dict[str, torch.Tensor]:
+def shaken(block: VisitedBlock) -> dict[str, torch.Tensor]:
     """Stand-ins for quantized weights."""
     draw = torch.Generator().manual_seed(block.index)
     return {name: w + 0.05 * torch.randn(w.shape, generator=draw) for name, w in block.weights().items()}

@@ -1,0 +1,170 @@
+"""Turn a model into one checkpoint that runs at every width it was made for."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from polybit.compress.ends import end_bits, end_targets, hold_ends, quantize_ends
+from polybit.compress.loop import compress_in_place
+from polybit.compress.mix_files import gather_either
+from polybit.compress.plan_files import check_document, check_plan, read_plan, store_plan
+from polybit.compress.recipe import Recipe, choose, within_memory
+from polybit.compress.sizes import described, preset_sizes
+from polybit.compress.text import AUTO, BATCH, Calibration, auto_source, batches, window_length
+from polybit.core.precision import FLOAT
+from polybit.core.records import RUN_FILE, Run
+from polybit.core.runtime import PolybitError, atomic_path, write_json
+from polybit.evals.compare import EvalMaterial, compare
+from polybit.hub.checkpoint import save, verify
+from polybit.hub.directory import check_output, output_lock
+from polybit.hub.lm import LocalLM
+from polybit.hub.load import load_float
+from polybit.hub.models import is_embedded, own_name, resolve
+from polybit.hub.workspace import Workspace, model_digest
+from polybit.nn.convert import Target, left_in_float, targets
+from polybit.nn.rotation import Rotation, rotate, rotation_of
+from polybit.options.checks import plain
+from polybit.options.quantize import QuantizeOptions
+from polybit.options.words import command_line
+from polybit.report.card import model_card
+
+
+def quantize(model: str, options: QuantizeOptions) -> Run:
+    """Quantize MODEL (a local path, a hub id, or tinychat) into one checkpoint at `out`.
+
+    Interrupted runs go on where they stopped when the same is asked again.
+    """
+    recipe = recipe_for(options)  # what cannot be meant is refused before anything is loaded
+    run = Run("quantize", {"model": model, **plain(options), "method": recipe.method})
+    check_output(options.out, overwrite=options.overwrite)
+    with output_lock(options.out), run.timed():
+        run.numbers = build(model, options, recipe, run)
+    return run
+
+
+def recipe_for(options: QuantizeOptions) -> Recipe:
+    """The recipe that is meant, its plan read."""
+    plan = None if options.plan is None else read_plan(options.plan)
+    if options.rotate and plan is not None and plan.columns:
+        raise PolybitError(
+            f"{options.plan} gives columns inside layers widths of their own, and --rotate mixes the columns: "
+            "give a plan with one width per layer, or leave --rotate out"
+        )
+    return choose(
+        options.chosen_method(),
+        options.stored_widths(),
+        options.group_size,
+        asymmetric=options.asymmetric,
+        effort=options.effort,
+        seed=options.seed,
+        plan=plan,
+    )
+
+
+def build(name: str, options: QuantizeOptions, recipe: Recipe, run: Run) -> dict[str, Any]:
+    """Load, calibrate, quantize block by block, save, verify, measure; returns the numbers of the run."""
+    model, tokenizer = load_float(resolve(name), trust_remote_code=options.trust_remote_code)
+    untied = options.rotate and rotate(model, Rotation(options.seed))
+    chosen, recipe = chosen_targets(name, model, options, recipe)
+    bits_of_ends = FLOAT if options.include_embeddings else end_bits(model, options.ends)
+    ends = end_targets(model) if bits_of_ends != FLOAT else []
+    leftovers = [asdict(row) for row in left_in_float(model, [*chosen, *ends])]
+    text = calibration(name, model, tokenizer, options, recipe)
+    windows = batches(text.windows_NT, BATCH)
+    fingerprint = {"model": model_digest(model), "calibration": text.digest(), **recipe.to_json()}
+    fingerprint |= {"include_embeddings": options.include_embeddings, "ends": bits_of_ends}
+    store = Workspace(options.out, fingerprint, restart=options.restart)
+    try:
+        errors = compress_in_place(model, chosen, windows, recipe, store)
+        if recipe.plan is not None:
+            store_plan(model, recipe.plan, nested=recipe.is_nested)
+        hold_ends(model, quantize_ends(model, bits_of_ends, options.group_size), bits_of_ends, recipe.widths)
+        notes = {"base_model": own_name(name), "recipe": recipe.to_json(), "text": text.source}
+        saved = save(
+            model, options.out, tokenizer=tokenizer, widths=recipe.widths, notes=notes, overwrite=options.overwrite
+        )
+        verify(saved, model)
+        store.discard()
+    finally:
+        store.close()
+    numbers = {
+        "widths": list(recipe.widths),
+        **described(model, recipe.presets, errors=errors, left_in_float=leftovers),
+        **rotation_numbers(model, untied),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    if options.measure:
+        numbers["measured"] = measured(name, model, tokenizer, text, recipe, options)
+    write_card(saved, name, run, numbers, options)
+    return numbers
+
+
+def chosen_targets(
+    name: str, model: nn.Module, options: QuantizeOptions, recipe: Recipe
+) -> tuple[list[Target], Recipe]:
+    """The weights that become codes, and the recipe as far as these weights and this machine's memory allow it."""
+    chosen = targets(model, include_embeddings=options.include_embeddings)
+    if not chosen:
+        raise PolybitError(f"{name} has no weight that can be quantized: only embeddings, norms or unknown layers")
+    if recipe.plan is not None and options.plan is not None:
+        check_document(options.plan, chosen, options.group_size)
+        chosen = check_plan(recipe.plan, chosen, options.group_size)
+        recipe = recipe.narrowed(chosen)
+    return chosen, within_memory(recipe, sum(target.size for target in chosen))
+
+
+def calibration(name: str, model: nn.Module, tokenizer: Any, options: QuantizeOptions, recipe: Recipe) -> Calibration:
+    """The text to calibrate and to measure on; none where nobody asked for a text and nothing reads it."""
+    length = window_length(model, options.window)
+    asked = options.mix is not None or options.calibration != AUTO
+    if not (asked or options.measure or recipe.reads_text):
+        return Calibration.empty(auto_source(embedded=is_embedded(name)), length)
+    return gather_either(
+        model,
+        tokenizer,
+        options.calibration,
+        options.mix,
+        samples=options.samples,
+        length=length,
+        seed=options.seed,
+        embedded=is_embedded(name),
+    )
+
+
+def rotation_numbers(model: Any, untied: bool) -> dict[str, Any]:
+    """How the model was rotated, and the bytes of a head that is no longer the embedding; {} where it was not."""
+    rotation = rotation_of(model)
+    if rotation is None:
+        return {}
+    head = model.get_output_embeddings().state_dict().values() if untied else ()
+    return {"rotation": {**rotation.to_json(), "untied_head_bytes": sum(t.numel() * t.element_size() for t in head)}}
+
+
+def measured(
+    name: str, quantized: nn.Module, tokenizer: Any, text: Calibration, recipe: Recipe, options: QuantizeOptions
+) -> dict[str, Any]:
+    """Compare the new checkpoint with a fresh copy of the float model on windows calibration never saw."""
+    reference, _ = load_float(resolve(name), trust_remote_code=options.trust_remote_code)
+    return compare(
+        LocalLM(reference, tokenizer),
+        LocalLM(quantized, tokenizer),
+        recipe.presets,
+        EvalMaterial(text.held_out_MT),
+        sizes=preset_sizes(quantized, recipe.presets),
+        seed=options.seed,
+    )
+
+
+def write_card(saved: Path, name: str, run: Run, numbers: Mapping[str, Any], options: QuantizeOptions) -> None:
+    """The model card, and the run beside it; both may change without making the checkpoint another one."""
+    command = command_line("quantize", name, options, leave_out=("overwrite", "restart"))
+    record = {**run.to_json(), "numbers": numbers, "command": command}
+    with atomic_path(saved / "README.md") as staged:
+        staged.write_text(model_card(name, record), encoding="utf-8")
+    write_json(saved / RUN_FILE, record)

@@ -1,0 +1,77 @@
+"""What `quantize` made and what `plan` foretells, as the terminal shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from polybit.report.summary import terminal_table
+from polybit.report.tables import aligned, number, percent, size
+
+
+def made(out: str, model: str, numbers: Mapping[str, Any]) -> str:
+    """What was made, what it costs, and what to type next."""
+    lines = [terminal_table(numbers["measured"])] if "measured" in numbers else []
+    lines.append(
+        f"\n{out}: {len(numbers['layers'])} layers at {', '.join(numbers['presets'])}, "
+        f"{numbers['stored_bits_per_weight']:.2f} stored bits per weight; {percent(numbers['float_share'])} of the "
+        "model's weights stay in float. Saved, reloaded and compared: equal."
+    )
+    added = numbers.get("rotation", {}).get("untied_head_bytes", 0)
+    if added:
+        lines.append(
+            "Rotated: the output head, which was the embedding, is a weight of its own now and adds "
+            f"{size(added)} to the file, since the gains of the last norm are in it."
+        )
+    lines += [
+        f'Next: polybit generate {out} --prompt "Hello" --precision {numbers["presets"][-1]}',
+        f"      polybit eval {out} --reference {model} --json eval.json",
+        f"      polybit report {out} --eval eval.json --out report.html",
+    ]
+    return "\n".join(lines)
+
+
+def foretold(model: str, numbers: Mapping[str, Any]) -> str:
+    """The plan of a quantization as a table and a few sentences."""
+    total, quantized, recipe = numbers["parameters"], numbers["quantized"], numbers["recipe"]
+    half = 2 * quantized
+    rows = [
+        [name, f"{row['bits_per_weight']:.3f}", size(row["bytes"]), f"{100 * row['bytes'] / max(half, 1):.0f} %"]
+        for name, row in numbers["sizes"].items()
+    ]
+    lines = [
+        f"{model}: {total:,} parameters; {numbers['layers']} layers with {percent(quantized / max(total, 1))} of them",
+        f"method {recipe['method']}, group size {recipe['group_size'] or 'row'}, zero point: {recipe['zero']}\n",
+        aligned(["width", "bits/weight", "bytes read", "of 16-bit"], rows),
+    ]
+    ends = numbers["ends"]
+    if ends["weights"]:
+        lines.append(f"\nembedding and output head: {ends['weights']:,} weights, {ends['bits']} bits at every width")
+    lines += [expected_speed(numbers["speed"]), "\nstays in float:"]
+    lines += [f"  {percent(row['share']):>7}  {row['name']} ({row['reason']})" for row in numbers["left_in_float"]]
+    need = numbers["memory"]
+    lines.append(
+        f"\nmemory to quantize: {size(need['float_model'])} for the float model, {size(need['quantizing_adds'])} more; "
+        f"to run: {size(need['float_part_at_rest'])} in float + the bytes stored"
+    )
+    if "dry_run" in numbers:
+        preview = numbers["dry_run"]
+        more = ", learned rounding comes on top" if preview["learned_rounding"] else ""
+        lines.append(
+            f"time: one {preview['shape'][0]}x{preview['shape'][1]} layer took {preview['seconds']:.2f} s here, "
+            f"all layers about {preview['all_layers_seconds']:.0f} s{more}"
+        )
+    return "\n".join(lines)
+
+
+def expected_speed(found: Mapping[str, Any] | None) -> str:
+    """Predicted tokens per second, or how to get them."""
+    if found is None:
+        return (
+            "\nspeed: not measured on this machine yet; `polybit bench linear` measures it once, then it is told here"
+        )
+    each = ", ".join(f"{name} {number(value)}" for name, value in found["tokens_per_second"].items())
+    return (
+        f"\nexpected tokens per second, one sequence, {found['threads']} threads: {each} "
+        f"(from what `polybit bench linear` measured here on {found['measured']})"
+    )
