@@ -3,7 +3,9 @@
 Importing this package loads nothing heavy; each public name is imported when it is first used.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -20,6 +22,7 @@ _PUBLIC = {
     "plan": "polybit.library",
     "bench": "polybit.library",
     "evaluate": "polybit.library",
+    "report": "polybit.library",
     "cost": "polybit.library",
     "attack": "polybit.library",
     "train": "polybit.library",
@@ -37,3 +40,18 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'polybit' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+class PublicPackage(ModuleType):
+    """This package. Some acts bear the name of the room they lead to (`train`, `report`): `polybit.train` is the act.
+
+    Importing a file of the room would set that name to the room's module, so such settings are passed over; the room
+    is imported as `from polybit.train import ...`, as ever.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = PublicPackage

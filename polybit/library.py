@@ -25,6 +25,7 @@ from polybit.options.mix import MixOptions
 from polybit.options.pairs import PairsOptions
 from polybit.options.plan import PlanOptions
 from polybit.options.quantize import QuantizeOptions
+from polybit.options.report import ReportOptions
 from polybit.options.train import TrainOptions
 
 if TYPE_CHECKING:  # importing polybit loads no torch
@@ -76,6 +77,7 @@ plan = act(PlanOptions, "polybit.acts.plan:plan", "Say what quantizing would giv
 cost = act(CostOptions, "polybit.acts.cost:cost", "Say what a token costs at each precision: counted, read, measured.")
 
 evaluate = act(EvalOptions, "polybit.acts.evaluate:evaluate", "Measure what each width costs against the float model.")
+report = act(ReportOptions, "polybit.acts.report:report", "Write one self-contained HTML page from measured numbers.")
 
 
 def bench(what: str, model: str | None = None, /, **options: Any) -> Run:

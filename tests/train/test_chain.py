@@ -12,6 +12,7 @@ from polybit.core.runtime import PolybitError
 from polybit.nn import switch
 from polybit.nn.switch import use
 from polybit.quant.nested import nested
+from polybit.train import chain
 from polybit.train.chain import PACE, Chain, Link, ThroughChain
 from polybit.train.latent import Freedom, freeze, latent_layers, make_trainable
 from tests.families import prompt, tiny_model
@@ -100,7 +101,7 @@ def test_gradient_goes_to_who_decides(monkeypatch):
         (1.0, 0.5): ([[0.5, 0.5, 0.5]], [[1, 1, 1]]),
     }
     for (sign, follow), wanted in cases.items():
-        monkeypatch.setattr("polybit.train.chain.FOLLOW", follow)
+        monkeypatch.setattr(chain, "FOLLOW", follow)
         latents = [torch.zeros(1, 3, requires_grad=True) for _ in range(2)]
         value_OI = ThroughChain.apply(torch.ones(1, 3), [narrow, wide], *latents)
         value_OI.backward(torch.full((1, 3), sign))
