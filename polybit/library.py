@@ -6,9 +6,10 @@ Nothing heavy is imported before a function is called. Each returns the Run with
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from polybit.core.parts import load
@@ -39,7 +40,7 @@ def act(record: Callable[P, O], path: str, summary: str) -> Callable[Concatenate
     """The act at `path`, which takes a model and a record of options, with the fields of the record as keywords."""
 
     def call(model: str, /, *args: P.args, **kwargs: P.kwargs) -> Run:
-        return load(path)(str(model), record(*args, **kwargs))
+        return load(path)(str(model), record(*args, **with_paths(record, kwargs)))
 
     name = path.partition(":")[2]
     first = inspect.Parameter("model", inspect.Parameter.POSITIONAL_ONLY, annotation="str")
@@ -50,6 +51,12 @@ def act(record: Callable[P, O], path: str, summary: str) -> Callable[Concatenate
     call.__name__ = call.__qualname__ = name
     call.__doc__ = f"{summary}\n\n{explained(record)}"
     return call
+
+
+def with_paths(record: Callable[..., object], told: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords, with text where a record has a Path made one: `out="my-model"`."""
+    paths = {known.name for known in fields(record) if known.type in ("Path", "Path | None")}  # type: ignore[arg-type]
+    return {name: Path(v) if name in paths and isinstance(v, str) else v for name, v in told.items()}
 
 
 def explained(record: Callable[..., object]) -> str:

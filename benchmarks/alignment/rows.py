@@ -24,8 +24,10 @@ from polybit.train.fit import Course, Outcome
 from polybit.train.latent import Freedom, make_trainable
 from polybit.train.preference import Preference, Stages
 from polybit.train.schedules import every
+from polybit.train.table import ANSWER_OBJECTIVES, STATIC_RATE
 
-RATES = {"kd": 3e-4, "qdpo-static": 1e-5, "qdpo-refreshed": 1e-4, "qdpo+kd": 1e-4}
+RATES = {name: part.rate for name, part in ANSWER_OBJECTIVES.items()} | {"qdpo-static": STATIC_RATE}
+RATES["qdpo-refreshed"] = RATES["qdpo"]
 WORDS = ("focus", "kind", "answers", "turns", "scales", "chained", "pace", "judged")
 
 

@@ -11,7 +11,7 @@ from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
 from polybit.options.checks import at_least, names_of
 from polybit.options.pairs import GROUP_SIZE, MAX_TOKENS
-from polybit.train.table import ANSWER_OBJECTIVES, AnswerObjective, rates
+from polybit.train.table import ANSWER_OBJECTIVES, AnswerObjective, PreferenceLoss, Share, rates
 
 if TYPE_CHECKING:
     Method = str
@@ -52,7 +52,7 @@ class AlignOptions:
     )
     beta: float = 0.1
     """Inverse temperature of qdpo."""
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    loss: PreferenceLoss = "sigmoid"
     """Preference loss."""
     nll: float = 0.0
     """Weight of the negative log-likelihood of the float answers in qdpo."""
@@ -61,7 +61,7 @@ class AlignOptions:
     refresh_every: int | None = None
     """Steps after which the model's own answers are made anew (default: a tenth of the steps; 0 = never, as
     published)."""
-    share: Literal["sum", "loss", "gradient", "project"] = "loss"
+    share: Share = "loss"
     """How several widths share the weights: sum of losses, each loss over its start, equal gradients, or without what
     works against another."""
     adapter: Literal["none", "nested"] = "none"
@@ -96,9 +96,6 @@ class AlignOptions:
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "out", Path(self.out))
-        if self.pairs is not None:
-            object.__setattr__(self, "pairs", Path(self.pairs))
         if (self.pairs is None) == (self.prompts is None):
             raise PolybitError("give --pairs DIR (made by polybit pairs) or --prompts FILE, one of the two")
         at_least(self, steps=1, batch=1, accumulate=1, probes=1, max_tokens=1, rank=1, workers=1)

@@ -49,5 +49,4 @@ class PairsOptions:
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "out", Path(self.out))
         at_least(self, max_tokens=1, shard=1, workers=1, limit=2, top=2)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from polybit.core.runtime import PolybitError
+from polybit.train.table import Share
 
-How = Literal["sum", "loss", "gradient", "project"]
 Gradient = list[Tensor | None]
 
 
@@ -25,7 +24,7 @@ class Balance:
     of magnitude larger than those of the widest.
     """
 
-    how: How = "sum"
+    how: Share = "sum"
     weights: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,12 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from polybit.core.runtime import PolybitError
 from polybit.train.forward import logits_of
-from polybit.train.table import LessonKnobs
+from polybit.train.table import Distance, LessonKnobs
 
 Forward = Callable[[Mapping[str, Tensor], str], Tensor]
 Batch = Mapping[str, Tensor]
 Logs = dict[str, float | Tensor]
 Pose = Callable[[Batch], tuple[dict[str, Tensor], Tensor]]
-Method = Literal["cdt", "joint", "sp", "recursive", "independent"]
-Distance = Literal["kl", "mse"]
 FLOAT = "float"  # the preset name of the float model
 
 
@@ -61,7 +59,7 @@ class Cascade:
     source: the float model as a model of its own, needed when what its preset shares with the others is trained too.
     """
 
-    method: Method = "cdt"
+    method: str = "cdt"
     distance: Distance = "kl"
     beta: float = 1.0
     data: float = 1.0
@@ -129,7 +127,7 @@ def answer_part(batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
     return {**part, "keep_BT": keep_BT}, target_N
 
 
-def built(method: Method, knobs: LessonKnobs) -> Cascade:
+def built(method: str, knobs: LessonKnobs) -> Cascade:
     """A cascade as the flags say."""
     return Cascade(
         method, knobs.distance, knobs.beta, knobs.data, teacher=knobs.teacher, source=knobs.source, pose=knobs.pose

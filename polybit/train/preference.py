@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from torch.nn.functional import logsigmoid
 
 from polybit.core.runtime import PolybitError
 from polybit.train.distill import Distillation
-from polybit.train.table import AnswerKnobs
-
-PreferenceKind = Literal["sigmoid", "ipo"]
+from polybit.train.table import AnswerKnobs, PreferenceLoss
 
 
 def token_logps(logits_NV: Tensor, target_N: Tensor) -> Tensor:
@@ -35,7 +33,7 @@ def sum_rows(values_N: Tensor, row_N: Tensor, rows: int) -> Tensor:
     return torch.zeros(rows, dtype=values_N.dtype, device=values_N.device).index_add(0, row_N, values_N)
 
 
-def preference_loss(margin_B: Tensor, *, beta: float, kind: PreferenceKind) -> Tensor:
+def preference_loss(margin_B: Tensor, *, beta: float, kind: PreferenceLoss) -> Tensor:
     """Loss of each pair from its margin in nats.
 
     sigmoid: -log sigmoid(beta m), DPO (arXiv 2305.18290, eq. 7) and QDPO · ipo: (m - 1/(2 beta))^2, IPO
@@ -59,7 +57,7 @@ class Preference:
     """
 
     beta: float = 0.1
-    kind: PreferenceKind = "sigmoid"
+    kind: PreferenceLoss = "sigmoid"
     nll: float = 0.0
     gamma: float = 0.0
     distill: Distillation | None = None

@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # the table is read where no torch is loaded
     from polybit.core.plan import Plan
 
 Schedule = Callable[[int, tuple[str, ...]], tuple[str, ...]]
+PreferenceLoss = Literal["sigmoid", "ipo"]
+Distance = Literal["kl", "mse"]
+Share = Literal["sum", "loss", "gradient", "project"]  # how several widths share the weights (balance.Balance)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +32,7 @@ class AnswerKnobs:
     """
 
     beta: float = 0.1
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    loss: PreferenceLoss = "sigmoid"
     nll: float = 0.0
     gamma: float = 10.0
     shared_prefix: bool = False
@@ -72,7 +75,7 @@ class LessonKnobs:
     (None: the learnt tokens of texts).
     """
 
-    distance: Literal["kl", "mse"] = "kl"
+    distance: Distance = "kl"
     beta: float = 1.0
     data: float = 1.0
     teacher: bool = True

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import polybit
 from polybit.cli import main
 from polybit.commands.pairs import next_step
 from polybit.core.planes import unpack
@@ -121,6 +122,21 @@ def test_one_run_for_several_widths(tiny_llama, made, tmp_path):
     assert set(numbers["presets"]) == {"w4", "w2"}
     model, _ = load(tmp_path / "out")
     assert {layer.bits for layer in describe(model).layers.values()} == {4}
+
+
+def test_the_library_in_three_lines(tiny_llama, prompts, made, tmp_path):
+    """Text serves for paths, options are keywords, and what comes back has the numbers of the command line."""
+    asked = polybit.pairs(
+        tiny_llama, prompts=str(prompts), out=f"{tmp_path}/pairs", precision="w2", group_size=16, max_tokens=8
+    )
+    run = polybit.align(
+        tiny_llama, pairs=f"{tmp_path}/pairs", out=f"{tmp_path}/out", group_size=16, steps=4, batch=4, probes=2
+    )
+    assert asked.numbers["pairs"] == json.loads((made / "pairs.json").read_text())["pairs"]
+    flags = aligned(tiny_llama, made, tmp_path / "flags")
+    assert run.numbers["presets"] == flags["presets"] and run.verb == "align"
+    with pytest.raises(TypeError, match="stepz"):
+        polybit.align(tiny_llama, out="o", stepz=1)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A new objective is one file and one table line: `polybit align` takes it, its help and its learning rate."""
+"""A new objective or schedule is one file and one table line: the verbs take it, with help, defaults and refusals."""
 
 import json
 import os
@@ -34,11 +34,24 @@ class Halved:
 
 def halved(knobs):
     return Halved()
+
+
+def first_only(knobs):
+    from polybit.train.cascade import Cascade
+
+    return Cascade("joint", data=knobs.data)
+
+
+def to_and_fro(plans, layers, *, steps, cycles, seed):
+    """A, B, C, C, B, A, A, ...: there and back."""
+    return lambda step, presets: ((*presets, *reversed(presets))[step % (2 * len(presets))],)
 '''
 LINE = """
 import sys
-from polybit.train.table import ANSWER_OBJECTIVES, AnswerObjective
-ANSWER_OBJECTIVES["halved"] = AnswerObjective("halved:halved", "half of kd", rate=2e-3)
+from polybit.train import table
+table.ANSWER_OBJECTIVES["halved"] = table.AnswerObjective("halved:halved", "half of kd", rate=2e-3)
+table.LESSON_OBJECTIVES["plain"] = table.LessonObjective("halved:first_only", "nobody teaches", taught=False)
+table.SCHEDULES["fro"] = table.TrainingSchedule("halved:to_and_fro", "there and back")
 from polybit.cli import main
 main(sys.argv[1:])
 """
@@ -77,3 +90,29 @@ def test_it_trains_a_checkpoint(polybit, tiny_llama, tmp_path):  # noqa: F811
     assert run["config"]["method"] == "halved" and any("w2/half" in entry for entry in run["numbers"]["log"])
     notes = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["notes"]
     assert notes["aligned"]["method"] == "halved" and notes["aligned"]["learning_rate"] == 2e-3
+
+
+def test_train_takes_an_objective_and_a_schedule(polybit, tiny_llama, tmp_path):  # noqa: F811
+    told = " ".join(polybit("train", "--help").stdout.replace("│", " ").split())
+    assert "plain = nobody teaches" in told and "fro = there and back" in told
+    flags = [
+        "--out",
+        tmp_path / "out",
+        "--presets",
+        "A=w8,B=w3",
+        "--group-size",
+        "16",
+        "--rows",
+        "16",
+        "--length",
+        "120",
+    ]
+    new = ["--method", "plain", "--schedule", "fro"]
+    refused = polybit("train", tiny_llama, *flags, *new, "--labels", "0")
+    assert "--method plain learns from the data alone" in refused.stderr and refused.returncode == 2
+    few = ["--steps", "4", "--batch", "2", "--probes", "0", "--json", tmp_path / "run.json"]
+    done = polybit("train", tiny_llama, *flags, *new, *few)
+    assert not done.returncode, done.stderr
+    assert set(json.loads((tmp_path / "run.json").read_text())["numbers"]["presets"]) == {"A", "B"}
+    notes = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["notes"]
+    assert (notes["trained"]["method"], notes["trained"]["schedule"]) == ("plain", "fro")
