@@ -8,6 +8,30 @@ What the file holds after `freeze`, for presets of the widths b_1 > b_2 > ..., i
   width is a pure checkpoint of b + 24/G bits a weight, all of them together hold the sum; `freeze` makes one of them.
 
 A nested adapter needs own codes: one stored code cannot stand for different weights at different widths.
+
+A layer of 32 inputs and one output from start to end. Presets read one code, with 16 and 4 levels:
+
+    >>> model = nn.Sequential(nn.Linear(32, 1, bias=False))
+    >>> _ = model[0].weight.data.copy_(torch.linspace(-1, 1, 32))
+    >>> _ = make_trainable(model, {"A": Plan.uniform(4), "B": Plan.uniform(2)}, group_size=32)
+    >>> [len(use(model, preset)[0].weight().unique()) for preset in ("A", "B")]
+    [16, 4]
+
+Training moves the latent weights; the next pass multiplies with the codes that they now stand for:
+
+    >>> x, optimizer = torch.ones(1, 32), torch.optim.SGD(model.parameters(), lr=0.01)
+    >>> before = [float(use(model, preset)(x).detach()) for preset in ("A", "B")]
+    >>> use(model, "A")(x).sum().backward()
+    >>> optimizer.step()
+    >>> y = [use(model, preset)(x).detach() for preset in ("A", "B")]
+    >>> [float(now) < then for now, then in zip(y, before)]
+    [True, True]
+
+And `freeze` keeps these codes alone, with the answers of the last pass:
+
+    >>> frozen = freeze(model)
+    >>> type(frozen[0]).__name__, [torch.allclose(use(frozen, preset)(x), now) for preset, now in zip("AB", y)]
+    ('QuantLinear', [True, True])
 """
 
 from __future__ import annotations
