@@ -126,9 +126,8 @@ def test_one_run_for_several_widths(tiny_llama, made, tmp_path):
 
 def test_the_library_in_three_lines(tiny_llama, prompts, made, tmp_path):
     """Text serves for paths, options are keywords, and what comes back has the numbers of the command line."""
-    asked = polybit.pairs(
-        tiny_llama, prompts=str(prompts), out=f"{tmp_path}/pairs", precision="w2", group_size=16, max_tokens=8
-    )
+    told = {"precision": "w2", "group_size": 16, "max_tokens": 8, "shard": 5}
+    asked = polybit.pairs(tiny_llama, prompts=str(prompts), out=f"{tmp_path}/pairs", **told)
     run = polybit.align(
         tiny_llama, pairs=f"{tmp_path}/pairs", out=f"{tmp_path}/out", group_size=16, steps=4, batch=4, probes=2
     )
