@@ -23,6 +23,7 @@ _PUBLIC = {
     "bench": "polybit.library",
     "evaluate": "polybit.library",
     "report": "polybit.library",
+    "judge": "polybit.library",
     "cost": "polybit.library",
     "attack": "polybit.library",
     "train": "polybit.library",

@@ -22,6 +22,7 @@ from polybit.options.cost import CostOptions
 from polybit.options.evaluate import EvalOptions
 from polybit.options.frontier import FrontierOptions
 from polybit.options.generate import GenerateOptions
+from polybit.options.judge import JudgeOptions
 from polybit.options.mix import MixOptions
 from polybit.options.pairs import PairsOptions
 from polybit.options.plan import PlanOptions
@@ -84,6 +85,17 @@ plan = act(PlanOptions, "polybit.acts.plan:plan", "Say what quantizing would giv
 cost = act(CostOptions, "polybit.acts.cost:cost", "Say what a token costs at each precision: counted, read, measured.")
 
 evaluate = act(EvalOptions, "polybit.acts.evaluate:evaluate", "Measure what each width costs against the float model.")
+
+
+def judge(*models: str, **options: Any) -> Run:
+    """Have answers of models, each `[NAME=]MODEL[@PRECISION,...]`, judged by an endpoint, or offline by fidelity.
+
+    {options}
+    """
+    return load("polybit.acts.judge:judge")(models, JudgeOptions(**options))
+
+
+judge.__doc__ = str(judge.__doc__).format(options=explained(JudgeOptions))
 report = act(ReportOptions, "polybit.acts.report:report", "Write one self-contained HTML page from measured numbers.")
 
 

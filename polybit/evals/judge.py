@@ -28,7 +28,7 @@ MAX_TURNS = 2  # the published prompts show two turns
 
 
 @dataclass(frozen=True, slots=True)
-class Game:
+class JudgedGame:
     """One turn of one question, candidate against baseline: `outcome` is win, tie, lose, or why there is none.
 
     verdicts: what the judge preferred in each order, from the candidate's side (win, tie, lose, or unparsed, refused,
@@ -71,7 +71,7 @@ def turns_of(question: Question) -> range:
 
 def judge_pairs(
     questions: Sequence[Question], candidate: Answers, baseline: Answers, prompts: Prompts, ask: Ask
-) -> list[Game]:
+) -> list[JudgedGame]:
     """Judge every turn in both orders."""
     places = [(question, turn) for question in questions for turn in turns_of(question)]
     asked: list[tuple[JudgePrompt, bool]] = []
@@ -89,10 +89,10 @@ def judge_pairs(
     games = []
     for question, turn in places:
         if equal(candidate[question.id], baseline[question.id], turn):
-            games.append(Game(question.id, question.category, turn + 1, "tie", ()))
+            games.append(JudgedGame(question.id, question.category, turn + 1, "tie", ()))
             continue
         verdicts = tuple(read_preference(*next(replies)) for _ in range(2))
-        games.append(Game(question.id, question.category, turn + 1, outcome(verdicts), verdicts))
+        games.append(JudgedGame(question.id, question.category, turn + 1, outcome(verdicts), verdicts))
     return games
 
 
@@ -176,7 +176,7 @@ def judge_skills(
 # numbers ------------------------------------------------------------------------------------------------------
 
 
-def pair_numbers(games: Sequence[Game], *, seed: int = 0) -> dict[str, Any]:
+def pair_numbers(games: Sequence[JudgedGame], *, seed: int = 0) -> dict[str, Any]:
     """Rates of win, tie and lose over the games that have an outcome, whole questions resampled.
 
     lose is QDPO's lose-rate: ties count in the denominator. win_adjusted = win + tie / 2. consistent: share of judged

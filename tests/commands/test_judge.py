@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from polybit.acts.judge_rows import Entrant, parse_entrant, row_names
 from polybit.cli import main
-from polybit.commands.answers import Entrant, parse_entrant, row_names
 from polybit.core.runtime import PolybitError
 from tests.evals.endpoint import serve
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from polybit.cli import main
 from polybit.acts.report import read_others, unused
+from polybit.cli import main
 from polybit.core.runtime import PolybitError
 
 TEXT = ["--text", "embedded-test", "--windows", "2", "--window", "32", "--answers", "3", "--max-tokens", "8"]
