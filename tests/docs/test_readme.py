@@ -36,3 +36,9 @@ def test_the_library_on_the_front_page_is_whole():
     assert {"quantize", "evaluate", "use", "at"} <= shown
     with pytest.raises(TypeError):
         inspect.signature(polybit.evaluate).bind("my-model", references="tinychat")
+
+
+def test_the_page_of_the_library_names_every_act():
+    acts = {name for name, where in polybit._PUBLIC.items() if where == "polybit.library"}
+    table = [line.split("|")[1] for line in (ROOT / "docs" / "library.md").read_text().splitlines() if "| `" in line]
+    assert acts <= set(re.findall(r"`(\w+)`", " ".join(table)))
