@@ -1,0 +1,246 @@
+"""Read rows of tokens, many sequences and many widths in one step: what a server and a batched evaluation run on.
+
+A row is one token of one sequence, which lives in a slot of the cache. The rows of a step may belong to different
+sequences, be several neighbouring tokens of one (a prompt, a draft to verify), and be read at different precisions. The
+numbers of a row do not depend on what else is in the step, bit for bit: an answer is the same alone and in a crowd.
+
+    decoder = RowDecoder(model, slots=8, room=512)
+    four = decoder.setting("w4")
+    hidden_RD = decoder.step([Rows(four, slot=0, start=0, tokens=prompt)])
+    logits_1V = decoder.logits(hidden_RD[-1:], four)
+
+Llama-like decoders on a CPU (Llama, Mistral, Qwen2, Qwen3), their blocks quantized; `supported` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as dense
+
+from polybit.core.precision import FLOAT
+from polybit.core.runtime import PolybitError
+from polybit.kernels import cpu, ops
+from polybit.kernels.prepared import DIGITS, Bundle
+from polybit.nn.linear import QuantEmbedding, QuantLinear, QuantWeight, TiedHead, gather_rows, slice_rows
+from polybit.nn.switch import Wanted, as_it_was, panel, use
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+STEADY_ROTATIONS = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length of the text
+NARROW = 4  # bits up to which int8 inputs add less than 2 % to the KL the weights cost
+FEW = 8  # rows up to which an embedding is decoded row by row
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Neighbouring tokens of one sequence: read at `setting`, into `slot`, the first at position `start`."""
+
+    setting: int
+    slot: int
+    start: int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How the embedding and the head are read at one precision (a width, or one per group), and the head's input."""
+
+    embedding: int | tuple[int, ...] | None
+    head: int | tuple[int, ...] | None
+    arithmetic: ops.Arithmetic
+
+
+class RowDecoder:
+    """Reads rows of up to `slots` sequences of at most `room` tokens each; `supported` must have said yes.
+
+    The cache is laid out for all slots at once, and costs memory only where it was written.
+    """
+
+    def __init__(self, model: nn.Module, *, slots: int, room: int) -> None:
+        config: Any = model.config
+        inner: Any = model.model
+        library = cpu.library()
+        assert library is not None
+        self.model, self.slots, self.room = model, slots, room
+        self.embedding: Any = inner.embed_tokens
+        self.head: Any = model.lm_head
+        heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        size, hidden = int(inner.layers[0].self_attn.head_dim), int(config.hidden_size)
+        cosine, sine = inner.rotary_emb(torch.zeros(1, 1, hidden), torch.arange(room)[None])
+        self.hidden, eps = hidden, float(config.rms_norm_eps)
+        # the compiled decoder holds addresses only: what it reads is kept here
+        self.cosine_TD, self.sine_TD = cosine[0].float().contiguous(), sine[0].float().contiguous()
+        self.cache = [torch.empty(2, slots, kv_heads, room, size) for _ in inner.layers]
+        turned, middle = self.cosine_TD.shape[1], int(config.intermediate_size)
+        self.compiled = library.Decoder(
+            [heads, kv_heads, size, turned, room, slots, hidden, middle],
+            eps,
+            self.cosine_TD.data_ptr(),
+            self.sine_TD.data_ptr(),
+            inner.norm.weight.data_ptr(),
+        )
+        self.products: list[list[QuantLinear]] = []
+        for layer, cache in zip(inner.layers, self.cache, strict=True):
+            self.add_block(layer, cache)
+        self.settings: list[Setting] = []
+        self.known: dict[tuple[str, str], int] = {}
+
+    def add_block(self, layer: Any, cache: Tensor) -> None:
+        """Hand one decoder block over to the compiled decoder."""
+        attention, mlp = layer.self_attn, layer.mlp
+        products = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        products += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        prepared = [product.prepared() for product in products]
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        places = [0 if norm is None else norm.weight.data_ptr() for norm in norms]
+        window = int(getattr(attention, "sliding_window", getattr(self.model.config, "sliding_window", None)) or 0)
+        shares = [Bundle.fits(prepared[:3])] * 3 + [True] + [Bundle.fits(prepared[4:6])] * 2 + [True]
+        biases = [product.bias for product in products]
+        self.compiled.add_block(
+            [*places, cache[0].data_ptr(), cache[1].data_ptr()],
+            window,
+            float(attention.scaling),
+            [p.layer for p in prepared],
+            [0 if bias is None else bias.data_ptr() for bias in biases],
+            [0 if bias is None else cpu.TYPES[bias.dtype] for bias in biases],
+            shares,
+        )
+        self.products.append(products)
+
+    def setting(self, wanted: Wanted, arithmetic: str = "auto") -> int:
+        """The number of a precision, made at its first use: any that `use` takes and the compiled kernels read.
+
+        arithmetic: how inputs are rounded, "int8", "int16", or "auto" = int8 for weights of 4 bits and fewer. The
+        model's own precision is left as it was.
+        """
+        key = (str(wanted), arithmetic)
+        if key not in self.known:
+            with as_it_was(self.model):
+                use(self.model, wanted)
+                self.known[key] = self.add_setting(key[0], arithmetic)
+        return self.known[key]
+
+    def add_setting(self, name: str, arithmetic: str) -> int:
+        """Note what every layer is read at now."""
+        layers = [layer for row in self.products for layer in row]
+        odd = [layer.precision for layer in layers if layer.precision.a != FLOAT]
+        if odd:
+            raise PolybitError(
+                f"precision {name!r} rounds activations to {odd[0].a} bits, which rows cannot be read at: choose one "
+                "with weights only, such as w4"
+            )
+
+        def mode(layer: QuantWeight) -> ops.Arithmetic:
+            return ("int8" if layer.width <= NARROW else "int16") if arithmetic == "auto" else arithmetic  # type: ignore
+
+        numbers = [layer.prepared().number(layer.reading) for layer in layers]
+        adapters = [None if layer.adapter is None else layer.adapter.for_kernels() for layer in layers]
+        number = self.compiled.add_reading(numbers, [DIGITS[mode(layer)] for layer in layers], adapters)
+        assert number == len(self.settings)
+        embedding, head = quantized(self.embedding), quantized(self.head)
+        self.settings.append(
+            Setting(
+                None if embedding is None else embedding.reading,
+                None if head is None else head.reading,
+                "int16" if head is None else mode(head),
+            )
+        )
+        return number
+
+    @torch.inference_mode()
+    def step(self, parts: Sequence[Rows]) -> Tensor:
+        """Read all rows; the normed hidden state of each, [R, D] in the order given, for `logits`.
+
+        Parts of one setting are cheapest as neighbours. A slot may occur twice only with the same setting, in order.
+        """
+        settings: list[int] = []
+        counts: list[int] = []
+        slots: list[int] = []
+        places: list[int] = []
+        hidden = []
+        for part in parts:
+            count = len(part.tokens)
+            if settings and settings[-1] == part.setting:
+                counts[-1] += count
+            else:
+                settings.append(part.setting)
+                counts.append(count)
+            slots += [part.slot] * count
+            places += range(part.start, part.start + count)
+            hidden.append(self.embed(part.tokens, part.setting))
+        hidden_RD = torch.cat(hidden).float() if len(hidden) > 1 else hidden[0].float().clone()
+        out_RD = torch.empty_like(hidden_RD)
+        self.compiled.step(settings, counts, slots, places, hidden_RD.data_ptr(), out_RD.data_ptr())
+        return out_RD
+
+    def embed(self, tokens: Sequence[int], setting: int) -> Tensor:
+        """Embeddings [T, D] of some tokens as the setting reads them."""
+        module = self.embedding
+        if not isinstance(module, QuantEmbedding):
+            return module(torch.tensor(tokens))
+        reading = self.settings[setting].embedding
+        assert reading is not None
+        if len(tokens) > FEW:
+            at = reading if isinstance(reading, int) else torch.tensor(reading)
+            return gather_rows(module.planes, torch.tensor(tokens), reading).dequantize(at)
+        rows = []
+        for token in tokens:
+            part, skipped = slice_rows(module.planes, token, token + 1)
+            rows.append(ops.decode(part, reading)[skipped : skipped + 1])
+        return torch.cat(rows)
+
+    @torch.inference_mode()
+    def logits(self, hidden_RD: Tensor, setting: int) -> Tensor:
+        """Logits [R, V] of rows of `step` at the setting they were read at, float32."""
+        source = quantized(self.head)
+        if source is not None:
+            given = self.settings[setting]
+            assert given.head is not None
+            return source.prepared().linear(hidden_RD, given.head, self.head.bias, given.arithmetic)
+        # one by one: a dense product of several rows may add up in another order than that of one
+        return torch.cat([dense(row_1D, self.head.weight, self.head.bias) for row_1D in hidden_RD.split(1)])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give a slot the first `length` tokens of another: both then hold the same beginning."""
+        self.compiled.copy(source, target, length)
+
+    def nbytes_per_token(self) -> int:
+        """Bytes of keys and values of one token."""
+        return sum(cache[:, 0, :, 0].numel() * cache.element_size() for cache in self.cache)
+
+
+def quantized(module: nn.Module) -> QuantWeight | None:
+    """The stored weight behind an embedding or a head; None for a float one."""
+    if isinstance(module, TiedHead):
+        return module.source[0]
+    return module if isinstance(module, QuantWeight) else None
+
+
+def supported(model: nn.Module) -> bool:
+    """Whether `RowDecoder` computes what the model's own forward pass computes: family, types, places, no hooks."""
+    config: Any = getattr(model, "config", None)
+    if cpu.library() is None or getattr(config, "model_type", None) not in FAMILIES:
+        return False
+    rotation = getattr(config, "rope_parameters", None) or {}
+    if rotation.get("rope_type", "default") not in STEADY_ROTATIONS or getattr(config, "hidden_act", "") != "silu":
+        return False
+    inner = getattr(model, "model", None)
+    if inner is None or not len(getattr(inner, "layers", ())) or not hasattr(inner, "rotary_emb"):
+        return False
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return False
+    for layer in inner.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        products = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        products += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        if not all(type(product) is QuantLinear and product.prepared().layer is not None for product in products):
+            return False
+    stored = {id(p) for layer in panel(model).layers.values() for p in layer.parameters()}
+    floats = [p for p in model.parameters() if id(p) not in stored]
+    return all(p.is_cpu for p in model.parameters()) and all(p.dtype == torch.float32 for p in floats)

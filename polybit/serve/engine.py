@@ -1,0 +1,362 @@
+"""Continuous batching over resident planes: requests of all precisions, admitted as places become free, step by step.
+
+    engine = Engine(runner, tokenizer)
+    answer = engine.submit(Asked(tokens=..., decoding=Decoding(precision="w4")))
+    while engine.tick(): ...            # or engine.start(), a thread that does so
+    answer.events                       # Piece, Piece, ..., Done
+
+One tick reads, for every running answer, its next token – or drafts and their verification – and for those whose prompt
+is not read yet a part of it. A request's tokens are those it would get alone (runners.Runner).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from polybit.core.runtime import PolybitError
+from polybit.hub.rows import Rows
+from polybit.serve.asked import Asked, Chosen, Done, Piece, Reason, Spent
+from polybit.serve.runners import Runner
+from polybit.serve.sampling import Sampler
+from polybit.serve.slots import Slot, Slots
+from polybit.serve.writing import Writer
+
+Event = Piece | Done
+CHUNK = 256  # tokens of prompts read per tick, so that running answers do not wait for long ones
+
+
+class Busy(PolybitError):
+    """The queue is full."""
+
+
+class Closing(PolybitError):
+    """The server takes no new requests."""
+
+
+@dataclass(eq=False, slots=True)
+class Answer:
+    """A request on its way. hear: called with every event, from the engine's thread."""
+
+    asked: Asked
+    hear: Callable[[Event], None]
+    sampler: Sampler
+    writer: Writer
+    spent: Spent
+    arrived: float
+    slot: Slot | None = None
+    read: int = 0  # tokens of prompt and answer whose keys and values are in the place
+    tokens: list[int] = field(default_factory=list)  # prompt and answer
+    drafts: list[int] = field(default_factory=list)
+    cancelled: bool = False
+    started: float = 0.0
+    answering: float = 0.0
+    done: Done | None = None
+
+    @property
+    def count(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - len(self.asked.tokens)
+
+    @property
+    def reading_prompt(self) -> bool:
+        """Whether more than the newest token waits to be read."""
+        return self.read < len(self.asked.tokens)
+
+
+class Engine:
+    """Answers requests over one model; `tick` does a step of everything, `start` runs ticks in a thread.
+
+    queue: requests that may wait for a place · chunk: tokens of prompts read per tick.
+    """
+
+    def __init__(self, runner: Runner, tokenizer: Any, *, queue: int = 64, chunk: int = CHUNK) -> None:
+        self.runner, self.tokenizer, self.queue, self.chunk = runner, tokenizer, queue, chunk
+        self.slots = Slots(runner.slots, copies=runner.exact, step=1 if runner.exact else chunk)
+        self.waiting: deque[Answer] = deque()
+        self.running: list[Answer] = []
+        self.changed = threading.Condition()
+        self.closing = False
+        self.thread: threading.Thread | None = None
+        self.steps = self.rows = 0  # of the model, for the metrics
+
+    # requests ---------------------------------------------------------------------------------------------------
+
+    def submit(self, asked: Asked, hear: Callable[[Event], None]) -> Answer:
+        """Queue a request. Raises Busy, Closing, or PolybitError for what cannot be answered."""
+        if not asked.tokens:
+            raise PolybitError("the prompt has no tokens: give at least one")
+        if len(asked.tokens) >= self.runner.room:
+            raise PolybitError(
+                f"the prompt has {len(asked.tokens)} tokens, and the server reads {self.runner.room} with the answer: "
+                f"give at most {self.runner.room - 1}"
+            )
+        answer = Answer(
+            asked,
+            hear,
+            Sampler(asked.sampling, asked.tokens, asked.constraint),
+            Writer(self.tokenizer, asked.tokens, asked.stop),
+            Spent(prompt=len(asked.tokens)),
+            perf_counter(),
+            tokens=list(asked.tokens),
+        )
+        with self.changed:
+            if self.closing:
+                raise Closing("the server is shutting down: ask again later")
+            if len(self.waiting) >= self.queue + self.slots.free:
+                raise Busy(f"{len(self.waiting)} requests are waiting already: ask again later")
+            self.waiting.append(answer)
+            self.changed.notify_all()
+        return answer
+
+    def cancel(self, answer: Answer) -> None:
+        """Stop answering; the place is free after the running step."""
+        with self.changed:
+            answer.cancelled = True
+            self.changed.notify_all()
+
+    # the loop ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run ticks in a thread until `close`."""
+        self.thread = threading.Thread(target=self.loop, name="polybit-engine", daemon=True)
+        self.thread.start()
+
+    def loop(self) -> None:
+        """Tick while there is work, wait while there is none."""
+        while True:
+            with self.changed:
+                while not (self.waiting or self.running or self.closing):
+                    self.changed.wait()
+                if self.closing and not (self.waiting or self.running):
+                    return
+            self.tick()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Take no new requests, finish the running ones; after `timeout` seconds cancel what is left."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify_all()
+        if self.thread is None:
+            return True
+        self.thread.join(timeout)
+        if self.thread.is_alive():
+            with self.changed:
+                for answer in [*self.waiting, *self.running]:
+                    answer.cancelled = True
+                self.changed.notify_all()
+            self.thread.join(timeout)
+        return not self.thread.is_alive()
+
+    def tick(self) -> bool:
+        """One step of everything that runs; whether anything is left to do."""
+        self.drop_cancelled()
+        self.admit()
+        answers = list(self.running)
+        if answers:
+            try:
+                self.step(answers)
+            except Exception as error:  # a failing step must not take the server with it
+                for answer in answers:
+                    self.fail(answer, error)
+        return bool(self.running or self.waiting)
+
+    def drop_cancelled(self) -> None:
+        """Let go of answers nobody waits for."""
+        with self.changed:
+            gone = [answer for answer in self.waiting if answer.cancelled]
+            self.waiting = deque(answer for answer in self.waiting if not answer.cancelled)
+        for answer in [*gone, *(answer for answer in self.running if answer.cancelled)]:
+            self.end(answer, "cancelled")
+
+    def admit(self) -> None:
+        """Give waiting requests the places that are free."""
+        while True:
+            with self.changed:
+                if not self.waiting:
+                    return
+                answer = self.waiting[0]
+                taken = self.slots.take(answer.asked.tokens, answer.asked.decoding.cache_key)
+                if taken is None:
+                    return
+                self.waiting.popleft()
+                self.running.append(answer)
+            answer.slot, answer.read, answer.started = taken.slot, taken.common, perf_counter()
+            answer.spent.cached = taken.common
+            taken.slot.tokens = answer.tokens  # what comes is in the place too, as far as it is filled
+            if taken.copy_from is not None:
+                self.runner.copy(taken.copy_from, taken.slot.index, taken.common)
+
+    def fail(self, answer: Answer, error: Exception) -> None:
+        """End an answer whose step failed; its place is not to be trusted."""
+        if answer.done is None:
+            if answer.slot is not None:
+                self.slots.forget(answer.slot)
+            self.end(answer, "error", message=str(error) or type(error).__name__)
+
+    # a step -----------------------------------------------------------------------------------------------------
+
+    def step(self, answers: Sequence[Answer]) -> None:
+        """Draft, then read everybody's rows, choose tokens, and decide anew what a gate wants decided."""
+        self.draft([answer for answer in answers if answer.asked.decoding.draft and not answer.reading_prompt])
+        left, parts, keep, readers = self.chunk, [], [], []
+        for answer in answers:
+            part = self.part_of(answer, left)
+            if part is None:
+                continue
+            if answer.reading_prompt:
+                left -= len(part.tokens)
+            last = part.start + len(part.tokens) == len(answer.tokens) + len(answer.drafts)
+            parts.append(part)
+            keep.append(1 + len(answer.drafts) if last else 0)
+            readers.append(answer)
+        thin = []
+        for answer, part, logits_nV in zip(readers, parts, self.read(parts, keep), strict=True):
+            self.note_read(answer, part.start + len(part.tokens) - len(answer.drafts))
+            if not len(logits_nV):
+                continue
+            if self.is_thin(answer, logits_nV):
+                thin.append(answer)
+            else:
+                self.choose(answer, logits_nV)
+        self.decide_anew(thin)
+
+    def read(self, parts: Sequence[Rows], keep: Sequence[int]) -> list[Tensor]:
+        """The model's step, counted."""
+        if not parts:
+            return []
+        self.steps += 1
+        self.rows += sum(len(part.tokens) for part in parts)
+        return self.runner.read(parts, keep)
+
+    def part_of(self, answer: Answer, left: int) -> Rows | None:
+        """The rows an answer reads next: a part of its prompt, else its newest token and drafts."""
+        assert answer.slot is not None
+        decoding = answer.asked.decoding
+        if not answer.reading_prompt:
+            setting = self.runner.setting(decoding.precision)
+            return Rows(setting, answer.slot.index, answer.read, [*answer.tokens[answer.read :], *answer.drafts])
+        size = min(left, self.chunk) if self.runner.exact else self.chunk
+        if left <= 0:
+            return None
+        # its last token is read as the answer's tokens are: it decides the first of them
+        end = len(answer.asked.tokens) - (decoding.prefill not in (None, decoding.precision))
+        if answer.read >= end:
+            return Rows(
+                self.runner.setting(decoding.precision), answer.slot.index, answer.read, answer.tokens[answer.read :]
+            )
+        setting = self.runner.setting(decoding.prefill or decoding.precision)
+        return Rows(setting, answer.slot.index, answer.read, answer.tokens[answer.read : min(end, answer.read + size)])
+
+    def draft(self, answers: Sequence[Answer]) -> None:
+        """Let every answer that asks for it propose tokens at its draft precision.
+
+        They are verified by reading them again at the answer's own precision, which also overwrites their keys and
+        values: nothing of the draft stays. Leviathan et al., arXiv 2211.17192, with the model's own leading planes.
+        """
+        for answer in answers:
+            answer.drafts = []
+        going = list(answers)
+        while going:
+            going = [answer for answer in going if len(answer.drafts) < self.most_drafts(answer)]
+            parts = []
+            for answer in going:
+                decoding = answer.asked.decoding
+                assert answer.slot is not None and decoding.draft is not None
+                place = answer.read + len(answer.drafts)
+                newest = answer.drafts[-1:] or answer.tokens[-1:]
+                parts.append(Rows(self.runner.setting(decoding.draft), answer.slot.index, place, newest))
+            for answer, logits_1V in zip(going, self.read(parts, [1] * len(parts)), strict=True):
+                answer.drafts.append(int(logits_1V[0].argmax()))
+        for answer in answers:
+            answer.spent.drafted += len(answer.drafts)
+
+    def most_drafts(self, answer: Answer) -> int:
+        """How many drafts an answer has use and room for."""
+        left = answer.asked.max_tokens - answer.count - 1
+        return max(0, min(answer.asked.decoding.drafts, left, self.runner.room - len(answer.tokens) - 1))
+
+    def is_thin(self, answer: Answer, logits_nV: Tensor) -> bool:
+        """Whether the lead of the likeliest token is too thin to be decided at this precision."""
+        decoding = answer.asked.decoding
+        if decoding.gate is None or decoding.draft is not None:
+            return False
+        first, second = logits_nV[-1].topk(2).values.tolist()
+        return first - second < decoding.margin
+
+    def decide_anew(self, answers: Sequence[Answer]) -> None:
+        """Read the newest token of these answers again at their gate's precision, and choose from that."""
+        parts = []
+        for answer in answers:
+            gate = answer.asked.decoding.gate
+            assert answer.slot is not None and gate is not None
+            answer.spent.gated += 1
+            parts.append(Rows(self.runner.setting(gate), answer.slot.index, answer.read - 1, answer.tokens[-1:]))
+        for answer, logits_1V in zip(answers, self.read(parts, [1] * len(parts)), strict=True):
+            self.choose(answer, logits_1V)
+
+    def choose(self, answer: Answer, logits_nV: Tensor) -> None:
+        """Take a token from each row of logits while the drafts foretold it; tell what is certain of the text."""
+        if not answer.answering:
+            answer.answering = perf_counter()
+            answer.spent.prompt_ms = 1e3 * (answer.answering - answer.started)
+        drafts, answer.drafts = answer.drafts, []
+        chosen: list[Chosen] = []
+        text = ""
+        reason: Reason | None = None
+        for place, logits_V in enumerate(logits_nV):
+            picked = answer.sampler.draw(logits_V, answer.asked.logprobs)
+            answer.tokens.append(picked.token)
+            chosen.append(picked)
+            ended = picked.token in answer.asked.ends
+            text += "" if ended else answer.writer.add(picked.token)
+            reason = self.why_end(answer, ended)
+            if reason is not None or place >= len(drafts):
+                break
+            if drafts[place] != picked.token:
+                break
+            self.count_accepted(answer, place)
+        # rows of drafts that were not taken are overwritten by what comes
+        self.note_read(answer, len(answer.tokens) - 1)
+        answer.spent.answer = answer.count
+        if reason is not None:
+            text += answer.writer.finish()
+        answer.hear(Piece(text, tuple(chosen)))
+        if reason is not None:
+            self.end(answer, reason)
+
+    def note_read(self, answer: Answer, count: int) -> None:
+        """So many tokens of prompt and answer have keys and values that stay."""
+        assert answer.slot is not None
+        answer.read = answer.slot.filled = count
+
+    def count_accepted(self, answer: Answer, place: int) -> None:
+        """One more draft accepted at its position."""
+        counts = answer.spent.accepted
+        counts += [0] * (place + 1 - len(counts))
+        counts[place] += 1
+
+    def why_end(self, answer: Answer, ended: bool) -> Reason | None:
+        """Why the answer ends with its newest token; None when it goes on."""
+        if ended or answer.writer.stopped_by is not None or answer.sampler.finished:
+            return "stop"
+        full = len(answer.tokens) >= self.runner.room or answer.count >= answer.asked.max_tokens
+        return "length" if full else None
+
+    def end(self, answer: Answer, reason: Reason, message: str | None = None) -> None:
+        """Give the place back and tell the end."""
+        if answer.answering:
+            answer.spent.answer_ms = 1e3 * (perf_counter() - answer.answering)
+        if answer.slot is not None:
+            self.slots.release(answer.slot)
+        with self.changed:
+            if answer in self.running:
+                self.running.remove(answer)
+        answer.done = Done(reason, answer.spent, answer.writer.stopped_by, message)
+        answer.hear(answer.done)

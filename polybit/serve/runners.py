@@ -1,0 +1,126 @@
+"""What computes: rows of tokens of many sequences at many precisions, by the compiled decoder or by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from polybit.hub.rows import RowDecoder, Rows
+from polybit.hub.rows import supported as has_rows
+from polybit.nn.switch import use
+
+
+class Runner(Protocol):
+    """The engine's only view of a model. Numbers of a sequence do not depend on what else is read with it.
+
+    exact: nor on how its tokens are cut into parts, bit for bit.
+    """
+
+    slots: int
+    room: int
+    exact: bool
+
+    def setting(self, precision: str) -> int:
+        """The number of a precision; PolybitError for one the model cannot be read at."""
+        ...
+
+    def read(self, parts: Sequence[Rows], keep: Sequence[int]) -> list[Tensor]:
+        """Read all parts; the logits [n, V] of the last `keep[i]` tokens of part i, float32."""
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> bool:
+        """Give one slot the first `length` tokens of another; False where that is not possible."""
+        ...
+
+
+class RowRunner:
+    """Many sequences and precisions in one step (hub/rows.py)."""
+
+    exact = True
+
+    def __init__(self, model: nn.Module, *, slots: int, room: int) -> None:
+        self.slots, self.room = slots, room
+        self.decoder = RowDecoder(model, slots=slots, room=room)
+
+    def setting(self, precision: str) -> int:
+        """See Runner."""
+        return self.decoder.setting(precision)
+
+    def read(self, parts: Sequence[Rows], keep: Sequence[int]) -> list[Tensor]:
+        """See Runner; parts of one setting are put side by side, so that they meet each weight together."""
+        order = sorted(range(len(parts)), key=lambda i: (parts[i].setting, i))
+        hidden_RD = self.decoder.step([parts[i] for i in order])
+        wanted: dict[int, list[tuple[int, Tensor]]] = {}
+        end = 0
+        for i in order:
+            end += len(parts[i].tokens)
+            if keep[i]:
+                wanted.setdefault(parts[i].setting, []).append((i, hidden_RD[end - keep[i] : end]))
+        found = [torch.empty(0)] * len(parts)
+        for setting, rows in wanted.items():
+            logits_RV = self.decoder.logits(torch.cat([hidden for _, hidden in rows]), setting)
+            for (i, _), part in zip(rows, logits_RV.split([len(hidden) for _, hidden in rows]), strict=True):
+                found[i] = part
+        return found
+
+    def copy(self, source: int, target: int, length: int) -> bool:
+        """See Runner."""
+        self.decoder.copy(source, target, length)
+        return True
+
+
+class PlainRunner:
+    """Any model on any device by its own forward pass, one sequence after the other: each has a cache of its own."""
+
+    exact = False
+
+    def __init__(self, model: nn.Module, *, slots: int, room: int, quantized: bool = True) -> None:
+        self.model, self.slots, self.room, self.quantized = model, slots, room, quantized
+        self.names: list[str] = []
+        self.caches: list[Any] = [None] * slots
+        self.now: int | None = None
+
+    def setting(self, precision: str) -> int:
+        """See Runner."""
+        if precision not in self.names:
+            if self.quantized:
+                use(self.model, precision)
+                self.now = len(self.names)
+            self.names.append(precision)
+        return self.names.index(precision)
+
+    @torch.inference_mode()
+    def read(self, parts: Sequence[Rows], keep: Sequence[int]) -> list[Tensor]:
+        """See Runner."""
+        found = [torch.empty(0)] * len(parts)
+        for i in sorted(range(len(parts)), key=lambda i: (parts[i].setting, i)):
+            found[i] = self.read_one(parts[i])[len(parts[i].tokens) - keep[i] :]
+        return found
+
+    def read_one(self, part: Rows) -> Tensor:
+        """Logits [T, V] of one part, float32."""
+        if self.quantized and self.now != part.setting:
+            use(self.model, self.names[part.setting])
+            self.now = part.setting
+        cache = self.caches[part.slot] if part.start else None
+        if cache is not None and cache.get_seq_length() > part.start:
+            cache.crop(part.start)
+        device = next(self.model.parameters()).device
+        ids_1T = torch.tensor([part.tokens], device=device)
+        out = self.model(input_ids=ids_1T, past_key_values=cache, use_cache=True)
+        self.caches[part.slot] = out.past_key_values
+        return out.logits[0].float().cpu()
+
+    def copy(self, source: int, target: int, length: int) -> bool:
+        """See Runner: caches are not shared here."""
+        return False
+
+
+def make_runner(model: nn.Module, *, slots: int, room: int, quantized: bool) -> Runner:
+    """The compiled decoder where it reads this model, else the model's own forward pass."""
+    if quantized and has_rows(model):
+        return RowRunner(model, slots=slots, room=room)
+    return PlainRunner(model, slots=slots, room=room, quantized=quantized)

@@ -1,0 +1,94 @@
+"""From logits to a token: penalties, bias, grammar, temperature, cuts, the draw; one row at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from polybit.serve.asked import Chosen, Constraint, Sampling
+
+UNLIKELY = float("-inf")
+
+
+class Sampler:
+    """Draws the tokens of one answer; the same seed draws the same answer."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], constraint: Constraint | None = None) -> None:
+        self.sampling, self.constraint = sampling, constraint
+        self.counts: Counter[int] = Counter()
+        self.prompt = torch.tensor(sorted(set(prompt)))
+        self.generator = torch.Generator()
+        if sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(sampling.seed)
+        self.finished = False  # the grammar allows nothing more
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.sampling.temperature == 0
+
+    def draw(self, logits_V: Tensor, logprobs: int | None = None) -> Chosen:
+        """Choose a token and note it for what comes next."""
+        scores_V = self.adjusted(logits_V)
+        token = int(scores_V.argmax()) if self.greedy else self.sample(scores_V)
+        self.counts[token] += 1
+        if self.constraint is not None:
+            self.finished = self.constraint.take(token)
+        return describe(logits_V, token, logprobs)
+
+    def adjusted(self, logits_V: Tensor) -> Tensor:
+        """Logits after penalties, bias and grammar."""
+        s = self.sampling
+        mask_V = None if self.constraint is None else self.constraint.mask()
+        plain = s.repetition == 1 and not s.presence and not s.frequency and not s.bias
+        if plain and mask_V is None:
+            return logits_V
+        scores_V = logits_V.clone()
+        if s.repetition != 1:
+            seen = torch.cat([self.prompt, torch.tensor(list(self.counts), dtype=torch.int64)]).unique()
+            values = scores_V[seen]
+            scores_V[seen] = torch.where(values > 0, values / s.repetition, values * s.repetition)
+        if self.counts and (s.presence or s.frequency):
+            tokens, counts = torch.tensor(list(self.counts)), torch.tensor(list(self.counts.values()))
+            scores_V[tokens] -= s.presence + s.frequency * counts
+        add_bias(scores_V, s.bias)
+        return scores_V if mask_V is None else scores_V.masked_fill_(~mask_V, UNLIKELY)
+
+    def sample(self, scores_V: Tensor) -> int:
+        """One draw after temperature and cuts: top-k, then min-p, then top-p over what is left."""
+        s = self.sampling
+        scores_V = scores_V.double() / s.temperature
+        if 0 < s.top_k < len(scores_V):
+            scores_V = scores_V.masked_fill(scores_V < scores_V.topk(s.top_k).values[-1], UNLIKELY)
+        share_V = scores_V.softmax(-1)
+        if s.min_p > 0:
+            share_V = share_V.masked_fill(share_V < s.min_p * share_V.max(), 0.0)
+        if s.top_p < 1:
+            sorted_V, order = share_V.sort(descending=True, stable=True)
+            before_V = sorted_V.cumsum(-1) - sorted_V  # the token that crosses the line stays
+            sorted_V = sorted_V.masked_fill(before_V >= s.top_p * sorted_V.sum(), 0.0)
+            share_V = torch.zeros_like(share_V).scatter(0, order, sorted_V)
+        return int(torch.multinomial(share_V, 1, generator=self.generator))
+
+
+def add_bias(scores_V: Tensor, bias: Mapping[int, float]) -> None:
+    """Add nats to single tokens, in place."""
+    for token, nats in bias.items():
+        scores_V[token] += nats
+
+
+def describe(logits_V: Tensor, token: int, logprobs: int | None) -> Chosen:
+    """A token with the model's own log-probabilities, before anything was adjusted, as OpenAI reports them."""
+    first, second = logits_V.topk(2).values.tolist()
+    lead = first - second
+    if logprobs is None:
+        return Chosen(token, 0.0, (), lead)
+    logp_V = logits_V.float().log_softmax(-1)
+    best = logp_V.topk(min(logprobs, len(logp_V))) if logprobs else None
+    top = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Chosen(token, float(logp_V[token]), top, lead)

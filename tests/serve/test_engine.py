@@ -1,0 +1,220 @@
+"""The engine: every answer is the one its request gets alone, whatever else runs, drafts, waits or is cut off."""
+
+import threading
+
+import pytest
+import torch
+
+from polybit.core.runtime import PolybitError
+from polybit.kernels import cpu
+from polybit.serve.asked import Asked, Decoding, Done, Piece, Sampling
+from polybit.serve.engine import Busy, Closing, Engine
+from polybit.serve.runners import PlainRunner, RowRunner, make_runner
+from tests.hub.test_rows import make
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="needs the compiled kernels")
+
+
+class Letters:
+    """A tokenizer with a character per token."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(chr(48 + i) for i in ids)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make("qwen2")
+
+
+def prompt(seed, length=12):
+    return tuple(torch.randint(0, 128, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def ask(seed=0, precision="w8", *, tokens=None, temperature=0.0, most=20, ends=(), stop=(), logprobs=None, **decoding):
+    return Asked(
+        tokens=tokens or prompt(seed),
+        decoding=Decoding(precision=precision, **decoding),
+        sampling=Sampling(temperature=temperature, seed=seed),
+        max_tokens=most,
+        ends=frozenset(ends),
+        stop=stop,
+        logprobs=logprobs,
+    )
+
+
+def answers(engine, asked):
+    """(token ids of the answers, their last events, their texts)."""
+    heard = [[] for _ in asked]
+    running = [engine.submit(one, events.append) for one, events in zip(asked, heard, strict=True)]
+    while engine.tick():
+        pass
+    tokens = [one.tokens[len(one.asked.tokens) :] for one in running]
+    texts = ["".join(event.text for event in events if isinstance(event, Piece)) for events in heard]
+    assert all(isinstance(events[-1], Done) for events in heard)
+    return tokens, [events[-1] for events in heard], texts
+
+
+def engine(model, slots=4, room=64, kind=RowRunner, **more):
+    return Engine(kind(model, slots=slots, room=room), Letters(), **more)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_every_answer_in_a_crowd_equals_its_solo_answer(model, temperature):
+    widths = ("w8", "w6", "w5", "w4", "w3", "w2")
+    asked = [ask(seed, widths[seed % 6], temperature=temperature) for seed in range(18)]
+    together, done, _ = answers(engine(model, chunk=7), asked)
+    alone = [answers(engine(model, slots=1), [one])[0][0] for one in asked]
+    assert together == alone and len({tuple(row) for row in together}) > 5
+    assert all(end.reason == "length" and end.spent.answer == 20 for end in done)
+
+
+def test_a_shared_beginning_is_read_once_and_changes_nothing(model):
+    first = ask(1, "w4", tokens=prompt(1, 24))
+    second = ask(2, "w4", tokens=(*prompt(1, 24)[:20], 7, 8, 9))
+    third = ask(3, "w3", tokens=second.tokens)  # another width: another cache
+    server = engine(model)
+    _, [end], _ = answers(server, [first])
+    assert end.spent.cached == 0
+    found, [end2, end3], _ = answers(server, [second, third])
+    assert end2.spent.cached == 20 and end3.spent.cached == 0
+    assert found == [answers(engine(model), [one])[0][0] for one in (second, third)]
+    # an answer is part of what the next turn begins with
+    turn = ask(4, "w4", tokens=(*second.tokens, *found[0], 5))
+    _, [end4], _ = answers(server, [turn])
+    assert end4.spent.cached >= len(second.tokens) + 19
+
+
+def test_a_busy_place_is_copied(model):
+    server = engine(model)
+    tokens = prompt(5, 30)
+    server.submit(ask(1, "w4", tokens=tokens), lambda _: None)
+    server.tick()
+    late = ask(2, "w4", tokens=(*tokens[:25], 3, 4))
+    found, [end], _ = answers(server, [late])
+    assert end.spent.cached == 25 and found == answers(engine(model), [late])[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_drafts_change_no_token(model, drafts, temperature):
+    plain = [ask(seed, "w8", temperature=temperature) for seed in range(6)]
+    drafted = [ask(seed, "w8", temperature=temperature, draft="w4", drafts=drafts) for seed in range(6)]
+    server = engine(model)
+    expected = answers(server, plain)[0]
+    found, done, _ = answers(server, drafted)
+    assert found == expected
+    spent = [end.spent for end in done]
+    assert all(s.drafted >= sum(s.accepted) for s in spent)
+    if not temperature:  # random logits are flat: a draw rarely meets the likeliest token
+        assert sum(sum(s.accepted) for s in spent) > 0
+
+
+def test_drafts_of_the_same_width_are_all_accepted(model):
+    _, [end], _ = answers(engine(model), [ask(3, "w8", draft="w8", drafts=4, most=21)])
+    assert end.spent.accepted == [4, 4, 4, 4] and end.spent.drafted == 16
+
+
+def test_a_gate_decides_thin_leads_anew(model):
+    never = answers(engine(model), [ask(2, "w2", gate="w8", margin=0.0)])
+    always = answers(engine(model), [ask(2, "w2", gate="w8", margin=1e9)])
+    assert never[0] == answers(engine(model), [ask(2, "w2")])[0] and never[1][0].spent.gated == 0
+    assert always[1][0].spent.gated == 20
+    # with every token decided at 8 bits the prompt alone was read at 2
+    assert always[0] != never[0]
+
+
+def test_a_prompt_read_wide_is_decoded_narrow(model):
+    def read(**how):
+        return answers(engine(model), [ask(seed, temperature=0.7, **how) for seed in range(8)])[0]
+
+    mixed = read(precision="w2", prefill="w8")
+    assert mixed != read(precision="w2") and mixed != read(precision="w8")
+
+
+def test_ends_stop_texts_and_lengths(model):
+    [tokens], _, [text] = answers(engine(model), [ask(1)])
+    [cut], [done], _ = answers(engine(model), [ask(1, ends=[tokens[6]])])
+    assert cut == tokens[: tokens.index(tokens[6]) + 1] and done.reason == "stop"
+    mark = text[5:8]
+    _, [done], [said] = answers(engine(model), [ask(1, stop=("never", mark))])
+    assert said == text[: text.index(mark)] and done.stopped_by == mark
+    _, [done], _ = answers(engine(model, room=16), [ask(1, most=100)])
+    assert done.reason == "length" and done.spent.answer == 16 - 12
+
+
+def test_logprobs_are_the_models_own(model):
+    heard = []
+    server = engine(model)
+    server.submit(ask(1, most=3, logprobs=5, temperature=1.5), heard.append)
+    while server.tick():
+        pass
+    chosen = [token for event in heard if isinstance(event, Piece) for token in event.tokens]
+    assert len(chosen) == 3 and all(len(token.top) == 5 for token in chosen)
+    assert all(token.logprob <= token.top[0][1] <= 0 and token.margin >= 0 for token in chosen)
+
+
+def test_cancelled_answers_give_their_place_back(model):
+    server = engine(model, slots=1)
+    heard = []
+    first = server.submit(ask(1, most=1000), heard.append)
+    waiting = server.submit(ask(2), heard.append)
+    server.tick()
+    server.cancel(first)
+    server.cancel(waiting)
+    assert not server.tick()
+    assert [event.reason for event in heard if isinstance(event, Done)] == ["cancelled", "cancelled"]
+    assert server.slots.free == 1
+    assert answers(server, [ask(3)])[0] == answers(engine(model), [ask(3)])[0]
+
+
+def test_the_queue_is_bounded_and_closing_refuses(model):
+    server = engine(model, slots=1, queue=2)
+    for seed in range(3):
+        server.submit(ask(seed), lambda _: None)
+    with pytest.raises(Busy, match="waiting already"):
+        server.submit(ask(9), lambda _: None)
+    while server.tick():
+        pass
+    server.close()
+    with pytest.raises(Closing):
+        server.submit(ask(9), lambda _: None)
+
+
+def test_a_failing_step_ends_its_answers_and_nothing_else(model):
+    server = engine(model)
+    read = server.runner.read
+    server.runner.read = lambda *_: (_ for _ in ()).throw(MemoryError("no memory"))
+    heard = []
+    server.submit(ask(1), heard.append)
+    server.tick()
+    assert heard[-1].reason == "error" and "no memory" in heard[-1].message
+    server.runner.read = read
+    assert answers(server, [ask(1)])[0] == answers(engine(model), [ask(1)])[0]
+
+
+def test_refusals(model):
+    server = engine(model, room=16)
+    with pytest.raises(PolybitError, match="at most 15"):
+        server.submit(ask(1, tokens=prompt(1, 16)), lambda _: None)
+    with pytest.raises(PolybitError, match="no tokens"):
+        server.submit(Asked(tokens=(), decoding=Decoding(precision="w4")), lambda _: None)
+
+
+def test_the_thread_answers_and_drains(model):
+    server = engine(model)
+    server.start()
+    ended = threading.Event()
+    server.submit(ask(1), lambda event: ended.set() if isinstance(event, Done) else None)
+    assert ended.wait(30) and server.close(30)
+
+
+def test_any_model_by_its_own_forward_pass(model):
+    """The plain runner: another family, or a GPU; the same tokens as the compiled decoder here."""
+    asked = [ask(seed, "w8") for seed in range(3)]
+    plain = Engine(PlainRunner(model, slots=2, room=64), Letters(), chunk=8)
+    together = answers(plain, asked)[0]
+    assert together == [
+        answers(Engine(PlainRunner(model, slots=1, room=64), Letters(), chunk=8), [a])[0][0] for a in asked
+    ]
+    assert isinstance(make_runner(model, slots=1, room=64, quantized=True), RowRunner)
