@@ -14,7 +14,7 @@ from polybit.compress.recipe import choose
 from polybit.compress.text import window_length
 from polybit.core.precision import FLOAT
 from polybit.core.records import Run
-from polybit.hub.decode import FAMILIES
+from polybit.hub.families import FAMILIES
 from polybit.hub.models import resolve
 from polybit.hub.skeleton import load_skeleton
 from polybit.nn.convert import ends, left_in_float, targets

@@ -16,15 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from polybit.core.precision import FLOAT
+from polybit.hub.families import is_known
 from polybit.hub.lm import longest_input
 from polybit.kernels import ops, step
 from polybit.kernels.cpu import TYPES
 from polybit.kernels.prepared import DIGITS, Bundle
 from polybit.nn.linear import QuantEmbedding, QuantWeight, TiedHead, slice_rows
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-STEADY_ROTATIONS = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length of the text
-
 
 Call = Callable[[], Any]
 
@@ -204,22 +201,8 @@ def embedder(module: nn.Module) -> Callable[[int], Tensor]:
 
 
 def supported(model: nn.Module) -> bool:
-    """Whether `Decoder` computes what the model's own forward pass computes: family, types, places, no hooks."""
-    config: Any = getattr(model, "config", None)
-    if step.library() is None or getattr(config, "model_type", None) not in FAMILIES:
-        return False
-    rotation = getattr(config, "rope_parameters", None) or {}
-    if rotation.get("rope_type", "default") not in STEADY_ROTATIONS or getattr(config, "hidden_act", "") != "silu":
-        return False
-    inner = getattr(model, "model", None)
-    if inner is None or not len(getattr(inner, "layers", ())) or not hasattr(inner, "rotary_emb"):
-        return False
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            return False
-    stored = {id(p) for module in model.modules() if isinstance(module, QuantWeight) for p in module.parameters()}
-    floats = [p for p in model.parameters() if id(p) not in stored]
-    return all(p.is_cpu for p in model.parameters()) and all(p.dtype == torch.float32 for p in floats)
+    """Whether `Decoder` computes what the model's own forward pass computes."""
+    return step.library() is not None and is_known(model)
 
 
 def generate(model: nn.Module, ids_1T: Tensor, **options: Any) -> Tensor:

@@ -6,7 +6,7 @@ numbers of a row do not depend on what else is in the step, bit for bit: an answ
 
     decoder = RowDecoder(model, slots=8, room=512)
     four = decoder.setting("w4")
-    hidden_RD = decoder.step([Rows(four, slot=0, start=0, tokens=prompt)])
+    hidden_RD = decoder.step([TokenRows(four, slot=0, start=0, tokens=prompt)])
     logits_1V = decoder.logits(hidden_RD[-1:], four)
 
 Llama-like decoders on a CPU (Llama, Mistral, Qwen2, Qwen3), their blocks quantized; `supported` says so.
@@ -24,19 +24,18 @@ from torch.nn.functional import linear as dense
 
 from polybit.core.precision import FLOAT
 from polybit.core.runtime import PolybitError
+from polybit.hub.families import is_known
 from polybit.kernels import cpu, ops
 from polybit.kernels.prepared import DIGITS, Bundle
 from polybit.nn.linear import QuantEmbedding, QuantLinear, QuantWeight, TiedHead, gather_rows, slice_rows
-from polybit.nn.switch import Wanted, as_it_was, panel, use
+from polybit.nn.switch import Wanted, as_it_was, use
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-STEADY_ROTATIONS = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length of the text
 NARROW = 4  # bits up to which int8 inputs add less than 2 % to the KL the weights cost
 FEW = 8  # rows up to which an embedding is decoded row by row
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class TokenRows:
     """Neighbouring tokens of one sequence: read at `setting`, into `slot`, the first at position `start`."""
 
     setting: int
@@ -91,9 +90,7 @@ class RowDecoder:
 
     def add_block(self, layer: Any, cache: Tensor) -> None:
         """Hand one decoder block over to the compiled decoder."""
-        attention, mlp = layer.self_attn, layer.mlp
-        products = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        products += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        attention, products = layer.self_attn, products_of(layer)
         prepared = [product.prepared() for product in products]
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
@@ -153,7 +150,7 @@ class RowDecoder:
         return number
 
     @torch.inference_mode()
-    def step(self, parts: Sequence[Rows]) -> Tensor:
+    def step(self, parts: Sequence[TokenRows]) -> Tensor:
         """Read all rows; the normed hidden state of each, [R, D] in the order given, for `logits`.
 
         Parts of one setting are cheapest as neighbours. A slot may occur twice only with the same setting, in order.
@@ -222,25 +219,16 @@ def quantized(module: nn.Module) -> QuantWeight | None:
 
 
 def supported(model: nn.Module) -> bool:
-    """Whether `RowDecoder` computes what the model's own forward pass computes: family, types, places, no hooks."""
-    config: Any = getattr(model, "config", None)
-    if cpu.library() is None or getattr(config, "model_type", None) not in FAMILIES:
+    """Whether `RowDecoder` computes what the model's own forward pass computes: every product is a compiled one."""
+    if cpu.library() is None or not is_known(model):
         return False
-    rotation = getattr(config, "rope_parameters", None) or {}
-    if rotation.get("rope_type", "default") not in STEADY_ROTATIONS or getattr(config, "hidden_act", "") != "silu":
-        return False
-    inner = getattr(model, "model", None)
-    if inner is None or not len(getattr(inner, "layers", ())) or not hasattr(inner, "rotary_emb"):
-        return False
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            return False
-    for layer in inner.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        products = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        products += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        if not all(type(product) is QuantLinear and product.prepared().layer is not None for product in products):
-            return False
-    stored = {id(p) for layer in panel(model).layers.values() for p in layer.parameters()}
-    floats = [p for p in model.parameters() if id(p) not in stored]
-    return all(p.is_cpu for p in model.parameters()) and all(p.dtype == torch.float32 for p in floats)
+    return all(
+        type(p) is QuantLinear and p.prepared().layer is not None for b in model.model.layers for p in products_of(b)
+    )
+
+
+def products_of(block: Any) -> list[Any]:
+    """The seven linear layers of a decoder block, in the order they run."""
+    attention, mlp = block.self_attn, block.mlp
+    first = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*first, mlp.gate_proj, mlp.up_proj, mlp.down_proj]

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from polybit.core.runtime import PolybitError
-from polybit.hub.rows import Rows
+from polybit.hub.rows import TokenRows
 from polybit.serve.asked import Asked, Chosen, Done, Piece, Reason, Spent
 from polybit.serve.runners import Runner
 from polybit.serve.sampling import Sampler
@@ -227,7 +227,7 @@ class Engine:
                 self.choose(answer, logits_nV)
         self.decide_anew(thin)
 
-    def read(self, parts: Sequence[Rows], keep: Sequence[int]) -> list[Tensor]:
+    def read(self, parts: Sequence[TokenRows], keep: Sequence[int]) -> list[Tensor]:
         """The model's step, counted."""
         if not parts:
             return []
@@ -235,24 +235,26 @@ class Engine:
         self.rows += sum(len(part.tokens) for part in parts)
         return self.runner.read(parts, keep)
 
-    def part_of(self, answer: Answer, left: int) -> Rows | None:
+    def part_of(self, answer: Answer, left: int) -> TokenRows | None:
         """The rows an answer reads next: a part of its prompt, else its newest token and drafts."""
         assert answer.slot is not None
         decoding = answer.asked.decoding
         if not answer.reading_prompt:
             setting = self.runner.setting(decoding.precision)
-            return Rows(setting, answer.slot.index, answer.read, [*answer.tokens[answer.read :], *answer.drafts])
+            return TokenRows(setting, answer.slot.index, answer.read, [*answer.tokens[answer.read :], *answer.drafts])
         size = min(left, self.chunk) if self.runner.exact else self.chunk
         if left <= 0:
             return None
         # its last token is read as the answer's tokens are: it decides the first of them
         end = len(answer.asked.tokens) - (decoding.prefill not in (None, decoding.precision))
         if answer.read >= end:
-            return Rows(
+            return TokenRows(
                 self.runner.setting(decoding.precision), answer.slot.index, answer.read, answer.tokens[answer.read :]
             )
         setting = self.runner.setting(decoding.prefill or decoding.precision)
-        return Rows(setting, answer.slot.index, answer.read, answer.tokens[answer.read : min(end, answer.read + size)])
+        return TokenRows(
+            setting, answer.slot.index, answer.read, answer.tokens[answer.read : min(end, answer.read + size)]
+        )
 
     def draft(self, answers: Sequence[Answer]) -> None:
         """Let every answer that asks for it propose tokens at its draft precision.
@@ -271,7 +273,7 @@ class Engine:
                 assert answer.slot is not None and decoding.draft is not None
                 place = answer.read + len(answer.drafts)
                 newest = answer.drafts[-1:] or answer.tokens[-1:]
-                parts.append(Rows(self.runner.setting(decoding.draft), answer.slot.index, place, newest))
+                parts.append(TokenRows(self.runner.setting(decoding.draft), answer.slot.index, place, newest))
             for answer, logits_1V in zip(going, self.read(parts, [1] * len(parts)), strict=True):
                 answer.drafts.append(int(logits_1V[0].argmax()))
         for answer in answers:
@@ -297,7 +299,7 @@ class Engine:
             gate = answer.asked.decoding.gate
             assert answer.slot is not None and gate is not None
             answer.spent.gated += 1
-            parts.append(Rows(self.runner.setting(gate), answer.slot.index, answer.read - 1, answer.tokens[-1:]))
+            parts.append(TokenRows(self.runner.setting(gate), answer.slot.index, answer.read - 1, answer.tokens[-1:]))
         for answer, logits_1V in zip(answers, self.read(parts, [1] * len(parts)), strict=True):
             self.choose(answer, logits_1V)
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from polybit.hub.rows import RowDecoder, Rows
+from polybit.hub.rows import RowDecoder, TokenRows
 from polybit.hub.rows import supported as has_rows
 from polybit.nn.switch import use
 
@@ -27,7 +27,7 @@ class Runner(Protocol):
         """The number of a precision; PolybitError for one the model cannot be read at."""
         ...
 
-    def read(self, parts: Sequence[Rows], keep: Sequence[int]) -> list[Tensor]:
+    def read(self, parts: Sequence[TokenRows], keep: Sequence[int]) -> list[Tensor]:
         """Read all parts; the logits [n, V] of the last `keep[i]` tokens of part i, float32."""
         ...
 
@@ -49,7 +49,7 @@ class RowRunner:
         """See Runner."""
         return self.decoder.setting(precision)
 
-    def read(self, parts: Sequence[Rows], keep: Sequence[int]) -> list[Tensor]:
+    def read(self, parts: Sequence[TokenRows], keep: Sequence[int]) -> list[Tensor]:
         """See Runner; parts of one setting are put side by side, so that they meet each weight together."""
         order = sorted(range(len(parts)), key=lambda i: (parts[i].setting, i))
         hidden_RD = self.decoder.step([parts[i] for i in order])
@@ -93,14 +93,14 @@ class PlainRunner:
         return self.names.index(precision)
 
     @torch.inference_mode()
-    def read(self, parts: Sequence[Rows], keep: Sequence[int]) -> list[Tensor]:
+    def read(self, parts: Sequence[TokenRows], keep: Sequence[int]) -> list[Tensor]:
         """See Runner."""
         found = [torch.empty(0)] * len(parts)
         for i in sorted(range(len(parts)), key=lambda i: (parts[i].setting, i)):
             found[i] = self.read_one(parts[i])[len(parts[i].tokens) - keep[i] :]
         return found
 
-    def read_one(self, part: Rows) -> Tensor:
+    def read_one(self, part: TokenRows) -> Tensor:
         """Logits [T, V] of one part, float32."""
         if self.quantized and self.now != part.setting:
             use(self.model, self.names[part.setting])

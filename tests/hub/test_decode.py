@@ -18,6 +18,8 @@ from transformers import (
 from polybit.core.affine import Grid
 from polybit.core.planes import pack
 from polybit.hub import decode
+from polybit.hub.checkpoint import save
+from polybit.hub.load import load_quantized
 from polybit.kernels import step
 from polybit.nn import switch
 from polybit.nn.convert import convert, targets
@@ -163,3 +165,13 @@ def test_layers_the_kernels_cannot_take_together_are_asked_one_by_one(arithmetic
         expected = model(ids).logits[0, 9:]
         found = [decoder.read(ids[:, :10])[0], *(decoder.step(int(t))[0] for t in ids[0, 10:])]
     assert (torch.stack(found) - expected).abs().max() / expected.abs().max() < 1e-3
+
+
+def test_a_loaded_checkpoint_takes_the_fast_path(tmp_path):
+    """The hook that packs caches stands on every loaded model, and is no reason to go the slow way."""
+    model = make("llama")
+    convert(model, {t.name: pack(rtn(t.weight_OI(model), None, Grid(8, 32, "group"))) for t in targets(model)})
+    loaded, _ = load_quantized(str(save(model, tmp_path / "out", widths=(8, 4))))
+    assert decode.supported(loaded)
+    with switch.at(loaded, "w8k8v8"):
+        assert not decode.supported(loaded)

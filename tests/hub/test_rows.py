@@ -1,4 +1,4 @@
-"""Rows of many sequences at many widths: the model's own logits, and for each row the same bits in any company."""
+"""TokenRows of many sequences at many widths: the model's own logits, and for each row the same bits in any company."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from polybit.core.plan import Plan
 from polybit.core.planes import pack
 from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
-from polybit.hub.rows import RowDecoder, Rows, supported
+from polybit.hub.rows import RowDecoder, TokenRows, supported
 from polybit.kernels import cpu
 from polybit.nn.convert import convert, targets
 from polybit.nn.switch import at, current, panel, set_presets, use
@@ -57,7 +57,7 @@ def test_rows_have_the_logits_of_the_models_own_forward_pass(family, ends):
     decoder = RowDecoder(model, slots=2, room=32)
     for width in ("w8", "w3"):
         setting = decoder.setting(width, "int16")
-        found = decoder.logits(decoder.step([Rows(setting, 1, 0, PROMPT)]), setting)
+        found = decoder.logits(decoder.step([TokenRows(setting, 1, 0, PROMPT)]), setting)
         with torch.inference_mode(), at(model, width):
             expected = model(torch.tensor([PROMPT])).logits[0]
         assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
@@ -67,13 +67,15 @@ def test_rows_have_the_logits_of_the_models_own_forward_pass(family, ends):
 def test_a_row_is_the_same_bits_in_any_company(family):
     decoder = RowDecoder(make(family), slots=6, room=32)
     eight, three = decoder.setting("w8"), decoder.setting("w3")
-    alone = decoder.step([Rows(three, 0, 0, PROMPT)])
-    one_by_one = torch.cat([decoder.step([Rows(three, 1, i, [token])]) for i, token in enumerate(PROMPT)])
+    alone = decoder.step([TokenRows(three, 0, 0, PROMPT)])
+    one_by_one = torch.cat([decoder.step([TokenRows(three, 1, i, [token])]) for i, token in enumerate(PROMPT)])
     assert torch.equal(one_by_one, alone)
-    crowd = decoder.step([Rows(eight, 2, 0, PROMPT[::-1]), Rows(three, 3, 0, PROMPT[:4]), Rows(three, 4, 0, PROMPT)])
+    crowd = decoder.step(
+        [TokenRows(eight, 2, 0, PROMPT[::-1]), TokenRows(three, 3, 0, PROMPT[:4]), TokenRows(three, 4, 0, PROMPT)]
+    )
     assert torch.equal(crowd[-len(PROMPT) :], alone) and torch.equal(crowd[len(PROMPT) :][:4], alone[:4])
     decoder.copy(3, 5, 4)
-    assert torch.equal(decoder.step([Rows(three, 5, 4, PROMPT[4:])]), alone[4:])
+    assert torch.equal(decoder.step([TokenRows(three, 5, 4, PROMPT[4:])]), alone[4:])
     few = torch.cat([decoder.logits(row, three) for row in alone.split(1)])
     assert torch.equal(decoder.logits(alone, three), few)
 
@@ -82,10 +84,10 @@ def test_a_token_read_again_at_another_width_leaves_nothing_of_the_first():
     """What verifies a draft: rows written at 2 bits and then at 8 are those of 8 bits alone."""
     decoder = RowDecoder(make("llama"), slots=2, room=32)
     eight, two = decoder.setting("w8"), decoder.setting("w2")
-    decoder.step([Rows(eight, 0, 0, PROMPT[:6])])
-    decoder.step([Rows(two, 0, 6, PROMPT[6:9])])
-    verified = decoder.step([Rows(eight, 0, 6, PROMPT[6:9])])
-    assert torch.equal(verified, decoder.step([Rows(eight, 1, 0, PROMPT[:9])])[6:])
+    decoder.step([TokenRows(eight, 0, 0, PROMPT[:6])])
+    decoder.step([TokenRows(two, 0, 6, PROMPT[6:9])])
+    verified = decoder.step([TokenRows(eight, 0, 6, PROMPT[6:9])])
+    assert torch.equal(verified, decoder.step([TokenRows(eight, 1, 0, PROMPT[:9])])[6:])
 
 
 def test_settings_leave_the_models_precision_alone_and_know_presets():
@@ -95,7 +97,7 @@ def test_settings_leave_the_models_precision_alone_and_know_presets():
     decoder = RowDecoder(model, slots=1, room=32)
     mixed = decoder.setting("mixed")
     assert current(model) == Plan(Precision(w=5)) and decoder.setting("mixed") == mixed
-    found = decoder.logits(decoder.step([Rows(mixed, 0, 0, PROMPT)]), mixed)
+    found = decoder.logits(decoder.step([TokenRows(mixed, 0, 0, PROMPT)]), mixed)
     use(model, "mixed")
     for layer in panel(model).layers.values():
         layer.arithmetic = "int8"
@@ -115,7 +117,7 @@ def test_rows_outside_the_cache_are_refused():
     setting = decoder.setting("w4")
     for slot, start in ((1, 0), (0, 8), (-1, 0)):
         with pytest.raises(ValueError):
-            decoder.step([Rows(setting, slot, start, [3])])
+            decoder.step([TokenRows(setting, slot, start, [3])])
 
 
 def test_what_is_not_supported():
