@@ -27,6 +27,7 @@ _PUBLIC = {
     "cost": "polybit.library",
     "attack": "polybit.library",
     "train": "polybit.library",
+    "study": "polybit.library",
     "Precision": "polybit.core.precision",
     "Plan": "polybit.core.plan",
     "PolybitError": "polybit.core.runtime",

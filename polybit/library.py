@@ -28,6 +28,7 @@ from polybit.options.pairs import PairsOptions
 from polybit.options.plan import PlanOptions
 from polybit.options.quantize import QuantizeOptions
 from polybit.options.report import ReportOptions
+from polybit.options.study import StudyOptions
 from polybit.options.train import TrainOptions
 
 if TYPE_CHECKING:  # importing polybit loads no torch
@@ -116,3 +117,4 @@ mix = act(MixOptions, "polybit.acts.mix:mix", "Find the mixture of texts to cali
 columns = act(ColumnsOptions, "polybit.acts.columns:columns", "Search widths inside layers and write them as a plan.")
 frontier = act(FrontierOptions, "polybit.acts.frontier:frontier", "Draw the best precision per layer at every cost.")
 train = act(TrainOptions, "polybit.acts.train:train", "Train one model to be good at several precisions.")
+study = act(StudyOptions, "polybit.acts.study:study", "Answer the questions about switchable precision for a model.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from polybit.acts.table import ARMS
 from polybit.report.frontier import frontier_figure
 from polybit.report.robustness import STYLE, heat_map
 
@@ -13,14 +14,7 @@ Json = Mapping[str, Any]
 
 SAID = {  # what each row of the tables is
     "quantized": "post-training quantization, where all training starts",
-    "cdt": "every more precise preset teaches",
-    "joint": "all presets learn from the data alone",
-    "sp": "the most precise one teaches all",
-    "recursive": "each learns from the next more precise one",
-    "agreeing": "cdt, and presets are pulled together in outputs and hidden states",
-    "cyclic": "one preset per step along a cosine, from the data",
-    "random": "one preset per step drawn at random, from the data",
-    "independent": "a model for each preset alone",
+    **{name: arm.summary for name, arm in ARMS.items()},
 }
 
 

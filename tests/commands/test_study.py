@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from polybit.acts.table import ARMS
 from polybit.cli import main
-from polybit.commands.study import ARMS, StudyConfig
+from polybit.options.study import StudyOptions
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
@@ -54,7 +55,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, flags, sentence):
 @pytest.mark.parametrize("name", ["switchable_tiny.toml", "switchable_gpt2_squad.toml"])
 def test_recipes_name_flags_that_exist(name):
     flags = tomllib.loads((RECIPES / name).read_text())["study"]
-    assert {key.replace("-", "_") for key in flags} <= {field.name for field in fields(StudyConfig)}
+    assert {key.replace("-", "_") for key in flags} <= {field.name for field in fields(StudyOptions)}
     assert set(flags["arms"].split(",")) <= set(ARMS)
 
 

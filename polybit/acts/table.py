@@ -1,0 +1,36 @@
+"""The arms of a study: what is trained and compared; a new one is a line below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+BASELINE = "cdt"  # with which the others are compared, and which is searched and attacked
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of training: summary: what is different in it · told: options of `train` other than the study's own."""
+
+    summary: str
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+
+ARMS: dict[str, Arm] = {
+    "cdt": Arm("every more precise preset teaches", {"method": "cdt"}),
+    "joint": Arm("all presets learn from the data alone", {"method": "joint", "labels": 1.0}),
+    "sp": Arm("the most precise one teaches all", {"method": "sp"}),
+    "recursive": Arm("each learns from the next more precise one", {"method": "recursive"}),
+    "agreeing": Arm(
+        "cdt, and presets are pulled together in outputs and hidden states",
+        {"method": "cdt", "consistency": 0.5, "alignment": 0.5},
+    ),
+    "cyclic": Arm(
+        "one preset per step along a cosine, from the data", {"method": "joint", "schedule": "cyclic", "labels": 1.0}
+    ),
+    "random": Arm(
+        "one preset per step drawn at random, from the data", {"method": "joint", "schedule": "random", "labels": 1.0}
+    ),
+    "independent": Arm("a model for each preset alone", {"method": "independent"}),
+}
