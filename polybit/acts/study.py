@@ -10,7 +10,7 @@ from typing import Any
 from polybit.acts.attack import attack
 from polybit.acts.frontier import frontier
 from polybit.acts.quantize import quantize
-from polybit.acts.study_scores import Scored, score_all
+from polybit.acts.study_scores import StudyRow, score_all
 from polybit.acts.table import ARMS, BASELINE
 from polybit.acts.train import train
 from polybit.compress.plan_files import read_presets
@@ -110,13 +110,13 @@ def trained(start: str, arm: str, seed: int, options: StudyOptions) -> Trained:
     return Trained(arm, seed, out, kept(out.with_suffix(".json"), lambda: train(start, how).to_json()))
 
 
-def scored(model: str, start: str, runs: list[Trained], plans: dict[str, Plan]) -> list[Scored]:
+def scored(model: str, start: str, runs: list[Trained], plans: dict[str, Plan]) -> list[StudyRow]:
     """All that is asked questions: the float model, and at every preset the start and each trained checkpoint."""
-    found = [Scored("float", model, None)]
+    found = [StudyRow("float", model, None)]
     for name, plan in plans.items():
         precision = str(plan.default)
-        found.append(Scored(f"quantized {name}", start, precision))
-        found += [Scored(f"{one.arm} {name}", str(one.at(name)), precision) for one in runs]
+        found.append(StudyRow(f"quantized {name}", start, precision))
+        found += [StudyRow(f"{one.arm} {name}", str(one.at(name)), precision) for one in runs]
     return found
 
 

@@ -23,7 +23,7 @@ METRICS = ("em", "f1")
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class StudyRow:
     """A model at a precision (None = as it is) under the label of its row; several seeds share one."""
 
     label: str
@@ -31,7 +31,7 @@ class Scored:
     precision: str | None
 
 
-def score_all(models: Sequence[Scored], options: StudyOptions, presets: Sequence[str]) -> dict[str, Any]:
+def score_all(models: Sequence[StudyRow], options: StudyOptions, presets: Sequence[str]) -> dict[str, Any]:
     """label -> EM and F1 with intervals, and how much F1 differs from the baseline and from the start."""
     folder = options.out / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def differences(label: str, found: dict[str, dict[str, list[float]]]) -> dict[st
 
 
 def scores_of(
-    one: Scored, asked: Sequence[Asked], file: SquadFile, folder: Path, options: StudyOptions
+    one: StudyRow, asked: Sequence[Asked], file: SquadFile, folder: Path, options: StudyOptions
 ) -> dict[str, list[float]]:
     """Scores per question of one model at one precision; predictions are frozen before an answer is read."""
     name = f"{Path(one.path).parent.name}-{Path(one.path).name}-{one.label}".replace(" ", "-")
