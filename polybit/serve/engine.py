@@ -1,7 +1,7 @@
 """Continuous batching over resident planes: requests of all precisions, admitted as places become free, step by step.
 
     engine = Engine(runner, tokenizer)
-    answer = engine.submit(Asked(tokens=..., decoding=Decoding(precision="w4")))
+    answer = engine.submit(Request(tokens=..., decoding=Decoding(precision="w4")))
     while engine.tick(): ...            # or engine.start(), a thread that does so
     answer.events                       # Piece, Piece, ..., Done
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from polybit.core.runtime import PolybitError
 from polybit.hub.rows import TokenRows
-from polybit.serve.asked import Asked, Chosen, Done, Piece, Reason, Spent
+from polybit.serve.request import Chosen, Done, Piece, Reason, Request, Spent
 from polybit.serve.runners import Runner
 from polybit.serve.sampling import Sampler
 from polybit.serve.slots import Slot, Slots
@@ -41,10 +41,10 @@ class Closing(PolybitError):
 
 
 @dataclass(eq=False, slots=True)
-class Answer:
+class Answering:
     """A request on its way. hear: called with every event, from the engine's thread."""
 
-    asked: Asked
+    asked: Request
     hear: Callable[[Event], None]
     sampler: Sampler
     writer: Writer
@@ -79,8 +79,8 @@ class Engine:
     def __init__(self, runner: Runner, tokenizer: Any, *, queue: int = 64, chunk: int = CHUNK) -> None:
         self.runner, self.tokenizer, self.queue, self.chunk = runner, tokenizer, queue, chunk
         self.slots = Slots(runner.slots, copies=runner.exact, step=1 if runner.exact else chunk)
-        self.waiting: deque[Answer] = deque()
-        self.running: list[Answer] = []
+        self.waiting: deque[Answering] = deque()
+        self.running: list[Answering] = []
         self.changed = threading.Condition()
         self.closing = False
         self.thread: threading.Thread | None = None
@@ -88,7 +88,7 @@ class Engine:
 
     # requests ---------------------------------------------------------------------------------------------------
 
-    def submit(self, asked: Asked, hear: Callable[[Event], None]) -> Answer:
+    def submit(self, asked: Request, hear: Callable[[Event], None]) -> Answering:
         """Queue a request. Raises Busy, Closing, or PolybitError for what cannot be answered."""
         if not asked.tokens:
             raise PolybitError("the prompt has no tokens: give at least one")
@@ -97,7 +97,7 @@ class Engine:
                 f"the prompt has {len(asked.tokens)} tokens, and the server reads {self.runner.room} with the answer: "
                 f"give at most {self.runner.room - 1}"
             )
-        answer = Answer(
+        answer = Answering(
             asked,
             hear,
             Sampler(asked.sampling, asked.tokens, asked.constraint),
@@ -115,7 +115,7 @@ class Engine:
             self.changed.notify_all()
         return answer
 
-    def cancel(self, answer: Answer) -> None:
+    def cancel(self, answer: Answering) -> None:
         """Stop answering; the place is free after the running step."""
         with self.changed:
             answer.cancelled = True
@@ -193,7 +193,7 @@ class Engine:
             if taken.copy_from is not None:
                 self.runner.copy(taken.copy_from, taken.slot.index, taken.common)
 
-    def fail(self, answer: Answer, error: Exception) -> None:
+    def fail(self, answer: Answering, error: Exception) -> None:
         """End an answer whose step failed; its place is not to be trusted."""
         if answer.done is None:
             if answer.slot is not None:
@@ -202,7 +202,7 @@ class Engine:
 
     # a step -----------------------------------------------------------------------------------------------------
 
-    def step(self, answers: Sequence[Answer]) -> None:
+    def step(self, answers: Sequence[Answering]) -> None:
         """Draft, then read everybody's rows, choose tokens, and decide anew what a gate wants decided."""
         self.draft([answer for answer in answers if answer.asked.decoding.draft and not answer.reading_prompt])
         left, parts, keep, readers = self.chunk, [], [], []
@@ -235,7 +235,7 @@ class Engine:
         self.rows += sum(len(part.tokens) for part in parts)
         return self.runner.read(parts, keep)
 
-    def part_of(self, answer: Answer, left: int) -> TokenRows | None:
+    def part_of(self, answer: Answering, left: int) -> TokenRows | None:
         """The rows an answer reads next: a part of its prompt, else its newest token and drafts."""
         assert answer.slot is not None
         decoding = answer.asked.decoding
@@ -256,7 +256,7 @@ class Engine:
             setting, answer.slot.index, answer.read, answer.tokens[answer.read : min(end, answer.read + size)]
         )
 
-    def draft(self, answers: Sequence[Answer]) -> None:
+    def draft(self, answers: Sequence[Answering]) -> None:
         """Let every answer that asks for it propose tokens at its draft precision.
 
         They are verified by reading them again at the answer's own precision, which also overwrites their keys and
@@ -279,12 +279,12 @@ class Engine:
         for answer in answers:
             answer.spent.drafted += len(answer.drafts)
 
-    def most_drafts(self, answer: Answer) -> int:
+    def most_drafts(self, answer: Answering) -> int:
         """How many drafts an answer has use and room for."""
         left = answer.asked.max_tokens - answer.count - 1
         return max(0, min(answer.asked.decoding.drafts, left, self.runner.room - len(answer.tokens) - 1))
 
-    def is_thin(self, answer: Answer, logits_nV: Tensor) -> bool:
+    def is_thin(self, answer: Answering, logits_nV: Tensor) -> bool:
         """Whether the lead of the likeliest token is too thin to be decided at this precision."""
         decoding = answer.asked.decoding
         if decoding.gate is None or decoding.draft is not None:
@@ -292,7 +292,7 @@ class Engine:
         first, second = logits_nV[-1].topk(2).values.tolist()
         return first - second < decoding.margin
 
-    def decide_anew(self, answers: Sequence[Answer]) -> None:
+    def decide_anew(self, answers: Sequence[Answering]) -> None:
         """Read the newest token of these answers again at their gate's precision, and choose from that."""
         parts = []
         for answer in answers:
@@ -303,7 +303,7 @@ class Engine:
         for answer, logits_1V in zip(answers, self.read(parts, [1] * len(parts)), strict=True):
             self.choose(answer, logits_1V)
 
-    def choose(self, answer: Answer, logits_nV: Tensor) -> None:
+    def choose(self, answer: Answering, logits_nV: Tensor) -> None:
         """Take a token from each row of logits while the drafts foretold it; tell what is certain of the text."""
         if not answer.answering:
             answer.answering = perf_counter()
@@ -333,25 +333,25 @@ class Engine:
         if reason is not None:
             self.end(answer, reason)
 
-    def note_read(self, answer: Answer, count: int) -> None:
+    def note_read(self, answer: Answering, count: int) -> None:
         """So many tokens of prompt and answer have keys and values that stay."""
         assert answer.slot is not None
         answer.read = answer.slot.filled = count
 
-    def count_accepted(self, answer: Answer, place: int) -> None:
+    def count_accepted(self, answer: Answering, place: int) -> None:
         """One more draft accepted at its position."""
         counts = answer.spent.accepted
         counts += [0] * (place + 1 - len(counts))
         counts[place] += 1
 
-    def why_end(self, answer: Answer, ended: bool) -> Reason | None:
+    def why_end(self, answer: Answering, ended: bool) -> Reason | None:
         """Why the answer ends with its newest token; None when it goes on."""
         if ended or answer.writer.stopped_by is not None or answer.sampler.finished:
             return "stop"
         full = len(answer.tokens) >= self.runner.room or answer.count >= answer.asked.max_tokens
         return "length" if full else None
 
-    def end(self, answer: Answer, reason: Reason, message: str | None = None) -> None:
+    def end(self, answer: Answering, reason: Reason, message: str | None = None) -> None:
         """Give the place back and tell the end."""
         if answer.answering:
             answer.spent.answer_ms = 1e3 * (perf_counter() - answer.answering)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from polybit.serve.asked import Chosen, Constraint, Sampling
+from polybit.serve.request import Chosen, Constraint, Sampling
 
 UNLIKELY = float("-inf")
 

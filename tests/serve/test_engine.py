@@ -7,8 +7,8 @@ import torch
 
 from polybit.core.runtime import PolybitError
 from polybit.kernels import cpu
-from polybit.serve.asked import Asked, Decoding, Done, Piece, Sampling
 from polybit.serve.engine import Busy, Closing, Engine
+from polybit.serve.request import Decoding, Done, Piece, Request, Sampling
 from polybit.serve.runners import PlainRunner, RowRunner, make_runner
 from tests.hub.test_rows import make
 
@@ -32,7 +32,7 @@ def prompt(seed, length=12):
 
 
 def ask(seed=0, precision="w8", *, tokens=None, temperature=0.0, most=20, ends=(), stop=(), logprobs=None, **decoding):
-    return Asked(
+    return Request(
         tokens=tokens or prompt(seed),
         decoding=Decoding(precision=precision, **decoding),
         sampling=Sampling(temperature=temperature, seed=seed),
@@ -198,7 +198,7 @@ def test_refusals(model):
     with pytest.raises(PolybitError, match="at most 15"):
         server.submit(ask(1, tokens=prompt(1, 16)), lambda _: None)
     with pytest.raises(PolybitError, match="no tokens"):
-        server.submit(Asked(tokens=(), decoding=Decoding(precision="w4")), lambda _: None)
+        server.submit(Request(tokens=(), decoding=Decoding(precision="w4")), lambda _: None)
 
 
 def test_the_thread_answers_and_drains(model):

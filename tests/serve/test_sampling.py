@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polybit.serve.asked import Sampling
+from polybit.serve.request import Sampling
 from polybit.serve.sampling import Sampler
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -6.0])

@@ -66,7 +66,7 @@ class Decoding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class Request:
     """A prompt as token ids, and how to answer it.
 
     ends: tokens that end the answer · stop: texts that end it and are not part of it · logprobs: how many of the
