@@ -222,9 +222,9 @@ def supported(model: nn.Module) -> bool:
     """Whether `RowDecoder` computes what the model's own forward pass computes: every product is a compiled one."""
     if cpu.library() is None or not is_known(model):
         return False
-    return all(
-        type(p) is QuantLinear and p.prepared().layer is not None for b in model.model.layers for p in products_of(b)
-    )
+    inner: Any = model.model
+    products = [product for block in inner.layers for product in products_of(block)]
+    return all(type(product) is QuantLinear and product.prepared().layer is not None for product in products)
 
 
 def products_of(block: Any) -> list[Any]:
