@@ -15,6 +15,7 @@ _PUBLIC = {
     "columns": "polybit.library",
     "frontier": "polybit.library",
     "mix": "polybit.library",
+    "sweep": "polybit.library",
     "generate": "polybit.library",
     "pairs": "polybit.library",
     "align": "polybit.library",

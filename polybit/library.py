@@ -29,6 +29,7 @@ from polybit.options.plan import PlanOptions
 from polybit.options.quantize import QuantizeOptions
 from polybit.options.report import ReportOptions
 from polybit.options.study import StudyOptions
+from polybit.options.sweep import SweepOptions
 from polybit.options.train import TrainOptions
 
 if TYPE_CHECKING:  # importing polybit loads no torch
@@ -118,3 +119,4 @@ columns = act(ColumnsOptions, "polybit.acts.columns:columns", "Search widths ins
 frontier = act(FrontierOptions, "polybit.acts.frontier:frontier", "Draw the best precision per layer at every cost.")
 train = act(TrainOptions, "polybit.acts.train:train", "Train one model to be good at several precisions.")
 study = act(StudyOptions, "polybit.acts.study:study", "Answer the questions about switchable precision for a model.")
+sweep = act(SweepOptions, "polybit.acts.sweep:sweep", "Quantize and measure under every combination of some options.")

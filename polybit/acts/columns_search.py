@@ -35,11 +35,12 @@ class ColumnSearch:
 
     def codes(self, rows_RI: Tensor, stats: LayerStats, base: int, widths: Sequence[int]) -> QWeight:
         """Some rows of a layer with a width per block, quantized without descent where the method has any."""
-        plain = Grid(base, self.group_size, QUANTIZERS[self.method].zero)
+        part = QUANTIZERS[self.method]
+        plain = Grid(base, self.group_size, part.zero)
         offsets = tuple(b - base for b in widths)
         widths_G = ColumnWidths(self.block, offsets).group_widths(base, rows_RI.shape[1], self.group_size)
         knobs = knobs_of(self.method, descent_sweeps=0)
-        return QUANTIZERS[self.method](rows_RI, stats, plain.with_widths(widths_G), **knobs)
+        return part(rows_RI, stats if part.needs_stats else None, plain.with_widths(widths_G), **knobs)
 
 
 def search_layers(

@@ -11,7 +11,7 @@ from polybit.core.parts import described
 from polybit.core.precision import check_width, parse_widths
 from polybit.core.runtime import PolybitError
 from polybit.measure.table import SIGNALS
-from polybit.options.checks import as_paths, at_least
+from polybit.options.checks import at_least
 from polybit.quant.table import LAYERWISE, QUANTIZERS
 
 if TYPE_CHECKING:
@@ -84,7 +84,6 @@ class AllocateOptions:
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
-        as_paths(self, "out", "cache", "mix", "report")
         parse_widths(self.widths)
         if not math.isfinite(self.bits) or self.bits <= 0:
             raise PolybitError(f"--bits {self.bits} is not possible: give bits per weight such as 3.5")

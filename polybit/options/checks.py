@@ -18,14 +18,6 @@ def at_least(options: Any, **least: int) -> None:
             raise PolybitError(f"--{name.replace('_', '-')} {value} is not possible: give {smallest} or more")
 
 
-def as_paths(options: Any, *names: str) -> None:
-    """Turn text into paths in these fields of a frozen record: a notebook gives strings."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None:
-            object.__setattr__(options, name, Path(value))
-
-
 def plain(options: Any) -> dict[str, Any]:
     """The fields of a record as JSON knows them: paths as text."""
     found = {field.name: getattr(options, field.name) for field in fields(options)}

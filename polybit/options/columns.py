@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 
 from polybit.core.parts import described
 from polybit.core.runtime import PolybitError
-from polybit.options.checks import as_paths
 from polybit.quant.table import LAYERWISE, QUANTIZERS
 
 if TYPE_CHECKING:
@@ -57,7 +56,6 @@ class ColumnsOptions:
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
-        as_paths(self, "out", "plan", "sort")
         if (self.bits is None) == (self.plan is None):
             raise PolybitError("give either --bits, the mean of every layer, or --plan, a width per layer")
         if self.bits is not None and not 2 <= self.bits <= 8:

@@ -8,7 +8,6 @@ from typing import Literal
 
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
-from polybit.options.checks import as_paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,6 @@ class FrontierOptions:
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
-        as_paths(self, "out")
         if self.points < 2 or self.windows < 1 or self.evaluations < 0:
             raise PolybitError("--points needs 2 or more, --windows 1 or more and --evaluations 0 or more")
         preset_names(self.presets)

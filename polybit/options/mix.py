@@ -10,7 +10,7 @@ from polybit.core.parts import described
 from polybit.core.precision import check_width
 from polybit.core.runtime import PolybitError
 from polybit.measure.table import CRITERIA
-from polybit.options.checks import as_paths, at_least
+from polybit.options.checks import at_least
 from polybit.quant.table import FIXED, QUANTIZERS
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ class MixOptions:
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
-        as_paths(self, "json")
         check_width("w", self.bits)
         names = [*self.general, *self.tasks]
         twice = sorted({name for name in names if names.count(name) > 1})

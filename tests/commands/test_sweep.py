@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from polybit.acts import sweep
+from polybit.acts.sweep import summarized
 from polybit.cli import main
-from polybit.commands import sweep
-from polybit.commands.sweep import Cell, Grid, SweepConfig, read_grid, summarize
 from polybit.core.runtime import PolybitError
+from polybit.options.sweep import SweepCell, SweepGrid, SweepOptions, read_grid
 
 TOML = """
 seeds = [3, 5]
@@ -26,7 +27,7 @@ bits = [4, 8]
 
 def grid_of(tmp_path, text, **flags):
     (tmp_path / "grid.toml").write_text(text)
-    return read_grid(SweepConfig(out=tmp_path / "o", grid=tmp_path / "grid.toml", **flags))
+    return read_grid(SweepOptions(out=tmp_path / "o", grid=tmp_path / "grid.toml", **flags))
 
 
 def test_a_grid_is_the_product_of_its_axes(tmp_path):
@@ -40,7 +41,7 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path):
 
 
 def test_axes_by_hand(tmp_path):
-    grid = read_grid(SweepConfig(out=tmp_path, axis=["bits=3,4", "group-size=32", "asymmetric=true"]))
+    grid = read_grid(SweepOptions(out=tmp_path, axis=["bits=3,4", "group-size=32", "asymmetric=true"]))
     assert [c.name for c in grid.cells] == ["bits=3", "bits=4"]
     assert grid.cells[1].flags == {"bits": 4, "group_size": 32, "asymmetric": True} and len(grid.seeds) == 3
 
@@ -86,9 +87,9 @@ def made_up(kl, bits=3.5):
 
 
 def test_differences_are_paired_by_seed():
-    grid = Grid((Cell("a", {}), Cell("b", {})), {}, (0, 1, 2), "a")
+    grid = SweepGrid((SweepCell("a", {}), SweepCell("b", {})), {}, (0, 1, 2), "a")
     rows = {"a": [made_up(k) for k in (1.0, 2.0, 3.0)], "b": [made_up(k) for k in (1.1, 2.1, 3.1)]}
-    first, second = summarize(grid, rows)["rows"]
+    first, second = summarized(grid, rows)["rows"]
     assert "difference" not in first and first["numbers"]["kl"]["value"] == pytest.approx(2.0)
     gap = second["difference"]["kl"]
     assert gap["value"] == pytest.approx(0.1) and gap["high"] - gap["low"] < 1e-6 and gap["n"] == 3
@@ -99,13 +100,13 @@ def test_an_interrupted_sweep_goes_on(tiny_llama, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     calls = []
 
-    def fake(model, cell, grid, seed, config):
+    def fake(model, cell, grid, seed, options):
         calls.append((cell.name, seed))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return made_up(0.1 * seed + cell.flags["bits"])
 
-    monkeypatch.setattr(sweep, "measure_cell", fake)
+    monkeypatch.setattr(sweep, "measured_cell", fake)
     command = ["sweep", str(tiny_llama), "--out", "o", "--axis", "bits=3,4", "--seeds", "2"]
     with pytest.raises(SystemExit) as caught:
         main(command)

@@ -43,7 +43,7 @@ from polybit.quant.rtn import rtn
 
 def plainly(weight_OI, stats, grid):
     """Codes of one weight."""
-    assert grid.zero in ("group", "centre")
+    assert stats is None and grid.zero in ("group", "centre", "level")
     return rtn(weight_OI, stats, grid)
 '''
 LINES = {  # table -> (the line before, the new line)
@@ -139,3 +139,14 @@ def test_columns_takes_the_quantizer(grown, texts, tiny_llama):
     words = ["columns", tiny_llama, "--bits", "3", "--block", "32", "--group-size", "32", "--out", "p.json"]
     words += ["--calibration", "stories.txt", "--samples", "4", "--window", "24", "--method", "plainly"]
     assert "KL on held-out windows" in good(grown(*words, cwd=texts))
+
+
+def test_sweep_takes_the_quantizer(grown, texts, tiny_llama):
+    (texts / "grid.toml").write_text(
+        "seeds=1\n[quantize]\nbits=4\nmethod=['plainly','rtn']\nsamples=2\nwindow=24\ncalibration='stories.txt'\n"
+        "[eval]\ntext='stories.txt'\nwindows=2\nwindow=24\nanswers=0\n"
+    )
+    good(grown("sweep", tiny_llama, "--out", "swept", "--grid", "grid.toml", cwd=texts))
+    rows = json.loads((texts / "swept" / "sweep.json").read_text())["numbers"]["rows"]
+    assert [row["name"] for row in rows] == ["method=plainly", "method=rtn"]
+    assert rows[0]["per_seed"] == rows[1]["per_seed"]
