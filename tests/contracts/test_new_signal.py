@@ -4,15 +4,10 @@ The tests run a copy of the package (links to its files) to which just that was 
 """
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-import polybit
+from tests.contracts.grown import grow
 
 SIGNAL = '''"""How far the codes are from the weight: no text is read."""
 
@@ -61,25 +56,9 @@ LINES = {  # table -> (the line before, the new line)
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory):
     """`polybit` of a package with a file and a line more, twice; gives the finished process."""
-    folder = tmp_path_factory.mktemp("grown")
-    home = folder / "polybit"
-    shutil.copytree(
-        Path(polybit.__file__).parent, home, copy_function=os.symlink, ignore=shutil.ignore_patterns("__pycache__")
-    )
-    (home / "measure" / "distance.py").write_text(SIGNAL)
-    (home / "quant" / "plainly.py").write_text(QUANTIZER)
-    for name, (before, line) in LINES.items():
-        text = (home / name).read_text()
-        assert text.count(before) == 1
-        (home / name).unlink()
-        (home / name).write_text(text.replace(before, before + line))
-
-    def run(*words, cwd=folder):
-        environment = {**os.environ, "PYTHONPATH": str(folder), "XDG_CACHE_HOME": str(folder / "cache")}
-        command = [sys.executable, "-m", "polybit", *map(str, words)]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-
-    return run
+    files = {"measure/distance.py": SIGNAL, "quant/plainly.py": QUANTIZER}
+    python = grow(tmp_path_factory.mktemp("grown"), files, LINES)
+    return lambda *words, **kwargs: python("-m", "polybit", *words, **kwargs)
 
 
 @pytest.fixture(scope="module")
