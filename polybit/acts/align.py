@@ -31,7 +31,7 @@ from polybit.options.checks import plain
 from polybit.options.pairs import SHARD
 from polybit.train.align import Refresh
 from polybit.train.align import run as train
-from polybit.train.answering import Asking, Hands, ModelPair, are_made, make_pairs
+from polybit.train.answering import AskedModels, Asking, Hands, are_made, make_pairs
 from polybit.train.balance import Balance
 from polybit.train.fit import Course, Outcome
 from polybit.train.latent import freeze
@@ -81,7 +81,7 @@ def objective_of(options: AlignOptions) -> Any:
     return options.objective.build(knobs)
 
 
-def asked_first(models: ModelPair, options: AlignOptions) -> Path:
+def asked_first(models: AskedModels, options: AlignOptions) -> Path:
     """Pairs of --prompts, beside the output, kept until the checkpoint is complete and taken over by a later run."""
     assert options.prompts is not None
     directory = options.out.with_name(f"{options.out.name}.pairs")
@@ -93,7 +93,7 @@ def asked_first(models: ModelPair, options: AlignOptions) -> Path:
     return directory
 
 
-def align_with(name: str, models: ModelPair, pairs: Path, objective: Any, options: AlignOptions) -> dict[str, Any]:
+def align_with(name: str, models: AskedModels, pairs: Path, objective: Any, options: AlignOptions) -> dict[str, Any]:
     """Training, freezing, saving; returns the numbers of the run."""
     model, tokenizer = load_float(models.float_name, trust_remote_code=options.trust_remote_code)
     noted = summary(pairs)
@@ -141,7 +141,7 @@ def align_with(name: str, models: ModelPair, pairs: Path, objective: Any, option
     return numbers_of(outcome, settled, halves) | {"stored_bits_per_weight": stored_bits_per_weight(frozen)}
 
 
-def chosen_widths(models: ModelPair, pairs_at: str, options: AlignOptions) -> FileWidths:
+def chosen_widths(models: AskedModels, pairs_at: str, options: AlignOptions) -> FileWidths:
     """The widths of the run, with a warning where the pairs are of others."""
     stored: tuple[int, ...] = ()
     if models.checkpoint is not None:
@@ -193,7 +193,7 @@ def start_codes(checkpoint: str, trust_remote_code: bool) -> dict[str, QWeight]:
     return start
 
 
-def fingerprint(options: AlignOptions, models: ModelPair, digest: str, widths: FileWidths) -> dict[str, Any]:
+def fingerprint(options: AlignOptions, models: AskedModels, digest: str, widths: FileWidths) -> dict[str, Any]:
     """All that decides the result of a run, so that a resumed one cannot mix two."""
     told = {key: value for key, value in plain(options).items() if key not in FREE}
     return {**told, "reference": digest, "checkpoint": models.checkpoint, "presets": list(widths.presets)}

@@ -11,7 +11,7 @@ from polybit.hub.models import open_model, resolve
 from polybit.nn.rotation import rotation_of
 from polybit.options.checks import plain
 from polybit.options.pairs import PairsOptions
-from polybit.train.answering import Asking, Hands, ModelPair, make_pairs
+from polybit.train.answering import AskedModels, Asking, Hands, make_pairs
 
 DEFAULT_PRECISION = "w4"
 
@@ -45,7 +45,7 @@ def pairs(model: str, options: PairsOptions) -> Run:
 
 def model_pair(
     model: str, *, precision: str | None, reference: str | None, group_size: int, trust_remote_code: bool = False
-) -> ModelPair:
+) -> AskedModels:
     """Which float model and which quantized one MODEL means; see the flags of these names."""
     loaded, _ = open_model(model, trust_remote_code=trust_remote_code)
     widths = stored_widths(loaded)
@@ -55,8 +55,8 @@ def model_pair(
             raise PolybitError(f"--reference {reference}: {model} is itself a float model, leave it out")
         if not 2 <= Precision.parse(precision).w < FLOAT:
             raise PolybitError(f"--precision {precision} leaves the weights in float: give w2 to w8")
-        return ModelPair(resolve(model), None, precision, group_size, trust_remote_code)
+        return AskedModels(resolve(model), None, precision, group_size, trust_remote_code)
     parent = reference or base_model(loaded)
     if parent is None:
         raise PolybitError(f"{model} does not say which model it was made from: name it with --reference")
-    return ModelPair(resolve(parent), resolve(model), precision, group_size, trust_remote_code, rotation_of(loaded))
+    return AskedModels(resolve(parent), resolve(model), precision, group_size, trust_remote_code, rotation_of(loaded))

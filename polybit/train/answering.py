@@ -49,7 +49,7 @@ Task = tuple[int, list[list[int]]]  # number of a shard, and its prompts as toke
 
 
 @dataclass(frozen=True)
-class ModelPair:
+class AskedModels:
     """Names from which a process makes both models: a float one, and what quantizes it.
 
     checkpoint: a polybit directory, None = the float model rounded to nearest at `precision`, with `group_size` weights
@@ -89,7 +89,7 @@ class Hands:
 
 
 def make_pairs(
-    models: ModelPair, asking: Asking, out: Path, *, hands: Hands, overwrite: bool = False, restart: bool = False
+    models: AskedModels, asking: Asking, out: Path, *, hands: Hands, overwrite: bool = False, restart: bool = False
 ) -> dict[str, Any]:
     """Have both models answer, and write the finished directory `out`; returns what was counted."""
     check_output(out, overwrite=overwrite)
@@ -107,7 +107,7 @@ def make_pairs(
     return numbers
 
 
-def are_made(directory: Path, models: ModelPair, asking: Asking) -> bool:
+def are_made(directory: Path, models: AskedModels, asking: Asking) -> bool:
     """Whether a directory holds just these pairs."""
     if not (directory / SUMMARY).is_file():
         return False
@@ -116,7 +116,7 @@ def are_made(directory: Path, models: ModelPair, asking: Asking) -> bool:
     return all(noted.get(key) == value for key, value in asked.items())
 
 
-def plan_shards(models: ModelPair, asking: Asking) -> tuple[dict[str, Any], list[Task]]:
+def plan_shards(models: AskedModels, asking: Asking) -> tuple[dict[str, Any], list[Task]]:
     """(what fixes the result, for the fingerprint; shards of token prompts)."""
     float_model, tokenizer = load_float(models.float_name, trust_remote_code=models.trust_remote_code)
     chat = has_chat_template(tokenizer)
@@ -169,7 +169,7 @@ def checkpoint_digest(checkpoint: str | None) -> str | None:
 class PairMaker:
     """Answers and scores one shard of prompts; made once per process."""
 
-    def __init__(self, models: ModelPair, directory: Path, max_tokens: int, top: int | None, device: str) -> None:
+    def __init__(self, models: AskedModels, directory: Path, max_tokens: int, top: int | None, device: str) -> None:
         float_model, tokenizer = load_float(models.float_name, trust_remote_code=models.trust_remote_code)
         self.fingerprint = model_digest(float_model)
         self.reference = LocalLM(float_model.to(device_of(device)), tokenizer)
@@ -187,7 +187,7 @@ class PairMaker:
         return count(found)
 
 
-def quantized_of(models: ModelPair):
+def quantized_of(models: AskedModels):
     """The quantized model: the checkpoint, or the float model rounded to nearest at the precision's width."""
     if models.checkpoint is not None:
         return open_model(models.checkpoint, trust_remote_code=models.trust_remote_code)[0]
@@ -196,7 +196,7 @@ def quantized_of(models: ModelPair):
     return convert(model, {t.name: pack(rtn(t.weight_OI(model), None, grid)) for t in targets(model)})
 
 
-def answer_shards(models: ModelPair, shards: Sequence[Task], directory: Path, asking: Asking, hands: Hands) -> None:
+def answer_shards(models: AskedModels, shards: Sequence[Task], directory: Path, asking: Asking, hands: Hands) -> None:
     """Make the shards that are not there yet."""
     missing = [task for task in shards if not (directory / shard_name(task[0])).is_file()]
     if not missing:

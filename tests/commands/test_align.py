@@ -102,7 +102,7 @@ def test_an_aligned_checkpoint_is_a_plain_one(tiny_llama, made, tmp_path):
     assert row["after"]["kl"] <= row["before"]["kl"] and row["after"]["flips"] <= row["before"]["flips"]
     model, tokenizer = load(tmp_path / "out")
     assert tokenizer is not None
-    rounded = answering.quantized_of(answering.ModelPair(str(tiny_llama), None, "w2", 16))
+    rounded = answering.quantized_of(answering.AskedModels(str(tiny_llama), None, "w2", 16))
     layers = [{name: replace(f, gain=1.0) for name, f in describe(m).layers.items()} for m in (model, rounded)]
     assert layers[0] == layers[1]  # but for one number a layer that the scales are multiplied by
     ours, theirs = ({n: (t.shape, t.dtype) for n, t in m.named_parameters()} for m in (model, rounded))

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from polybit.nn.switch import at
 from polybit.train.forward import logits_of
-from polybit.train.latent import at
 from polybit.train.material import Gather, kept_tokens, score
 from polybit.train.table import ANSWER_OBJECTIVES, LESSON_OBJECTIVES, AnswerKnobs, LessonKnobs
 from tests.train.tiny_run import float_lm, material, pairs, trainable
