@@ -17,7 +17,7 @@ from polybit.nn.switch import current, stored_layers, use
 from polybit.options.checks import plain
 from polybit.options.generate import GenerateOptions
 
-NARROW = 4  # bits up to which int8 arithmetic adds less than 2 % to the KL the weights cost (docs/results.md)
+NARROW = 4  # bits up to which int8 adds less than 2 % to the KL the weights cost (docs/results/rounded-inputs.md)
 
 
 def generate(model: str, options: GenerateOptions) -> Run:

@@ -8,7 +8,7 @@ from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
 
-BITS = 8  # at which rounding the ends costs less than anything else that is measured (docs/results.md)
+BITS = 8  # at which rounding the ends costs less than anything else that is measured (docs/results/rounded-inputs.md)
 LARGE = 1 << 22  # weights of a head from which a float one costs more time per token than it is worth
 
 

@@ -3,7 +3,7 @@
 Letters: B batch, H key/value heads, T tokens, D head size, C = H * D channels, G groups. A row of codes keeps, per
 group, a scale and its lowest value as 16-bit floats: x = low + scale * code. KIVI (Liu et al., arXiv 2402.02750) keeps
 keys per channel over blocks of tokens and values per token, which is the default: keys have channels far larger than
-the rest, and at 4 bits a scale per token loses all the others (docs/results.md).
+the rest, and at 4 bits a scale per token loses all the others (docs/results/key-value-cache.md).
 """
 
 from __future__ import annotations

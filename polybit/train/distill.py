@@ -162,7 +162,8 @@ def lead_shortfall(logits_NV: Tensor, top_logp_NK: Tensor, top_index_NK: Tensor)
     return (wanted_N - lead_N).clamp(min=0.0).pow(2)
 
 
-FLIP_AWARE = Distillation(hinge=0.1)  # the fewest flips of those tried, at a worse KL than plain (docs/results.md)
+# the fewest flips of those tried, at a worse KL than plain (docs/results/beyond-distillation.md)
+FLIP_AWARE = Distillation(hinge=0.1)
 
 
 def kd(knobs: AnswerKnobs) -> Distillation:

@@ -134,7 +134,7 @@ def rates(table: Mapping[str, AnswerObjective]) -> str:
 
 
 NO_MARGIN = log(2)  # sigmoid loss of a pair without margin; QDPO starts above it: at the first flip its margin is < 0
-STATIC_RATE = 1e-5  # of QDPO without refresh: above it likelihood displacement begins (docs/results)
+STATIC_RATE = 1e-5  # of QDPO without refresh: above it likelihood displacement begins (docs/results/alignment.md)
 
 ANSWER_OBJECTIVES: dict[str, AnswerObjective] = {
     "kd": AnswerObjective("polybit.train.distill:kd", "forward KL on the float model's answers"),

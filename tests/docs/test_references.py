@@ -55,3 +55,12 @@ def test_references_are_found():
         ("train/cascade.py", "Cascade"),
         ("polybit/hub/checkpoint.py", ""),
     ]
+
+
+def test_pages_named_in_comments_are_there():
+    """`docs/….md` in the package, the tests, benchmarks and recipes."""
+    for folder in ("polybit", "tests", "benchmarks", "recipes"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".toml", ".h", ".cpp") and path.name != Path(__file__).name:
+                for name in re.findall(r"docs/(?:[a-z0-9-]+/)*[a-z0-9-]+\.(?:md|json)", path.read_text()):
+                    assert (ROOT / name).is_file(), f"{path.relative_to(ROOT)} names {name}"
