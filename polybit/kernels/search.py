@@ -111,7 +111,7 @@ def compensate(numbers: Numbers, weight_OI: Tensor, factor_II: Tensor, group_I: 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a pass of descent may change beside the codes (quant.fit.Freedom): scales, zero points if `zero`, and the
+    """What a pass of descent may change beside the codes (quant.fit.FitFreedom): scales, zero points if `zero`, and the
     ratios of the widths that have a table."""
 
     gain: float

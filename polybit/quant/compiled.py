@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from polybit.kernels import search
-from polybit.quant.fit import Freedom
+from polybit.quant.fit import FitFreedom
 from polybit.quant.levels import Levels
 from polybit.quant.problem import Problem
 
@@ -39,7 +39,7 @@ def compensate(problem: Problem, factor_II: Tensor, levels: Levels, order_I: Ten
 
 
 def descend(
-    problem: Problem, codes_OI: Tensor, levels: Levels, *, sweeps: int, freedom: Freedom | None, held: int = 0
+    problem: Problem, codes_OI: Tensor, levels: Levels, *, sweeps: int, freedom: FitFreedom | None, held: int = 0
 ) -> tuple[Tensor, Levels]:
     """`descent.descend` compiled; new codes, int64, and levels."""
     found = numbers(levels, problem)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polybit.kernels import search
 from polybit.quant import compiled
-from polybit.quant.fit import Freedom, fit_group
+from polybit.quant.fit import FitFreedom, fit_group
 from polybit.quant.levels import Choice, Levels
 from polybit.quant.problem import Problem, row_chunks
 
@@ -73,7 +73,7 @@ def order_is_sorted(groups: list[int]) -> bool:
 
 
 def descend(
-    problem: Problem, codes_OI: Tensor, levels: Levels, *, sweeps: int, freedom: Freedom | None, held: int = 0
+    problem: Problem, codes_OI: Tensor, levels: Levels, *, sweeps: int, freedom: FitFreedom | None, held: int = 0
 ) -> tuple[Tensor, Levels]:
     """Lower Σ_b λ_b tr(E_b H E_bᵀ) by `sweeps` passes over the columns; it never rises.
 
@@ -99,7 +99,7 @@ def descend_rows(
     codes_OI: Tensor,
     levels: Levels,
     sweeps: int,
-    freedom: Freedom | None,
+    freedom: FitFreedom | None,
     held: int = 0,
 ) -> None:
     """`descend` in place for rows that fit in memory."""

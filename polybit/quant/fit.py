@@ -14,7 +14,7 @@ from polybit.quant.scales import half_scale
 
 
 @dataclass(frozen=True, slots=True)
-class Freedom:
+class FitFreedom:
     """What a refit may change: always the scale (16-bit floats times `gain`), the zero point if `zero`, and for the
     widths in `tables` the ratio, which must be one of the values of its table."""
 
@@ -81,7 +81,7 @@ def expand_around(levels: Levels, group: int, codes_Oi: Tensor, gradient_BOi: Te
 
 
 def fit_group(
-    levels: Levels, group: int, codes_Oi: Tensor, gradient_BOi: Tensor, hessian_ii: Tensor, freedom: Freedom
+    levels: Levels, group: int, codes_Oi: Tensor, gradient_BOi: Tensor, hessian_ii: Tensor, freedom: FitFreedom
 ) -> None:
     """Give one group of every row, in place, the best storable scale (zero point, ratios) for its codes.
 
@@ -105,7 +105,7 @@ def fit_group(
 
 
 def proposals(
-    quadratic: Quadratic, now: tuple[Tensor, Tensor, Tensor], levels: Levels, group: int, freedom: Freedom
+    quadratic: Quadratic, now: tuple[Tensor, Tensor, Tensor], levels: Levels, group: int, freedom: FitFreedom
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Storable (s, o, r) worth trying: around the joint least-squares optimum, ratios and scale fitted in turn."""
     s_O, o_O, r_BO = now

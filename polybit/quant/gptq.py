@@ -8,7 +8,7 @@ from torch import Tensor
 from polybit.core.affine import Grid, QWeight, scale_gain
 from polybit.core.records import LayerStats
 from polybit.quant.descent import compensate, descend
-from polybit.quant.fit import Freedom
+from polybit.quant.fit import FitFreedom
 from polybit.quant.levels import Levels, as_qweight
 from polybit.quant.problem import Problem, inverse_factor, pose
 from polybit.quant.scales import search_scale, settle
@@ -56,7 +56,7 @@ def improve(
     `zero` tells whether zero points are free: [O, G] yes, 0-dim no. The last pass moves codes only.
     """
     if refit:
-        freedom = Freedom(scale_gain(levels.scale_OG), zero=bool(zero.ndim))
+        freedom = FitFreedom(scale_gain(levels.scale_OG), zero=bool(zero.ndim))
         codes_OI, levels = descend(problem, codes_OI, levels, sweeps=sweeps, freedom=freedom)
         levels.scale_OG.copy_(settle(levels.scale_OG))
         sweeps = 1

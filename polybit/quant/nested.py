@@ -37,7 +37,7 @@ from polybit.core.planes import ratio_levels, storable_ratio
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
 from polybit.quant.descent import compensate, descend
-from polybit.quant.fit import Freedom, expand_around
+from polybit.quant.fit import FitFreedom, expand_around
 from polybit.quant.levels import Levels, as_qweight
 from polybit.quant.problem import Problem, inverse_factor, pose, row_chunks
 from polybit.quant.scales import search_scale, settle
@@ -104,7 +104,7 @@ def nested(
         if index < 2:
             levels, found = relevel(levels, wanted_ratios(problem, codes_OI, levels), tables)
         levels = fit_layer_ratios(problem, codes_OI, levels, tables)
-        freedom = Freedom(scale_gain(levels.scale_OG), grid.zero == "group", found)
+        freedom = FitFreedom(scale_gain(levels.scale_OG), grid.zero == "group", found)
         before_OI = codes_OI
         codes_OI, levels = descend(problem, codes_OI, levels, sweeps=sweeps, freedom=freedom)
         if index and float((codes_OI != before_OI).float().mean()) < SETTLED:

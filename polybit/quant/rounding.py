@@ -34,7 +34,7 @@ class Tuning:
     """Knobs of learned rounding.
 
     steps: gradient steps, one batch each · lr: step of the latents, in codes · scale_lr: relative step of the scales
-    (0 keeps them) · ratio_lr: the same for the ratios of narrower widths · reach: see StraightThrough, in codes ·
+    (0 keeps them) · ratio_lr: the same for the ratios of narrower widths · reach: see RoundThrough, in codes ·
     warmup: share of the steps in which the rate rises · seed: order of the batches.
     """
 
@@ -59,7 +59,7 @@ class Tuning:
         return min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * (step + 0.5) / self.steps))
 
 
-class StraightThrough(torch.autograd.Function):
+class RoundThrough(torch.autograd.Function):
     """Weights as stored: s * (2^(B-b) r (p - c_b) + c_B - z); the gradient treats the rounding as identity in range.
 
     LSQ (arXiv 1902.08153) eq. 1-5, but for latents in units of codes: moving a scale moves values, not codes. At a
@@ -152,7 +152,7 @@ class Bank:
         """The weights [O, I] as they would be stored now, seen at `width` bits (None: all bits of each)."""
         narrowed_N1 = self.bits_N1 if width is None else self.bits_N1.clamp(max=width)
         stride_N1 = 2 ** (self.bits_N1 - narrowed_N1)
-        flat_NL = StraightThrough.apply(
+        flat_NL = RoundThrough.apply(
             self.latent_NL, self.scale_N1(), self.ratio_N1(width), stride_N1, self.offset_N1, self.top_N1, reach
         )
         return {name: self.matrix(flat_NL, name) for name in self.start}

@@ -8,7 +8,7 @@ import torch
 from polybit.core.affine import Grid
 from polybit.kernels import search
 from polybit.quant.descent import compensate, descend
-from polybit.quant.fit import Freedom
+from polybit.quant.fit import FitFreedom
 from polybit.quant.gptq import gptq
 from polybit.quant.levels import Levels
 from polybit.quant.nested import WIDTHS, nested
@@ -75,7 +75,7 @@ def test_scales_compensation_and_descent_are_the_twins(isa, dtype, rows, columns
             start = found[0][0] if found else (scale_OG, zero)
             levels = Levels.of(grid, *start, columns)
             codes_OI = compensate(problem, factor_II, levels)
-            freedom = Freedom(1.0, zero=grid.zero == "group")
+            freedom = FitFreedom(1.0, zero=grid.zero == "group")
             first_OI = found[0][1] if found else codes_OI
             fitted_OI, fitted = descend(problem, first_OI, levels, sweeps=2, freedom=freedom)
             moved_OI, _ = descend(problem, first_OI, levels, sweeps=3, freedom=None)
@@ -124,7 +124,7 @@ def test_nested_codes_are_the_twins(isa, dtype, widths, rows, columns, size, zer
                         levels.ratio_BOG[index] = tables[b][9]
             codes_OI = compensate(problem, factor_II, levels)
             first_OI = found[0][1] if found else codes_OI
-            freedom = Freedom(1.0, zero == "group", tables)
+            freedom = FitFreedom(1.0, zero == "group", tables)
             fitted_OI, fitted = descend(problem, first_OI, levels, sweeps=2, freedom=freedom)
             held_OI, _ = descend(problem, first_OI, levels, sweeps=2, freedom=None, held=1)
             assert torch.equal(held_OI >> (widths[0] - 1), first_OI >> (widths[0] - 1))

@@ -5,7 +5,7 @@ import torch
 
 from polybit.core.affine import Grid
 from polybit.quant.descent import compensate, descend
-from polybit.quant.fit import Freedom
+from polybit.quant.fit import FitFreedom
 from polybit.quant.levels import Levels
 from polybit.quant.problem import inverse_factor, pose
 from polybit.quant.scales import search_scale
@@ -59,7 +59,7 @@ def test_the_start_is_left_alone_and_every_row_gains():
     problem, codes_OI, levels = start(6, 80, Grid(3, 32, "group"))
     kept, kept_scale = codes_OI.clone(), levels.scale_OG.clone()
     before_O = row_loss(problem, codes_OI, levels)
-    better_OI, better = descend(problem, codes_OI, levels, sweeps=3, freedom=Freedom(1.0, zero=True))
+    better_OI, better = descend(problem, codes_OI, levels, sweeps=3, freedom=FitFreedom(1.0, zero=True))
     assert torch.equal(codes_OI, kept)
     assert torch.equal(levels.scale_OG, kept_scale)
     assert (row_loss(problem, better_OI, better) < before_O).all()

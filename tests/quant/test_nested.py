@@ -10,7 +10,7 @@ from polybit.core.planes import pack, unpack
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
 from polybit.quant.descent import compensate, descend
-from polybit.quant.fit import Freedom, fit_group
+from polybit.quant.fit import FitFreedom, fit_group
 from polybit.quant.gptq import gptq
 from polybit.quant.levels import Choice
 from polybit.quant.nested import WIDTHS, nested
@@ -93,7 +93,7 @@ def test_no_sweep_and_no_fit_raises_the_objective():
     for i in (4, 5):  # start on the table
         levels.ratio_BOG[i] = tables[WIDTHS[i]][9]
     seen = [objective(problem, codes_OI, levels)]
-    for freedom in (None, Freedom(1.0), Freedom(1.0, True), Freedom(1.0, True, tables), None):
+    for freedom in (None, FitFreedom(1.0), FitFreedom(1.0, True), FitFreedom(1.0, True, tables), None):
         for _ in range(2):
             codes_OI, levels = descend(problem, codes_OI, levels, sweeps=1, freedom=freedom)
             seen.append(objective(problem, codes_OI, levels))
@@ -108,7 +108,7 @@ def test_fit_finds_the_least_squares_scale_and_integer_zero():
     gradient_BOI = (levels.values(codes_OI) - problem.weight_OI) @ problem.hessian_II
     fitted = levels.copy()
     fit_group(
-        fitted, 0, codes_OI[:, :16], gradient_BOI[:, :, :16], problem.hessian_II[:16, :16], Freedom(1.0, zero=True)
+        fitted, 0, codes_OI[:, :16], gradient_BOI[:, :, :16], problem.hessian_II[:16, :16], FitFreedom(1.0, zero=True)
     )
     best = objective(problem, codes_OI, fitted)
     for shift in (-2, -1, 0, 1, 2):

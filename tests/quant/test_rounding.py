@@ -17,7 +17,7 @@ from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
 from polybit.quant.gptq import gptq
 from polybit.quant.nested import nested
-from polybit.quant.rounding import Bank, StraightThrough, Tuning, batch_order, refine, rounding, start_latents, train
+from polybit.quant.rounding import Bank, RoundThrough, Tuning, batch_order, refine, rounding, start_latents, train
 
 QUICK = Tuning(steps=60, lr=0.02, scale_lr=0.002)
 
@@ -128,7 +128,7 @@ def test_gradients_of_scale_and_ratio_are_exact() -> None:
     stride = torch.tensor([[1.0], [2.0], [4.0], [1.0], [8.0]]).double()
 
     def smooth(scale: Tensor, ratio: Tensor) -> Tensor:
-        return StraightThrough.apply(latent, scale, ratio, stride, offset, top, 0.0).pow(3).sum()
+        return RoundThrough.apply(latent, scale, ratio, stride, offset, top, 0.0).pow(3).sum()
 
     assert torch.autograd.gradcheck(smooth, (scale.requires_grad_(), ratio.requires_grad_()))
 
@@ -136,7 +136,7 @@ def test_gradients_of_scale_and_ratio_are_exact() -> None:
 def test_gradient_of_latents_passes_straight_inside_the_range_only() -> None:
     latent = torch.tensor([[-0.6, -0.4, 1.2, 3.4, 3.6]], requires_grad=True)
     ones = torch.ones(1, 1)
-    values = StraightThrough.apply(latent, 2 * ones, ones, ones, 0 * ones, 3 * ones, 0.0)
+    values = RoundThrough.apply(latent, 2 * ones, ones, ones, 0 * ones, 3 * ones, 0.0)
     assert values.tolist() == [[-3.0, -3.0, -1.0, 3.0, 3.0]]
     values.sum().backward()
     assert latent.grad is not None and latent.grad.tolist() == [[0.0, 2.0, 2.0, 2.0, 0.0]]
@@ -210,7 +210,7 @@ def test_reach_leaves_codes_alone_that_no_width_can_use() -> None:
     """A gradient at 3 bits moves only latents near a boundary of 3 bits, and towards it."""
     latent = torch.tensor([[0.0, 5.0, 16.0, 30.0, 31.0]], requires_grad=True)
     ones = torch.ones(1, 1)
-    values = StraightThrough.apply(latent, ones, ones, 32 * ones, 0 * ones, 255 * ones, 4.0)
+    values = RoundThrough.apply(latent, ones, ones, 32 * ones, 0 * ones, 255 * ones, 4.0)
     (-values).sum().backward()  # descent raises the latents
     assert latent.grad is not None
     assert latent.grad.tolist() == [[0.0, 0.0, 0.0, -0.875, -1.0]]
