@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polybit.hub.models import open_model
 from polybit.core.plan import Plan
 from polybit.data.text import read_windows
 from polybit.evals.scoring import bootstrap
 from polybit.hub.cache import PackedCache, cache_bytes
+from polybit.hub.models import open_model
 from polybit.nn.attention import arrange, ports, use_operands
 
 BLOCK = 32  # tokens of a block of keys, and read at a time
