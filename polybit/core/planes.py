@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,51 @@ class Planes:
     def bits(self) -> int:
         """Stored width: the number of planes (of a ragged weight, of its widest groups)."""
         return self.planes.shape[0] if self.bits_G is None else max(self.bits_G)
+
+    def apart(self, width: int | None = None) -> tuple[Any, ...]:
+        """The tensors and numbers that `together` makes Planes of again, as arguments of a torch operator.
+
+        width: leave out the ratios of all other widths. Few lists, because each costs a microsecond on its way.
+        """
+        if width is None:
+            tables = sorted(self.ratios.items())
+        else:
+            tables = [(width, self.ratios[width])] if width in self.ratios else []
+        zero, fixed = (self.zero, 0.0) if isinstance(self.zero, Tensor) else (None, self.zero)
+        numbers, layout = [self.gain, fixed], [*self.shape, self.group_size, len(tables)]
+        for b, table in tables:
+            numbers += table.low, table.high
+            layout.append(b)
+        indices = [table.index for _, table in tables]
+        if self.bits_G is not None:
+            layout += self.bits_G
+        return layout, self.planes, self.scale, zero, indices, self.column_scale, numbers
+
+    @classmethod
+    def together(
+        cls,
+        layout: Sequence[int],
+        planes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        indices: Sequence[Tensor | None],
+        column_scale: Tensor | None,
+        numbers: Sequence[float],
+    ) -> Planes:
+        """The inverse of `apart`; nothing is copied.
+
+        layout: rows, columns, group size, how many ratio tables, their widths, then the stored bits of every group of a
+        ragged weight · indices: of the ratio tables · numbers: gain, fixed zero, then both ends of every table.
+        """
+        rows, columns, group_size, tables, *rest = layout
+        ratios = (
+            {rest[i]: RatioTable(numbers[2 * i + 2], numbers[2 * i + 3], indices[i]) for i in range(tables)}
+            if tables
+            else {}
+        )
+        bits_G = tuple(rest[tables:]) if len(rest) > tables else None
+        fixed_or_zero = numbers[1] if zero is None else zero
+        return cls(planes, scale, fixed_or_zero, numbers[0], (rows, columns), group_size, ratios, column_scale, bits_G)
 
     def nbytes(self, width: int | Sequence[int] | None = None) -> int:
         """Bytes read at `width` (default: everything stored): planes, scales, zero points, ratio indices.
@@ -137,7 +183,7 @@ def sort_groups(q: QWeight, order: Tensor) -> QWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RaggedPart:
     """The groups of one stored width of a ragged weight, in their order, and the planes they are stored in."""
 
     bits: int
@@ -164,7 +210,7 @@ def ragged_bytes(bits_G: Sequence[int], shape: tuple[int, int], group_size: int)
     return sum(b * r * c * n for b, r, c, n in ragged_shapes(bits_G, shape, group_size))
 
 
-def parts(p: Planes) -> list[Part]:
+def parts(p: Planes) -> list[RaggedPart]:
     """A ragged weight as its parts; nothing is copied."""
     assert p.bits_G is not None
     found, at = [], 0
@@ -173,7 +219,7 @@ def parts(p: Planes) -> list[Part]:
         groups = tuple(g for g, b in enumerate(p.bits_G) if b == shape[0])
         size = shape[0] * shape[1] * shape[2] * shape[3]
         planes = p.planes[at : at + size].view(shape)
-        found.append(Part(shape[0], groups, planes, torch.cat([columns[g] for g in groups])))
+        found.append(RaggedPart(shape[0], groups, planes, torch.cat([columns[g] for g in groups])))
         at += size
     return found
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from polybit.core.planes import COLUMNS, ROWS, Planes, RatioTable, ragged_bytes, read_widths
+from polybit.core.planes import COLUMNS, ROWS, Planes, ragged_bytes, read_widths
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GROUPS = (0, 32, 64, 128, 256)  # group sizes the compiled kernels read; others take the reference path
 BYTES = ROWS * COLUMNS // 8  # of a block in one plane
-WHOLE = RatioTable(1.0, 1.0)  # the ratio of a width that has none
+PLAIN = (Tensor, Parameter)  # types of tensors whose memory is what it says; others only stand for tensors
 
 
 @cache
@@ -46,18 +47,19 @@ def fits(p: Planes) -> bool:
     rows, columns = p.shape
     blocks, steps = -(-rows // ROWS), -(-columns // COLUMNS)
     groups = -(-columns // p.group_size) if p.group_size else 1
-    tables = [table.index for table in p.ratios.values() if table.index is not None]
-    if p.group_size not in GROUPS or not p.planes.is_cpu or p.planes.dtype != torch.uint8:
+    planes = p.planes
+    if p.group_size not in GROUPS or not planes.is_cpu or planes.dtype != torch.uint8:
         return False
     if p.bits_G is None:
-        whole = p.planes.shape[1:] == (blocks, steps, BYTES) and p.planes.stride()[1:] == (steps * BYTES, BYTES, 1)
+        whole = planes.shape[1:] == (blocks, steps, BYTES) and planes.stride()[1:] == (steps * BYTES, BYTES, 1)
     else:
-        whole = p.planes.shape == (ragged_bytes(p.bits_G, p.shape, p.group_size),) and p.planes.is_contiguous()
+        whole = planes.shape == (ragged_bytes(p.bits_G, p.shape, p.group_size),) and planes.is_contiguous()
+    for table in p.ratios.values():
+        whole = whole and (table.index is None or is_block(table.index, torch.uint8, (blocks, groups, ROWS // 2)))
     return (
         whole
         and is_block(p.scale, torch.float16, (blocks, groups, ROWS))
         and (not isinstance(p.zero, Tensor) or is_block(p.zero, torch.uint8, (blocks, groups, ROWS)))
-        and all(is_block(index, torch.uint8, (blocks, groups, ROWS // 2)) for index in tables)
         and (p.column_scale is None or is_block(p.column_scale, torch.float16, (columns,)))
     )
 
@@ -72,7 +74,7 @@ def make_layer(p: Planes, isa: int = 0) -> Any:
 
     isa: index in instruction_sets.
     """
-    built = library() if type(p.planes.data) is Tensor else None
+    built = library() if type(p.planes) in PLAIN else None
     if not built or not fits(p):
         return None
     zero = p.zero if isinstance(p.zero, Tensor) else None
@@ -93,27 +95,19 @@ def reading(layer: Any, p: Planes, width: int | Sequence[int]) -> int:
     return width if isinstance(width, int) else layer.add(list(read_widths(p, width)))
 
 
-def linear(
-    x: Tensor, p: Planes, width: int | Sequence[int], bias: Tensor | None, digits: int, isa: int = 0
-) -> Tensor | None:
-    """polybit::linear with activations of 1 or 2 int8 digits, or None where the compiled kernels cannot."""
-    layer = make_layer(p, isa)
-    if layer is None or x.dtype not in TYPES:
-        return None
+def multiply(layer: Any, x: Tensor, p: Planes, width: int | Sequence[int], bias: Tensor | None, digits: int) -> Tensor:
+    """x times the weight of a compiled layer, with inputs rounded to 1 or 2 int8 digits."""
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], p.shape[0]))
     bias = bias if bias is None else bias.contiguous()
     address, kind = (0, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
-    tokens = x.numel() // p.shape[1]
-    layer.multiply(reading(layer, p, width), digits, tokens, TYPES[x.dtype], x.data_ptr(), y.data_ptr(), address, kind)
+    tokens, number = x.numel() // p.shape[1], width if isinstance(width, int) else reading(layer, p, width)
+    layer.multiply(number, digits, tokens, TYPES[x.dtype], x.data_ptr(), y.data_ptr(), address, kind)
     return y
 
 
-def decode(p: Planes, width: int | Sequence[int], isa: int = 0) -> Tensor | None:
-    """The float32 weight [O, I], bit for bit the reference's, or None where the compiled kernels cannot."""
-    layer = make_layer(p, isa)
-    if layer is None:
-        return None
+def decode(layer: Any, p: Planes, width: int | Sequence[int]) -> Tensor:
+    """The float32 weight [O, I] of a compiled layer, bit for bit the reference's."""
     weight_OI = torch.empty(p.shape)
     layer.decode(reading(layer, p, width), weight_OI.data_ptr())
     return weight_OI

@@ -1,36 +1,35 @@
-"""The operators of this room: `linear` on nested bit planes, registered with torch (polybit::linear, linear_mixed)."""
+"""The operators of this room: `linear` on nested bit planes, registered with torch (polybit::linear), and `decode`.
+
+A call goes: `linear` checks it and takes the Planes apart, because an operator knows tensors and numbers only -> torch
+finds the function for the device -> that puts the Planes together and asks kernels/route.py which kernel multiplies.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack as dispatch_stack
+from torch.compiler import is_compiling
 from torch.nn.functional import linear as dense
 
-from polybit.core.planes import Planes, RatioTable, read_widths
+from polybit.core.planes import Planes, read_widths
 from polybit.core.runtime import PolybitError
 from polybit.kernels import cpu, reference
+from polybit.kernels.route import Arithmetic, route
 
-Arithmetic = Literal["float", "int8", "int16"]
-MODES = {"float": 0, "int8": 8, "int16": 16}
+MODES: dict[Arithmetic, int] = {"float": 0, "int8": 8, "int16": 16}
 NAMES = {code: name for name, code in MODES.items()}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 SCHEMA = (
-    "linear(Tensor x, Tensor planes, Tensor scale, Tensor? zero, Tensor? ratio, Tensor? column_scale, Tensor? bias, "
-    "float[] numbers, int rows, int group_size, int width, int mode) -> Tensor"
-)
-
-
-MIXED_SCHEMA = (
-    "linear_mixed(Tensor x, Tensor planes, Tensor scale, Tensor? zero, Tensor?[] ratios, Tensor? column_scale, "
-    "Tensor? bias, float[] numbers, int[] ratio_widths, int[] widths, int[] stored, int rows, int group_size, "
-    "int mode) -> Tensor"
-)
+    "linear(Tensor x, Tensor? bias, int mode, int[] widths, int[] layout, Tensor planes, Tensor scale, Tensor? zero, "
+    "Tensor?[] indices, Tensor? column_scale, float[] numbers) -> Tensor"
+)  # what follows `widths` is Planes.apart
 
 
 def linear(
@@ -52,61 +51,26 @@ def linear(
     Raises PolybitError for a shape, type, device or width that does not fit.
     """
     check(x, planes, width, bias, arithmetic)
-    if x.requires_grad and torch.is_grad_enabled():
-        return reference.linear(x, planes, width, bias)  # a gradient goes through the exact product
-    if planes.bits_G is not None or not isinstance(width, int):
-        return linear_mixed(x, planes, width, bias, arithmetic)
-    table = planes.ratios.get(width, cpu.WHOLE)
-    zero, fixed = (planes.zero, 0.0) if isinstance(planes.zero, Tensor) else (None, planes.zero)
-    numbers = (planes.gain, fixed, table.low, table.high)
-    return torch.ops.polybit.linear.default(
-        x,
-        planes.planes,
-        planes.scale,
-        zero,
-        table.index,
-        planes.column_scale,
-        bias,
-        numbers,
-        planes.shape[0],
-        planes.group_size,
-        width,
-        MODES[arithmetic],
-    )
-
-
-def linear_mixed(
-    x: Tensor, planes: Planes, width: int | Sequence[int], bias: Tensor | None, arithmetic: Arithmetic
-) -> Tensor:
-    """`linear` of a weight whose groups are stored or read at several widths."""
-    tables = sorted(planes.ratios.items())
-    zero, fixed = (planes.zero, 0.0) if isinstance(planes.zero, Tensor) else (None, planes.zero)
-    return torch.ops.polybit.linear_mixed.default(
-        x,
-        planes.planes,
-        planes.scale,
-        zero,
-        [table.index for _, table in tables],
-        planes.column_scale,
-        bias,
-        (planes.gain, fixed, *(end for _, table in tables for end in (table.low, table.high))),
-        [b for b, _ in tables],
-        list(read_widths(planes, width)),
-        list(planes.bits_G or ()),
-        planes.shape[0],
-        planes.group_size,
-        MODES[arithmetic],
-    )
+    if route(arithmetic, watched=True, gradient=x.requires_grad and torch.is_grad_enabled()) == "exact":
+        return reference.linear(x, planes, width, bias)
+    mode, only = MODES[arithmetic], width if isinstance(width, int) and planes.bits_G is None else None
+    widths = read_widths(planes, width) if only is None else (only,)
+    return torch.ops.polybit.linear.default(x, bias, mode, widths, *planes.apart(only))
 
 
 def decode(planes: Planes, width: int | Sequence[int]) -> Tensor:
     """The weight in float32 [O, I] as seen at `width` bits, bit for bit what `QWeight.dequantize` gives."""
     check_width(planes, width)
-    if planes.planes.is_cuda and isinstance(width, int) and fits_gpu(planes) and (kernels := gpu_kernels()):
-        with torch.cuda.device_of(planes.planes):
-            return kernels[1].decode(planes, width)
-    made = cpu.decode(planes, width) if planes.planes.is_cpu else None
-    return reference.decode(planes, width) if made is None else made
+    stored = planes.planes
+    layer = cpu.make_layer(planes) if stored.is_cpu else None
+    readable = layer is not None or (stored.is_cuda and read_by_gpu(planes, width))
+    way = route("float", stored.device.type, readable)
+    if way == "decoded":
+        return cpu.decode(layer, planes, width)
+    if way == "many":
+        with torch.cuda.device_of(stored):
+            return triton_kernels()[1].decode(planes, width)
+    return reference.decode(planes, width)
 
 
 def best_arithmetic(device: torch.device | None = None) -> Arithmetic:
@@ -135,6 +99,13 @@ def check(x: Tensor, planes: Planes, width: int | Sequence[int], bias: Tensor | 
         raise PolybitError(f"the bias is on {bias.device}, the input on {x.device}: move one of them")
 
 
+def is_watched(x: Tensor) -> bool:
+    """Whether a call must go through torch's dispatcher: somebody wants a gradient, traces, records or counts."""
+    return (
+        type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()) or is_compiling() or dispatch_stack() > 0
+    )
+
+
 def check_width(planes: Planes, width: int | Sequence[int]) -> None:
     """Refuse a width that is not stored, and widths that are not one per group."""
     if not isinstance(width, int):
@@ -143,95 +114,57 @@ def check_width(planes: Planes, width: int | Sequence[int]) -> None:
         raise PolybitError(f"width {width} is not stored: choose 1 to {planes.bits}")
 
 
-def linear_by_reference(
-    x: Tensor,
-    planes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    ratio: Tensor | None,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    numbers: Sequence[float],
-    rows: int,
-    group_size: int,
-    width: int,
-    mode: int,
-) -> Tensor:
-    """polybit::linear by the slow twin: every device, every group size."""
-    stored = assemble(planes, scale, zero, ratio, column_scale, numbers, (rows, x.shape[-1]), group_size, width)
-    return reference.linear(x, stored, width, bias, arithmetic=NAMES[mode])
+def by_reference(x: Tensor, bias: Tensor | None, mode: int, widths: Sequence[int], *stored: Any) -> Tensor:
+    """polybit::linear by the slow twin, on any device."""
+    planes = Planes.together(*stored)
+    return reference.linear(x, planes, one_or_each(planes, widths), bias, arithmetic=NAMES[mode])
 
 
-def linear_on_cpu(
-    x: Tensor,
-    planes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    ratio: Tensor | None,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    numbers: Sequence[float],
-    rows: int,
-    group_size: int,
-    width: int,
-    mode: int,
-) -> Tensor:
+def on_cpu(x: Tensor, bias: Tensor | None, mode: int, widths: Sequence[int], *stored: Any) -> Tensor:
     """polybit::linear by the compiled kernels where they can, else by the slow twin."""
-    stored = assemble(planes, scale, zero, ratio, column_scale, numbers, (rows, x.shape[-1]), group_size, width)
-    return multiply_on_cpu(x, stored, width, bias, mode)
+    planes = Planes.together(*stored)
+    width, layer = one_or_each(planes, widths), cpu.make_layer(planes)
+    way = route(NAMES[mode], "cpu", layer is not None and x.dtype in FLOATS)
+    if way == "compiled":
+        return cpu.multiply(layer, x, planes, width, bias, mode // 8)
+    if way == "decoded":
+        weight_OI = cpu.decode(layer, planes, width)
+        return dense(x.float(), weight_OI, None if bias is None else bias.float()).to(x.dtype)
+    return reference.linear(x, planes, width, bias, arithmetic=NAMES[mode])
 
 
-def multiply_on_cpu(x: Tensor, stored: Planes, width: int | Sequence[int], bias: Tensor | None, mode: int) -> Tensor:
-    """x times a stored weight by the compiled kernels where they can, else by the slow twin."""
-    if mode:
-        made = cpu.linear(x, stored, width, bias, mode // 8)
-        return reference.linear(x, stored, width, bias, arithmetic=NAMES[mode]) if made is None else made
-    y = dense(x.float(), decode(stored, width), None if bias is None else bias.float())
-    return y.to(x.dtype)
-
-
-def mixed_on_cpu(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -> Tensor:
-    """polybit::linear_mixed by the compiled kernels where they can, else by the slow twin."""
-    stored, widths, bias, mode = assemble_mixed(x, planes, scale, zero, *rest)
-    return multiply_on_cpu(x, stored, widths, bias, mode)
-
-
-def mixed_by_reference(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -> Tensor:
-    """polybit::linear_mixed by the slow twin: every device (a GPU decodes the weight and multiplies densely)."""
-    stored, widths, bias, mode = assemble_mixed(x, planes, scale, zero, *rest)
-    return reference.linear(x, stored, widths, bias, arithmetic=NAMES[mode])
-
-
-def linear_on_gpu(
-    x: Tensor,
-    planes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    ratio: Tensor | None,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    numbers: Sequence[float],
-    rows: int,
-    group_size: int,
-    width: int,
-    mode: int,
-) -> Tensor:
+def on_gpu(x: Tensor, bias: Tensor | None, mode: int, widths: Sequence[int], *stored: Any) -> Tensor:
     """polybit::linear on a GPU: few tokens by the Triton kernel, many by decoding and a dense product, which is exact
     in float32 unless torch was told to use TF32; without triton slowly."""
-    stored = assemble(planes, scale, zero, ratio, column_scale, numbers, (rows, x.shape[-1]), group_size, width)
-    kernels = gpu_kernels() if fits_gpu(stored) and x.numel() else None
-    if kernels is None:
-        return reference.linear(x, stored, width, bias, arithmetic=NAMES[mode])
-    few, many = kernels
+    planes = Planes.together(*stored)
+    width: Any = one_or_each(planes, widths)
+    way = route(NAMES[mode], "cuda", read_by_gpu(planes, width), x.numel() // planes.shape[1])
+    if way == "twin":
+        return reference.linear(x, planes, width, bias, arithmetic=NAMES[mode])
+    few, many = triton_kernels()
     with torch.cuda.device_of(x):  # triton starts kernels on the current device
-        if mode and x.numel() <= few.MOST_TOKENS * x.shape[-1]:
-            return few.linear(x, stored, width, bias, NAMES[mode])
-        return many.linear(x, stored, width, bias, x.dtype if mode else torch.float32)
+        if way == "few":
+            return few.linear(x, planes, width, bias, NAMES[mode])
+        return many.linear(x, planes, width, bias, x.dtype if mode else torch.float32)
 
 
-def fits_gpu(stored: Planes) -> bool:
-    """Whether the Triton kernels read this weight: not a width per group, no odd group size, not spread in memory."""
-    return stored.bits_G is None and stored.group_size in cpu.GROUPS and stored.planes[0].is_contiguous()
+def one_or_each(planes: Planes, widths: Sequence[int]) -> int | Sequence[int]:
+    """The width of all groups, or the widths of each, as an operator is told them."""
+    return widths[0] if len(widths) == 1 and planes.bits_G is None else widths
+
+
+def read_by_gpu(planes: Planes, width: int | Sequence[int] = 1) -> bool:
+    """Whether the Triton kernels are there and read this weight: no width per group, no odd group size, not spread in
+    memory."""
+    even = planes.bits_G is None and isinstance(width, int)
+    return even and planes.group_size in cpu.GROUPS and planes.planes[0].is_contiguous() and gpu_kernels() is not None
+
+
+def triton_kernels() -> tuple[ModuleType, ModuleType]:
+    """The Triton kernels for a few tokens and for many, where they are known to be there."""
+    found = gpu_kernels()
+    assert found is not None
+    return found
 
 
 @cache
@@ -244,66 +177,14 @@ def gpu_kernels() -> tuple[ModuleType, ModuleType] | None:
     return triton_gemv, triton_decode
 
 
-def assemble(
-    planes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    ratio: Tensor | None,
-    column_scale: Tensor | None,
-    numbers: Sequence[float],
-    shape: tuple[int, int],
-    group_size: int,
-    width: int,
-) -> Planes:
-    """The Planes an operator call was taken apart from, as far as `width` needs them."""
-    gain, fixed, low, high = numbers
-    ratios = {width: RatioTable(low, high, ratio)}
-    return Planes(planes, scale, fixed if zero is None else zero, gain, shape, group_size, ratios, column_scale)
-
-
-def assemble_mixed(
-    x: Tensor,
-    planes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    ratios: Sequence[Tensor | None],
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    numbers: Sequence[float],
-    ratio_widths: Sequence[int],
-    widths: Sequence[int],
-    stored: Sequence[int],
-    rows: int,
-    group_size: int,
-    mode: int,
-) -> tuple[Planes, Sequence[int], Tensor | None, int]:
-    """The Planes, widths, bias and mode that a call of polybit::linear_mixed was taken apart from."""
-    gain, fixed, *ends = numbers
-    tables = {b: RatioTable(ends[2 * i], ends[2 * i + 1], ratios[i]) for i, b in enumerate(ratio_widths)}
-    fixed_or_zero = fixed if zero is None else zero
-    bits_G = tuple(stored) or None
-    shape = (rows, x.shape[-1])
-    whole = Planes(planes, scale, fixed_or_zero, gain, shape, group_size, tables, column_scale, bits_G)
-    return whole, widths, bias, mode
-
-
-def linear_shape(x: Tensor, planes, scale, zero, ratio, column_scale, bias, numbers, rows, *_) -> Tensor:
+def linear_shape(x: Tensor, bias: Any, mode: int, widths: Sequence[int], layout: Sequence[int], *_: Any) -> Tensor:
     """What polybit::linear returns, without computing it."""
-    return x.new_empty((*x.shape[:-1], rows))
-
-
-def mixed_shape(x: Tensor, *rest: Any) -> Tensor:
-    """What polybit::linear_mixed returns, without computing it."""
-    return x.new_empty((*x.shape[:-1], rest[10]))
+    return x.new_empty((*x.shape[:-1], layout[0]))
 
 
 LIBRARY = torch.library.Library("polybit", "DEF")
 LIBRARY.define(SCHEMA)
-LIBRARY.impl("linear", linear_by_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("linear", linear_on_cpu, "CPU")
-LIBRARY.impl("linear", linear_on_gpu, "CUDA")
+LIBRARY.impl("linear", by_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("linear", on_cpu, "CPU")
+LIBRARY.impl("linear", on_gpu, "CUDA")
 torch.library.register_fake("polybit::linear", linear_shape, lib=LIBRARY)
-LIBRARY.define(MIXED_SCHEMA)
-LIBRARY.impl("linear_mixed", mixed_by_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("linear_mixed", mixed_on_cpu, "CPU")
-torch.library.register_fake("polybit::linear_mixed", mixed_shape, lib=LIBRARY)

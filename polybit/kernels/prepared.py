@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack as dispatch_stack
+from torch.compiler import is_compiling
 
 from polybit.core.planes import Planes
 from polybit.kernels import cpu, ops
 from polybit.kernels.adapter import Adapter
+from polybit.kernels.cpu import TYPES
 from polybit.kernels.reference import chunk_of
+from polybit.kernels.route import Arithmetic, route
 
 DIGITS = {"int8": 1, "int16": 2}
 MOST_READINGS = 64  # widths per group that a layer remembers
@@ -25,11 +29,12 @@ class Prepared:
     (tracing, gradients, odd group sizes) goes to `ops.linear`.
     """
 
-    __slots__ = ("columns", "isa", "layer", "numbers", "on_gpu", "planes", "rows")
+    __slots__ = ("bits", "columns", "isa", "layer", "numbers", "on_gpu", "planes", "rows")
 
     def __init__(self, planes: Planes, isa: int = 0) -> None:
         self.planes, self.isa = planes, isa
         self.rows, self.columns = planes.shape
+        self.bits = planes.bits
         self.layer = cpu.make_layer(planes, isa)
         self.on_gpu = gpu_layer(planes) if planes.planes.is_cuda else None
         self.numbers: dict[tuple[int, ...], int] = {}
@@ -39,21 +44,23 @@ class Prepared:
         x: Tensor,
         width: int | tuple[int, ...],
         bias: Tensor | None = None,
-        arithmetic: ops.Arithmetic = "int16",
+        arithmetic: Arithmetic = "int16",
         adapter: Adapter | None = None,
     ) -> Tensor:
         """The same as `ops.linear(x, planes, width, bias, arithmetic=arithmetic)`, and the adapter added."""
-        if self.on_gpu is not None and adapter is None:
-            made = self.on_gpu.linear(x, width, bias, arithmetic)
+        if self.on_gpu is not None:
+            way = route(arithmetic, "cuda", adapter is None)
+            made = self.on_gpu.linear(x, width, bias, arithmetic) if way == "few" else None
             if made is not None:
                 return made
-        if (
-            self.layer is None
-            or not is_plain(x, self.columns, arithmetic)
-            or not (type(width) is tuple or (type(width) is int and 1 <= width <= self.planes.bits))
-            or not (bias is None or self.takes_bias(bias))
-            or not (adapter is None or (adapter.rows == self.rows and adapter.columns == self.columns))
-        ):
+        readable = (
+            self.layer is not None
+            and is_plain(x, self.columns)
+            and (type(width) is tuple or (type(width) is int and 1 <= width <= self.bits))
+            and (bias is None or self.takes_bias(bias))
+            and (adapter is None or (adapter.rows == self.rows and adapter.columns == self.columns))
+        )
+        if route(arithmetic, "cpu", readable) != "compiled":
             y = ops.linear(x, self.planes, width, bias, arithmetic=arithmetic)
             return y if adapter is None else (y.float() + adapter.product(x)).to(y.dtype)
         number, x = width if type(width) is int else self.number(width), x.contiguous()
@@ -62,18 +69,18 @@ class Prepared:
             number,
             DIGITS[arithmetic],
             x.numel() // self.columns,
-            cpu.TYPES[x.dtype],
+            TYPES[x.dtype],
             x.data_ptr(),
             y.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            0 if bias is None else cpu.TYPES[bias.dtype],
+            0 if bias is None else TYPES[bias.dtype],
             None if adapter is None else adapter.for_kernels(),
         )
         return y
 
     def takes_bias(self, bias: Tensor) -> bool:
         """Whether the compiled kernels read this bias; `ops.linear` refuses the rest with a reason."""
-        return bias.dtype in cpu.TYPES and bias.shape == (self.rows,) and bias.is_cpu and bias.is_contiguous()
+        return bias.dtype in TYPES and bias.shape == (self.rows,) and bias.is_cpu and bias.is_contiguous()
 
     def number(self, width: int | tuple[int, ...]) -> int:
         """What the compiled layer calls a width, or a width per group; the latter are made once and kept."""
@@ -97,18 +104,17 @@ def gpu_layer(planes: Planes) -> Any:
     return triton_layer.make_layer(planes)
 
 
-def is_plain(x: Tensor, columns: int, arithmetic: str) -> bool:
+def is_plain(x: Tensor, columns: int) -> bool:
     """Whether an input may go to the compiled kernels past torch's dispatcher."""
     return not (
-        arithmetic not in DIGITS
-        or type(x) is not Tensor
+        type(x) is not Tensor
         or not x.is_cpu
-        or x.dtype not in cpu.TYPES
+        or x.dtype not in TYPES
         or x.ndim == 0
         or x.shape[-1] != columns
         or (x.requires_grad and torch.is_grad_enabled())
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()  # somebody records or counts operators
+        or is_compiling()
+        or dispatch_stack()  # somebody records or counts operators
     )
 
 
@@ -152,18 +158,19 @@ class Bundle:
         x: Tensor,
         widths: Sequence[int | tuple[int, ...]],
         biases: Sequence[Tensor | None],
-        arithmetic: ops.Arithmetic = "int16",
+        arithmetic: Arithmetic = "int16",
         adapters: Sequence[Adapter | None] | None = None,
     ) -> list[Tensor]:
         """One output per member: what `Prepared.linear` of each gives."""
         adapters = adapters or (None,) * len(self.members)
         given = list(zip(self.members, widths, biases, adapters, strict=True))
-        if not is_plain(x, self.members[0].columns, arithmetic) or not all(
-            (isinstance(width, tuple) or 1 <= width <= member.planes.bits)
+        readable = is_plain(x, self.members[0].columns) and all(
+            (isinstance(width, tuple) or 1 <= width <= member.bits)
             and (bias is None or member.takes_bias(bias))
             and (adapter is None or (adapter.rows == member.rows and adapter.columns == member.columns))
             for member, width, bias, adapter in given
-        ):
+        )
+        if route(arithmetic, "cpu", readable) != "compiled":
             return [member.linear(x, width, bias, arithmetic, adapter) for member, width, bias, adapter in given]
         numbers = [member.number(width) for member, width, _, _ in given]
         if any(member.layer is not layer for member, layer in zip(self.members, self.layers, strict=True)):
@@ -174,11 +181,11 @@ class Bundle:
             numbers,
             DIGITS[arithmetic],
             x.numel() // x.shape[-1],
-            cpu.TYPES[x.dtype],
+            TYPES[x.dtype],
             x.data_ptr(),
             [y.data_ptr() for y in ys],
             [0 if bias is None else bias.data_ptr() for bias in biases],
-            [0 if bias is None else cpu.TYPES[bias.dtype] for bias in biases],
+            [0 if bias is None else TYPES[bias.dtype] for bias in biases],
             [None if adapter is None else adapter.for_kernels() for adapter in adapters],
         )
         return ys

@@ -18,9 +18,6 @@ from polybit.core.planes import COLUMNS, ROWS, Planes, RatioTable
 from polybit.kernels.reference import LEVELS, chunk_of
 from polybit.kernels.triton_round import round_blocks, round_words
 
-# Beyond these tokens decoding and a dense product are faster. On an H200, 4096 x 4096: this kernel takes 7 + 1.2 µs for
-# every further token at 4 bits and 9 + 2 at 8; decoding moves 40 to 50 MB, about 12 µs, and bf16 cuBLAS takes 14.
-MOST_TOKENS = 12
 REGISTERS = 128  # of a thread that rounds too: two programs of 8 warps on a multiprocessor for a few bytes spilled
 
 

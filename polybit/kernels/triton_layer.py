@@ -21,7 +21,7 @@ CONSTANTS = 19  # the first argument of `gemv` that is one
 X, BIAS, Y = 0, 7, 8  # places of the arguments that change
 
 
-class Layer:
+class LaunchedLayer:
     """A weight that must stay where it is in memory."""
 
     __slots__ = ("columns", "device", "launches", "planes", "rows")
@@ -34,14 +34,11 @@ class Layer:
     def linear(self, x: Tensor, width: Any, bias: Tensor | None, arithmetic: str) -> Tensor | None:
         """`ops.linear` of one token, or None for what this does not do: tracing, gradients, other inputs and biases."""
         if (
-            type(x) is not Tensor
-            or x.numel() != self.columns
+            x.numel() != self.columns
             or x.shape[-1] != self.columns
             or x.get_device() != self.device
             or not x.is_contiguous()
-            or (x.requires_grad and torch.is_grad_enabled())
-            or torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()  # somebody records or counts operators
+            or ops.is_watched(x)
             or torch._C._cuda_getDevice() != self.device
             or not (bias is None or self.takes_bias(bias))
         ):
@@ -83,6 +80,6 @@ class Layer:
         return y
 
 
-def make_layer(planes: Planes) -> Layer | None:
-    """The Layer of a weight on a GPU, or None where its kernel does not read it."""
-    return Layer(planes) if planes.planes.is_cuda and ops.fits_gpu(planes) else None
+def make_layer(planes: Planes) -> LaunchedLayer | None:
+    """The LaunchedLayer of a weight on a GPU, or None where its kernel does not read it."""
+    return LaunchedLayer(planes) if planes.planes.is_cuda and ops.read_by_gpu(planes) else None

@@ -79,7 +79,7 @@ class Siblings:
         if self.ready is not None:
             self.forgive(leader, self.ready[2])
         members = [leader, *(f for f in followers if alike(leader, f))]
-        if len(members) < 2 or not leader.is_fast(x) or not is_plain(x, leader.columns, leader.arithmetic):
+        if len(members) < 2 or not leader.is_fast(x) or not is_plain(x, leader.columns):
             return None
         prepared = tuple([member.prepared() for member in members])
         known = self.bundles.get(leader)

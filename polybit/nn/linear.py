@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.functional import linear as dense
 
 from polybit.core.affine import QWeight, fake_quantize_tokens
@@ -18,7 +19,10 @@ from polybit.core.runtime import PolybitError
 from polybit.kernels import ops
 from polybit.kernels.adapter import Adapter
 from polybit.kernels.prepared import Holder, Prepared
+from polybit.kernels.route import Arithmetic, Route, route
 from polybit.nn.fields import Fields, tensors_of
+
+PREPARED = ("compiled", "few")  # ways of a weight whose kernels were handed it once
 
 
 class QuantWeight(nn.Module):
@@ -45,7 +49,7 @@ class QuantWeight(nn.Module):
         self.keep: bool = False
         self.kept: tuple[int | tuple[int, ...], Tensor] | None = None
         self.kind = "linear"  # how the float model stored this weight; told by whoever puts the layer in place
-        self.arithmetic: ops.Arithmetic = "float"
+        self.arithmetic: Arithmetic = "float"
         self.holder = Holder()
 
     @classmethod
@@ -118,10 +122,14 @@ class QuantWeight(nn.Module):
         bits = self.precision.a
         return x if bits == FLOAT else fake_quantize_tokens(x.float(), bits).to(x.dtype)
 
+    def way(self, x: Tensor) -> Route:
+        """How x is multiplied, as far as the layer can tell; the prepared weight looks closer."""
+        device = "cuda" if x.is_cuda else "cpu"
+        return route(self.arithmetic, device, watched=type(x) is not Tensor or is_compiling(), kept=self.keep)
+
     def is_fast(self, x: Tensor) -> bool:
-        """Whether an input may go straight to the compiled kernels."""
-        plain = not self.keep and self.arithmetic != "float" and type(x) is Tensor
-        return plain and not torch.compiler.is_compiling()
+        """Whether an input may go straight to the prepared weight."""
+        return self.way(x) in PREPARED
 
     def prepared(self) -> Prepared:
         """The weight as the compiled kernels have it."""
@@ -130,12 +138,13 @@ class QuantWeight(nn.Module):
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias at the current precision, in x's dtype."""
         x = self.round_input(x)
-        if self.is_fast(x):
+        way = self.way(x)
+        if way in PREPARED:
             return self.prepared().linear(x, self.reading, bias, self.arithmetic)
-        if not self.keep:
-            return ops.linear(x, self.planes, self.reading, bias, arithmetic=self.arithmetic)
-        y = dense(x.float(), self.decode(), None if bias is None else bias.float())
-        return y.to(x.dtype)
+        if way == "kept":
+            y = dense(x.float(), self.decode(), None if bias is None else bias.float())
+            return y.to(x.dtype)
+        return ops.linear(x, self.planes, self.reading, bias, arithmetic=self.arithmetic)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

@@ -20,6 +20,7 @@ from polybit.core.runtime import PolybitError, track
 from polybit.hub.random_model import random_planes
 from polybit.kernels import ops, reference
 from polybit.kernels.prepared import Prepared
+from polybit.kernels.route import route
 from polybit.speed.products import GROUP
 from polybit.speed.timing import Job, Timed, paired_ratio, summarize
 
@@ -75,8 +76,7 @@ def polybit_jobs(rows: int, columns: int, tokens: int, widths: Sequence[int], ar
 
 def verify(y: Tensor, x: Tensor, planes: Planes, width: int, arithmetic: Any) -> None:
     """Equality before speed: what the kernel gave, against the slow twin on the same GPU."""
-    kernels = ops.gpu_kernels()
-    rounded = kernels is not None and len(x) <= kernels[0].MOST_TOKENS
+    rounded = route(arithmetic, "cuda", tokens=len(x)) == "few"
     slow = reference.linear(x.float(), planes, width, arithmetic=arithmetic if rounded else "float")
     error = float((y.float() - slow).abs().max() / slow.abs().max())
     if not error < ERROR:

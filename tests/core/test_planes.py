@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from polybit.core import planes
 from polybit.core.affine import Grid, QWeight, centre, encode, expand_groups, storable_scale
-from polybit.core.planes import pack, storable_ratio, unpack
+from polybit.core.planes import Planes, pack, storable_ratio, unpack
 from polybit.core.runtime import PolybitError
 
 
@@ -105,3 +105,20 @@ def test_what_cannot_be_stored_is_refused():
         pack(QWeight(q.codes_OI, q.scale_OG, torch.full_like(q.scale_OG, 1.5), 4, 32))
     with pytest.raises(PolybitError, match="width 5"):
         unpack(pack(q), 5)
+
+
+@pytest.mark.parametrize("bits_G", [None, (8, 3, 5)])
+@pytest.mark.parametrize("zero", ["group", "one"])
+def test_taken_apart_and_put_together(bits_G, zero):
+    """The same Planes over the same memory, whole or as far as one width needs them."""
+    groups = 3
+    codes = torch.zeros(20, 96, dtype=torch.uint8)
+    point = torch.full((20, groups), 2.0) if zero == "group" else torch.tensor(3.5)
+    tables = {4: torch.tensor(1.25), 3: storable_ratio(torch.rand(20, groups) + 0.5)}
+    stored = None if bits_G is None else torch.tensor(bits_G, dtype=torch.uint8)
+    p = pack(QWeight(codes, torch.full((20, groups), 0.5), point, 8, 32, tables, torch.ones(96), stored))
+    again = Planes.together(*p.apart())
+    assert again.planes is p.planes and again.scale is p.scale and again.column_scale is p.column_scale
+    assert (again.zero is p.zero or again.zero == p.zero) and again.bits_G == p.bits_G == bits_G
+    assert again.shape == p.shape and again.gain == p.gain and again.ratios == p.ratios
+    assert Planes.together(*p.apart(3)).ratios == {3: p.ratios[3]} and not Planes.together(*p.apart(8)).ratios

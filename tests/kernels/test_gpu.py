@@ -5,6 +5,7 @@ import torch
 
 from polybit.kernels import ops, reference
 from polybit.kernels.prepared import Prepared
+from polybit.kernels.route import MOST_TOKENS
 from polybit.speed.products_gpu import time_on_gpu, to_gpu
 from tests.kernels.test_ops import KINDS, random_input, random_planes, relative
 from tests.kernels.test_triton_round import awkward_input
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def exact_error(p, tokens, width, mode, seed=1):
     """Error of the operator on the GPU, with a bias, against the slow twin there in float64; many are not rounded."""
-    mode_of_twin = mode if tokens <= triton_gemv.MOST_TOKENS else "float"
+    mode_of_twin = mode if tokens <= MOST_TOKENS else "float"
     rows, columns = p.shape
     x, bias = random_input(tokens, columns, seed=seed).to(DEVICE), random_input(rows, seed=2).to(DEVICE)
     exact = reference.linear(x.double(), p, width, bias, arithmetic=mode_of_twin, precision=torch.float64)

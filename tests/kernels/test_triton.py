@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from polybit.kernels import ops, reference
+from polybit.kernels.route import MOST_TOKENS
 from tests.kernels.test_ops import KINDS, random_input, random_planes, relative
 from tests.kernels.test_triton_round import awkward_input
 
@@ -60,11 +61,10 @@ def test_interpreted_spoiled_token_spoils_only_itself(kernel):
 
 def test_the_operator_takes_it_for_a_few_tokens(kernel):
     """What a GPU's dispatch runs, here on main memory; odd group sizes and no tokens go to the slow twin."""
-    for tokens, group_size in ((1, 64), (kernel.MOST_TOKENS, 64), (kernel.MOST_TOKENS + 1, 64), (2, 16), (0, 64)):
+    for tokens, group_size in ((1, 64), (MOST_TOKENS, 64), (MOST_TOKENS + 1, 64), (2, 16), (0, 64)):
         p, x = random_planes(20, 96, 8, group_size), random_input(tokens, 96, dtype=torch.bfloat16)
-        parts = (x, p.planes, p.scale, None, None, None, None, (p.gain, p.zero, 1.0, 1.0))
-        y = ops.linear_on_gpu(*parts, 20, group_size, 4, 8)
-        rounded = tokens <= kernel.MOST_TOKENS
+        y = ops.on_gpu(x, None, 8, [4], *p.apart(4))
+        rounded = tokens <= MOST_TOKENS
         expected = reference.linear(x, p, 4, arithmetic="int8" if rounded else "float")
         assert y.shape == (tokens, 20) and y.dtype == torch.bfloat16
         # triton's interpreter cuts the decoded weight off to bfloat16 instead of rounding it

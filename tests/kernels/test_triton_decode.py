@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,16 +62,16 @@ def test_the_operator_takes_it_for_many_tokens_and_for_floats(kernel, monkeypatc
     p = random_planes(20, 96)
     for tokens, mode in ((1, 8), (12, 16), (13, 8), (40, 16), (1, 0)):
         x = random_input(tokens, 96, dtype=torch.bfloat16)
-        ops.linear_on_gpu(x, p.planes, p.scale, None, None, None, None, (p.gain, p.zero, 1.0, 1.0), 20, 64, 4, mode)
+        ops.on_gpu(x, None, mode, [4], *p.apart(4))
     assert seen == [(13, torch.bfloat16), (40, torch.bfloat16), (1, torch.float32)]
 
 
 def test_the_operator_takes_some_rows_of_a_weight(kernel):
     """Experts: planes cut by rows are apart in memory."""
     p, x = random_planes(48, 96), random_input(13, 96)
-    parts = (x, p.planes[:, 1:2], p.scale[1:2], None, None, None, None, (p.gain, p.zero, 1.0, 1.0))
+    cut = replace(p, planes=p.planes[:, 1:2], scale=p.scale[1:2], shape=(16, 96))
     for tokens in (1, 13):
-        y = ops.linear_on_gpu(x[:tokens], *parts[1:], 16, 64, 4, 16)
+        y = ops.on_gpu(x[:tokens], None, 16, [4], *cut.apart(4))
         assert relative(y, reference.linear(x[:tokens], p, 4)[:, 16:32]) <= 1e-4
 
 

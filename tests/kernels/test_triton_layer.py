@@ -33,10 +33,10 @@ def repeated(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_second_call_has_the_first_one_s_arguments(repeated, kind):
     from polybit.kernels.triton_gemv import gemv
-    from polybit.kernels.triton_layer import CONSTANTS, Layer
+    from polybit.kernels.triton_layer import CONSTANTS, LaunchedLayer
 
     p, x, bias = random_planes(40, 300, **KINDS[kind]), random_input(1, 1, 300), random_input(40, seed=2)
-    layer = Layer(p)
+    layer = LaunchedLayer(p)
     y = layer.linear(x, 4, bias, "int16")
     assert relative(y, reference.linear(x, p, 4, bias, arithmetic="int16")) <= 1e-5 and not repeated
     again = layer.linear(other := x.clone(), 4, bias, "int16")
@@ -50,10 +50,10 @@ def test_the_second_call_has_the_first_one_s_arguments(repeated, kind):
 
 
 def test_what_it_leaves_to_the_operator(repeated):
-    from polybit.kernels.triton_layer import Layer
+    from polybit.kernels.triton_layer import LaunchedLayer
 
     p, x = random_planes(20, 96), random_input(1, 96)
-    layer = Layer(p)
+    layer = LaunchedLayer(p)
     assert layer.linear(x.double(), 4, None, "int8") is None
     assert layer.linear(x, 9, None, "int8") is None and layer.linear(x, (4, 4), None, "int8") is None
     assert layer.linear(x, 4, None, "float") is None
