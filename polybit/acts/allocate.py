@@ -18,7 +18,7 @@ from polybit.core.plan import Plan
 from polybit.core.precision import Precision, parse_widths
 from polybit.core.records import Run, read_run
 from polybit.core.runtime import atomic_path, write_json
-from polybit.data.answers import EMBEDDED as EMBEDDED_TASKS
+from polybit.data.table import EMBEDDED_TASKS
 from polybit.hub.load import load_float
 from polybit.hub.models import is_embedded, own_name, resolve
 from polybit.hub.workspace import model_digest

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polybit.core.runtime import PolybitError
+from polybit.data.table import EMBEDDED
 from polybit.hub.lm import longest_input
 
 SELF = "self"  # the model writes its own text
@@ -70,7 +71,7 @@ def gather(
 
 def auto_source(*, embedded: bool) -> str:
     """The text a model is calibrated on unless told otherwise."""
-    return "embedded" if embedded else SELF
+    return EMBEDDED if embedded else SELF
 
 
 def window_length(model, asked: int | None) -> int:

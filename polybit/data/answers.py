@@ -11,10 +11,9 @@ from typing import Any
 from polybit.core.runtime import PolybitError
 from polybit.data.chat import encode_conversation
 from polybit.data.rows import read_rows
+from polybit.data.table import EMBEDDED_TASKS, HUB_TASKS
 from polybit.data.text import CHAT_KEYS, PAIR_KEYS, Messages, encode, has_chat_template, read_messages
 
-EMBEDDED = ("reading", "arithmetic", "dialogue")  # tasks of the embedded generator, training names
-HUB = {"gsm8k": "openai/gsm8k:main:train", "squad": "rajpurkar/squad:plain_text:train"}
 LEAST = 8  # items below which a ranking of layers is guesswork
 FORMS = (
     'use {"question", "answer"}, {"messages": [..., {"role": "assistant", ...}]} or SQuAD\'s {"context", "question", '
@@ -47,12 +46,12 @@ def read_task(source: str, *, count: int | None = None, seed: int = 0) -> TaskTe
     question and answers (flat, or the official nested file). `count` items are drawn where there are more.
     Raises PolybitError for a source without items, and names the first row without an answer.
     """
-    if source in EMBEDDED:
+    if source in EMBEDDED_TASKS:
         from polybit.data import synth
 
         drawn = synth.items(source, count or 256, seed, split="train")
         return TaskText(source, [Exchange(tuple(item.messages), item.answer) for item in drawn], [])
-    rows = read_rows(HUB.get(source, source), split="train")
+    rows = read_rows(HUB_TASKS.get(source, source), split="train")
     found = [exchange for at, row in enumerate(rows, start=1) for exchange in read_row(row, f"Row {at} of {source!r}")]
     if not found:
         raise PolybitError(f"{source!r} has no question with an answer; {FORMS}.")

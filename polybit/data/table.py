@@ -10,6 +10,7 @@ EMBEDDED_SETS: dict[str, tuple[Literal["train", "test"], int]] = {
     EMBEDDED: ("train", 1),
     "embedded-test": ("test", 2),
 }
+EMBEDDED_TASKS = ("reading", "arithmetic", "dialogue")  # of our own generator, each with right answers
 # name -> (dataset id, configuration, split): sets people calibrate on, read through the `datasets` library
 HUB_SETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
@@ -18,3 +19,5 @@ HUB_SETS = {
     "ultrachat": ("HuggingFaceH4/ultrachat_200k", None, "train_sft"),
     "gsm8k": ("openai/gsm8k", "main", "train"),
 }
+# name -> dataset:configuration:split: tasks with right answers, read through the `datasets` library
+HUB_TASKS = {"gsm8k": "openai/gsm8k:main:train", "squad": "rajpurkar/squad:plain_text:train"}

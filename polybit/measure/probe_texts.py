@@ -12,6 +12,7 @@ from torch import Tensor
 from polybit.compress import text
 from polybit.core.runtime import PolybitError
 from polybit.data.answers import encode_task, read_task
+from polybit.data.table import EMBEDDED
 from polybit.hub.lm import longest_input
 from polybit.measure.probe import ProbeText, answer_probe, text_probe
 
@@ -41,7 +42,7 @@ def general_probe(
         held_out=HELD_OUT,
         embedded=embedded,
     )
-    label = text.text_name("embedded" if source == text.AUTO and embedded else part.source)
+    label = text.text_name(EMBEDDED if source == text.AUTO and embedded else part.source)
     return ProbePair(
         text_probe(label, part.windows_NT[:samples], batch=text.BATCH),
         text_probe(label, part.held_out_MT, batch=text.BATCH),

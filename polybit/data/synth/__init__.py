@@ -14,6 +14,7 @@ from typing import Literal
 from polybit.data.synth import arithmetic, dialogue, reading
 from polybit.data.synth.names import is_held_out
 from polybit.data.synth.records import Document, Item, Message, Turn, exchange
+from polybit.data.table import EMBEDDED_TASKS
 
 __all__ = [
     "MIX",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 Split = Literal["train", "test"]
-TASKS = ("reading", "arithmetic", "dialogue")
+TASKS = EMBEDDED_TASKS
 MIX: Mapping[str, float] = {"reading": 1.0, "arithmetic": 1.0, "dialogue": 1.0, "drill": 0.3}
 DRAW: Mapping[str, Callable[..., Document]] = {
     "reading": reading.document,
