@@ -35,7 +35,7 @@ from polybit.train.answering import AskedModels, Asking, Hands, are_made, make_p
 from polybit.train.balance import Balance
 from polybit.train.fit import Course, Outcome
 from polybit.train.latent import freeze
-from polybit.train.material import PairMaterial, read_material
+from polybit.train.material import AnswersRead, PairMaterial, read_material
 from polybit.train.pairs import SUMMARY, summary
 from polybit.train.schedules import every, in_turn
 from polybit.train.table import AnswerKnobs
@@ -68,7 +68,7 @@ def align(model: str, options: AlignOptions) -> Run:
     return run
 
 
-def objective_of(options: AlignOptions) -> Any:
+def objective_of(options: AlignOptions) -> AnswersRead:
     """The objective of the method, with its knobs."""
     knobs = AnswerKnobs(
         beta=options.beta,
@@ -93,7 +93,9 @@ def asked_first(models: AskedModels, options: AlignOptions) -> Path:
     return directory
 
 
-def align_with(name: str, models: AskedModels, pairs: Path, objective: Any, options: AlignOptions) -> dict[str, Any]:
+def align_with(
+    name: str, models: AskedModels, pairs: Path, objective: AnswersRead, options: AlignOptions
+) -> dict[str, Any]:
     """Training, freezing, saving; returns the numbers of the run."""
     model, tokenizer = load_float(models.float_name, trust_remote_code=options.trust_remote_code)
     noted = summary(pairs)

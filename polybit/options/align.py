@@ -108,7 +108,7 @@ class AlignOptions:
             raise PolybitError(
                 f"--refresh-every {self.refresh_every} is not possible: give 0 (never) or a number of steps"
             )
-        _ = self.names
+        _ = self.names  # refuses what cannot be aligned before anything is loaded
 
     @property
     def objective(self) -> AnswerObjective:

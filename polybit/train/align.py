@@ -11,7 +11,7 @@ from torch import nn
 from polybit.core.runtime import PolybitError
 from polybit.hub.lm import LocalLM
 from polybit.train.fit import Course, Outcome, Teaching, fit
-from polybit.train.material import Gather, PairMaterial, kept_tokens, order_of
+from polybit.train.material import AnswersRead, Gather, PairMaterial, kept_tokens, order_of
 from polybit.train.picker import JUDGED
 from polybit.train.probe import AnswerProbe, Renewal
 from polybit.train.schedules import every
@@ -30,7 +30,7 @@ class Refresh:
 def run(
     model: nn.Module,
     halves: tuple[PairMaterial, PairMaterial],
-    objective: Any,
+    objective: AnswersRead,
     presets: tuple[str, ...],
     *,
     out: Path,
@@ -70,7 +70,7 @@ def run(
 def renewal(
     model: nn.Module,
     material: PairMaterial,
-    objective: Any,
+    objective: AnswersRead,
     rows: list[int],
     presets: tuple[str, ...],
     course: Course,

@@ -22,7 +22,7 @@ from polybit.train.picker import Picker, Probed
 from polybit.train.probe import forget
 from polybit.train.schedules import every
 from polybit.train.table import Schedule
-from polybit.train.trainer import PrecisionTrainer, Switch, settings
+from polybit.train.trainer import Objective, PrecisionTrainer, Switch, settings
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Teaching:
 
     order: Sequence[int]
     gather: Callable[[Any, int], Any]
-    objective: Any
+    objective: Objective
     presets: Sequence[str]
     schedule: Schedule = every
     switch: Switch = use

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -213,6 +213,24 @@ def join(
     }
 
 
+class AnswersRead(Protocol):
+    """An objective over answers: a loss of a batch at some presets, and in `needs` which parts of a batch it reads.
+
+    One in stages also has `at(step)`, the objective of a step.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Some of "chosen", "own", "pairs" and, of pairs, "tails" and "joined" (Gather)."""
+        ...
+
+    def __call__(
+        self, forward: Any, batch: Any, presets: tuple[str, ...]
+    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        """(loss, what to log), with `forward(part, preset)` giving logits."""
+        ...
+
+
 @dataclass(frozen=True)
 class Gather:
     """Turns row numbers into the batch an objective needs at a step; what the Trainer calls just before the step.
@@ -221,7 +239,7 @@ class Gather:
     """
 
     material: PairMaterial
-    objective: Any
+    objective: AnswersRead
     presets: tuple[str, ...]
 
     def __call__(self, rows: Sequence[int], step: int) -> dict[str, Any]:
