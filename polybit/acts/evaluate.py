@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from polybit.acts.evaluate_material import gather_material
-from polybit.acts.evaluate_suites import ModelPair, span_numbers
+from polybit.acts.evaluate_suites import EvalPair, span_numbers
 from polybit.compress.sizes import base_model, default_presets, preset_sizes, stored_widths
 from polybit.core.parts import load
 from polybit.core.records import Run
@@ -36,7 +36,7 @@ def evaluate(model: str, options: EvalOptions) -> Run:
     return run
 
 
-def open_pair(target: str, options: EvalOptions) -> tuple[ModelPair, str]:
+def open_pair(target: str, options: EvalOptions) -> tuple[EvalPair, str]:
     """Both models, the precisions to measure, and the name of the reference."""
     model, tokenizer = open_model(target, trust_remote_code=options.trust_remote_code)
     widths = stored_widths(model)
@@ -55,11 +55,11 @@ def open_pair(target: str, options: EvalOptions) -> tuple[ModelPair, str]:
         raise PolybitError(f"the reference {named} is itself quantized: give the float model it was made from")
     presets: list[str | None] = list(asked or (default_presets(model) if widths else ())) or [None]
     sizes: Mapping[str, Any] = preset_sizes(model, [p for p in presets if p]) if widths else {}
-    pair = ModelPair(LocalLM(float_model, float_tokenizer), LocalLM(model, tokenizer), tuple(presets), sizes)
+    pair = EvalPair(LocalLM(float_model, float_tokenizer), LocalLM(model, tokenizer), tuple(presets), sizes)
     return pair, named
 
 
-def measure(pair: ModelPair, options: EvalOptions, *, embedded: bool) -> tuple[dict[str, Any], str]:
+def measure(pair: EvalPair, options: EvalOptions, *, embedded: bool) -> tuple[dict[str, Any], str]:
     """All that was asked for, and the name of the text; embedded: the reference is the embedded model."""
     numbers: dict[str, Any] = {}
     text_name = ""

@@ -22,7 +22,7 @@ from polybit.options.evaluate import EvalOptions
 
 
 @dataclass(frozen=True, slots=True)
-class ModelPair:
+class EvalPair:
     """The float model, the quantized one, the precisions to measure it at, and their sizes by name."""
 
     reference: LocalLM
@@ -31,7 +31,7 @@ class ModelPair:
     sizes: Mapping[str, Mapping[str, Any]]
 
 
-def choices(pair: ModelPair, options: EvalOptions) -> dict[str, Any]:
+def choices(pair: EvalPair, options: EvalOptions) -> dict[str, Any]:
     """Multiple choice by log-likelihood, GSM8K by generation."""
     sets = choice_sets(
         names_of(options.choices),
@@ -43,7 +43,7 @@ def choices(pair: ModelPair, options: EvalOptions) -> dict[str, Any]:
     return compare_choices(pair.reference, pair.quantized, pair.presets, sets, seed=options.seed)
 
 
-def lm_eval(pair: ModelPair, options: EvalOptions) -> dict[str, Any]:
+def lm_eval(pair: EvalPair, options: EvalOptions) -> dict[str, Any]:
     """lm-eval's tasks through the bridge."""
     try:
         from polybit.evals.lm_eval_bridge import compare_tasks
@@ -61,7 +61,7 @@ def lm_eval(pair: ModelPair, options: EvalOptions) -> dict[str, Any]:
     )
 
 
-def talk(pair: ModelPair, options: EvalOptions) -> dict[str, Any]:
+def talk(pair: EvalPair, options: EvalOptions) -> dict[str, Any]:
     """Drift of the answers over long conversations."""
     scripts = talk_scripts(options.talks, count=options.talk_count, turns=options.talk, seed=options.seed)
     return drift(
@@ -69,7 +69,7 @@ def talk(pair: ModelPair, options: EvalOptions) -> dict[str, Any]:
     )
 
 
-def squad(pair: ModelPair, options: EvalOptions) -> dict[str, Any]:
+def squad(pair: EvalPair, options: EvalOptions) -> dict[str, Any]:
     """Questions of a SQuAD file, answered in free text."""
     views: dict[str, tuple[SquadView, str | None]] = {"float": (pair.reference, None)}
     views |= {preset or "as loaded": (pair.quantized, preset) for preset in pair.presets}
