@@ -11,12 +11,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from polybit.core.precision import FLOAT
 from polybit.core.runtime import PolybitError, track
 from polybit.data.batches import buckets, pad
 from polybit.data.chat import Prompt, encode_prompt
 from polybit.data.text import encode
 from polybit.hub.cache import keep_packed, logits_in_blocks, reads_in_blocks
 from polybit.nn import switch
+from polybit.nn.board import board_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +113,12 @@ class LocalLM:
 
     def rows_per_batch(self, length: int) -> int:
         """How many windows of `length` tokens fit one forward pass, counting its logits."""
-        vocabulary = self.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        return max(1, min(self.batch_tokens // length, self.batch_logits // (length * vocabulary)))
+        return max(1, min(self.batch_tokens // length, self.batch_logits // (length * self.vocabulary)))
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model can choose from."""
+        return self.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
 
     def _call(self, **inputs: Any) -> Any:
         """Forward with those inputs this architecture knows (not every one takes position_ids or logits_to_keep)."""
@@ -262,32 +268,116 @@ class LocalLM:
                 raise PolybitError(f"The continuation {pair[1]!r} has no tokens; give some text to score.")
         return self.loglik_tokens(encoded)
 
-    @torch.inference_mode()
     def loglik_tokens(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[LogLik]:
-        """Log-likelihood of each continuation after its context, both as token ids; see `loglik`."""
-        rows, counts = [], []
-        for context, continuation in pairs:
+        """Log-likelihood of each continuation after its context, both as token ids; see `loglik`.
+
+        Pairs that follow each other with the same context (the answers of a question) read it once.
+        """
+        for _, continuation in pairs:
             if self.max_length is not None and len(continuation) > self.max_length:
                 raise PolybitError(
                     f"A continuation of {len(continuation)} tokens is longer than the model's maximum of "
                     f"{self.max_length}; split it."
                 )
-            keep = None if self.max_length is None else self.max_length + 1
-            row = [*context, *continuation]
-            rows.append(row if keep is None else row[-keep:])
-            counts.append(len(continuation))
-        results: list[LogLik | None] = [None] * len(rows)
+        results: list[LogLik | None] = [None] * len(pairs)
+        alone: list[list[int]] = []
+        together: list[list[int]] = []
+        for members in same_context(pairs):
+            longest = len(pairs[members[0]][0]) + max(len(pairs[n][1]) for n in members)
+            fits = self.max_length is None or longest <= self.max_length
+            (together if len(members) > 1 and fits and self._shares() else alone).append(members)
+        self._loglik_alone(pairs, [n for members in alone for n in members], results)
+        self._loglik_together(pairs, together, results)
+        return [result for result in results if result is not None]
+
+    def _shares(self) -> bool:
+        """Whether what is read once may be gone on with: a cache that keeps it as it is, and positions that we name."""
+        wanted = {"past_key_values", "position_ids", "attention_mask", "logits_to_keep"}
+        widths = {
+            w
+            for o in (board_of(self.model).operands or {}).values()
+            for w in (o.precision.q, o.precision.k, o.precision.v)
+        }
+        return wanted <= self._forward_names and widths <= {FLOAT}
+
+    @torch.inference_mode()
+    def _loglik_alone(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        numbers: Sequence[int],
+        results: list[LogLik | None],
+    ) -> None:
+        """Each pair as a row of its own."""
+        keep = None if self.max_length is None else self.max_length + 1
+        rows = [[*pairs[n][0], *pairs[n][1]] for n in numbers]
+        rows = [row if keep is None else row[-keep:] for row in rows]
         length = max((len(row) for row in rows), default=1)
         for group in buckets([len(row) for row in rows], tokens=self.batch_tokens, rows=self.rows_per_batch(length)):
             ids_BT, _ = pad([rows[index] for index in group], self.pad_token())
             logp_BTV = self.logits(ids_BT[:, :-1]).log_softmax(-1)
             for line, index in enumerate(group):
-                span = slice(len(rows[index]) - 1 - counts[index], len(rows[index]) - 1)
-                target_T = ids_BT[line, 1:][span].to(logp_BTV.device)
-                nats = float(logp_BTV[line, span].gather(-1, target_T[:, None]).double().sum())
-                greedy = bool((logp_BTV[line, span].argmax(-1) == target_T).all())
-                results[index] = LogLik(nats, counts[index], greedy)
-        return [result for result in results if result is not None]
+                count = len(pairs[numbers[index]][1])
+                span = slice(len(rows[index]) - 1 - count, len(rows[index]) - 1)
+                results[numbers[index]] = score_row(logp_BTV[line, span], ids_BT[line, 1:][span])
+
+    @torch.inference_mode()
+    def _loglik_together(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        groups: Sequence[Sequence[int]],
+        results: list[LogLik | None],
+    ) -> None:
+        """Groups of pairs with one context each: the context is read once, then every continuation after it."""
+        contexts = [list(pairs[members[0]][0]) for members in groups]
+        answers = max((sum(len(pairs[n][1]) for n in members) for members in groups), default=1)
+        rows = max(1, self.batch_logits // (answers * self.vocabulary))
+        for bucket in buckets([len(row) for row in contexts], tokens=self.batch_tokens, rows=rows):
+            ids_BT, mask_BT = (
+                t.to(self.device) for t in pad([contexts[g] for g in bucket], self.pad_token(), side="left")
+            )
+            out = self._step(ids_BT, mask_BT, None)
+            first_BV = out.logits[:, -1].float().log_softmax(-1)
+            lines = [(line, n) for line, g in enumerate(bucket) for n in groups[g]]
+            after = self._after(out.past_key_values, mask_BT, [(line, pairs[n][1]) for line, n in lines])
+            for place, (line, n) in enumerate(lines):
+                logp_TV = torch.cat([first_BV[line, None], after[place, : len(pairs[n][1]) - 1]])
+                results[n] = score_row(logp_TV, torch.as_tensor(pairs[n][1]))
+
+    def _after(self, cache: Any, mask_BT: Tensor, lines: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        """Log-probabilities [rows, L, V] after each token but the last of continuations of rows of a cache."""
+        heads = [continuation[:-1] for _, continuation in lines]
+        ids_RL, more_RL = (tensor.to(self.device) for tensor in pad(heads, self.pad_token()))
+        if not ids_RL.shape[1]:
+            return torch.empty(len(lines), 0, self.vocabulary, device=self.device)
+        rows_R = torch.tensor([line for line, _ in lines], device=self.device)
+        cache.batch_select_indices(rows_R)
+        lengths_R = mask_BT.sum(1)[rows_R]
+        out = self._call(
+            input_ids=ids_RL,
+            attention_mask=torch.cat([mask_BT[rows_R], more_RL], dim=1).long(),
+            position_ids=lengths_R[:, None] + torch.arange(ids_RL.shape[1], device=self.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.logits.float().log_softmax(-1)
+
+
+def same_context(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
+    """Numbers of the pairs, those that follow each other with the same context together."""
+    found: list[list[int]] = []
+    for n, (context, _) in enumerate(pairs):
+        if found and context and list(pairs[n - 1][0]) == list(context):
+            found[-1].append(n)
+        else:
+            found.append([n])
+    return found
+
+
+def score_row(logp_TV: Tensor, target_T: Tensor) -> LogLik:
+    """The log-likelihood of tokens under the log-probabilities before each."""
+    target_T = target_T.to(logp_TV.device)
+    nats = float(logp_TV.gather(-1, target_T[:, None]).double().sum())
+    return LogLik(nats, len(target_T), bool((logp_TV.argmax(-1) == target_T).all()))
 
 
 def longest_input(model: nn.Module) -> int | None:

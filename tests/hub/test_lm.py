@@ -92,6 +92,23 @@ def test_loglik_equals_lm_eval_literally(bos):
     assert not greedy or lm.loglik([("hello", greedy)])[0].is_greedy
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_answers_of_one_question_read_it_once(family, monkeypatch):
+    """Reference: every answer as a row of its own."""
+    lm = LocalLM(tiny_model(family), tokenizer(chat=False), batch_tokens=100)
+    asked = [(f"question {n}" + "?" * (n % 7), f" {text}") for n in range(9) for text in ("y", "no", "no", "maybe so")]
+    asked += [("q" * 60, " long"), ("q" * 60, " longer"), ("alone", " z"), ("", "a"), ("", "b")]
+    seen = []
+    monkeypatch.setattr(lm, "_after", lambda *given, after=lm._after: seen.append(1) or after(*given))
+    found = lm.loglik(asked)
+    assert seen
+    monkeypatch.setattr(lm, "_shares", lambda: False)
+    for got, want in zip(found, lm.loglik(asked), strict=True):
+        assert got.total_nats == pytest.approx(want.total_nats, abs=1e-4)
+        assert (got.n_tokens, got.is_greedy) == (want.n_tokens, want.is_greedy)
+    assert found[1].total_nats == pytest.approx(found[2].total_nats, abs=1e-5)
+
+
 def test_boundary_is_where_the_context_ends_not_where_tokens_merge():
     lm = LocalLM(tiny_model("llama"), tokenizer())
     context, continuation = lm.encode_pair("ab ", "cd")
