@@ -2,6 +2,29 @@
 
 A call goes: `linear` checks it and takes the Planes apart, because an operator knows tensors and numbers only -> torch
 finds the function for the device -> that puts the Planes together and asks kernels/route.py which kernel multiplies.
+
+Two rows of 64 weights, stored once at 4 bits in groups of 32:
+
+    >>> from polybit.core.affine import Grid
+    >>> from polybit.core.planes import pack
+    >>> from polybit.quant.rtn import rtn
+    >>> weight_OI, x = torch.linspace(-1, 1, 128).view(2, 64), torch.linspace(0, 1, 64)[None]
+    >>> planes = pack(rtn(weight_OI, None, Grid(4, 32, "group")))
+    >>> rounded = lambda y: [round(value, 1) for value in y[0].tolist()]
+    >>> rounded(x @ weight_OI.T), rounded(linear(x, planes, 4))
+    ([-10.7, 21.6], [-10.7, 21.6])
+
+Narrower widths read fewer of the same planes. A width per group reads the first 32 columns at 4 bits, the others at 2:
+
+    >>> rounded(linear(x, planes, 2)), rounded(linear(x, planes, (4, 2)))
+    ([-10.8, 21.3], [-10.6, 21.4])
+
+Whatever the width, a product with exact arithmetic is that with the decoded weight; int8 rounds the input too:
+
+    >>> torch.allclose(linear(x, planes, 2), x @ decode(planes, 2).T)
+    True
+    >>> float((linear(x, planes, 4, arithmetic="int8") - linear(x, planes, 4)).abs().max()) < 0.1
+    True
 """
 
 from __future__ import annotations
@@ -42,12 +65,15 @@ def linear(
 ) -> Tensor:
     """y = x @ W^T + bias, where W is read at `width` bits from the planes; [..., I] -> [..., O] in x.dtype.
 
-    width: one for all groups of columns, or one per group, clamped to 1..stored. A group that stores fewer bits than a
-    common width is read whole. x: float32, bfloat16 or float16. arithmetic: "float" multiplies with the exactly
-    decoded weight; "int8" rounds the input to 8 bits per token and group of columns (fast; error about 1 % of the
-    output's size); "int16" to 16 bits (nearly as fast when one token is decoded; error below 1e-4). A token holding NaN
-    or infinity gives NaN. An input that wants a gradient is always multiplied by the exactly decoded weight. On a GPU
-    more than a dozen tokens are not rounded: the weight is decoded in their float type, for torch's dense product.
+    x: float32, bfloat16 or float16; a token holding NaN or infinity gives NaN.
+    width: one for all groups of columns, or one per group, clamped to 1..stored; a group that stores fewer bits than a
+    common width is read whole.
+    arithmetic: "float" multiplies with the exactly decoded weight; "int8" rounds the input to 8 bits per token and group
+    of columns (fast; error about 1 % of the output's size); "int16" to 16 bits (nearly as fast when one token is
+    decoded; error below 1e-4).
+
+    An input that wants a gradient is always multiplied by the exactly decoded weight. On a GPU more than a dozen tokens
+    are not rounded: the weight is decoded in their float type, for torch's dense product.
     Raises PolybitError for a shape, type, device or width that does not fit.
     """
     check(x, planes, width, bias, arithmetic)
