@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polybit.compress.stats import collect
 from polybit.core.affine import Grid, QWeight
 from polybit.core.records import LayerStats
 from polybit.core.runtime import write_json
 from polybit.data.text import read_windows
 from polybit.hub.load import load_float
-from polybit.compress.stats import collect
 from polybit.nn.convert import targets
 from polybit.quant.gptq import gptq
 from polybit.quant.nested import WIDTHS, nested

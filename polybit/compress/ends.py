@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from polybit.core.affine import Grid
 from polybit.core.plan import Plan
+from polybit.core.planes import pack
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
+from polybit.nn.convert import Target, convert, targets
+from polybit.nn.switch import presets, set_presets
+from polybit.quant.rtn import rtn
 
 BITS = 8  # at which rounding the ends costs less than anything else that is measured (docs/results/rounded-inputs.md)
 LARGE = 1 << 22  # weights of a head from which a float one costs more time per token than it is worth
@@ -21,20 +26,13 @@ def end_bits(model: Any, asked: int | None) -> int:
     return BITS if max((target.size for target in end_targets(model)), default=0) >= LARGE else FLOAT
 
 
-def end_targets(model: Any) -> list[Any]:
+def end_targets(model: Any) -> list[Target]:
     """The embedding and the head, once when they are tied."""
-    from polybit.nn.convert import targets
-
     return [t for t in targets(model, include_embeddings=True) if t.kind in ("embedding", "head")]
 
 
 def quantize_ends(model: Any, bits: int, group_size: int) -> list[str]:
     """Round the ends of `model` in place, to the nearest and with a zero point; their names."""
-    from polybit.core.affine import Grid
-    from polybit.core.planes import pack
-    from polybit.nn.convert import convert
-    from polybit.quant.rtn import rtn
-
     if bits == FLOAT:
         return []
     chosen = end_targets(model)
@@ -45,8 +43,6 @@ def quantize_ends(model: Any, bits: int, group_size: int) -> list[str]:
 
 def hold_ends(model: Any, names: list[str], bits: int, widths: tuple[int, ...]) -> None:
     """Presets `w8`, `w4`, ... that read the blocks at that width and the ends at their own; others get them too."""
-    from polybit.nn.switch import presets, set_presets
-
     if not names:
         return
     held = {name: Precision(w=bits) for name in names}

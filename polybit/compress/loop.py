@@ -89,7 +89,7 @@ def compress(
     all weights together and is the exception: with it, everything comes at the end and the float weights must stay
     until then.
     """
-    finished = finished or Nowhere()
+    finished = Nowhere() if finished is None else finished
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     everything: Codes = {}

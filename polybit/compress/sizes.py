@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # `polybit VERB --help` loads no torch
-    from polybit.core.planes import Planes
+from polybit.core.affine import group_lengths
+from polybit.core.planes import Planes, read_widths, unpack
+from polybit.nn.linear import QuantWeight
+from polybit.nn.switch import at
+from polybit.nn.switch import presets as presets_of
 
 
 def quantized_layers(model) -> Mapping[str, Any]:
     """Quantized modules by name; empty for a float model."""
-    from polybit.nn.linear import QuantWeight
-
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantWeight)}
 
 
@@ -28,8 +29,6 @@ def described(
     errors: relative errors by layer and preset
     left_in_float: a row per weight that is not quantized, with its share of the model
     """
-    from polybit.nn.switch import at
-
     quantized = quantized_layers(model)
     layers: dict[str, Any] = {
         key: {"shape": [layer.rows, layer.columns], "bytes": {}, "relative_error": errors.get(key)}
@@ -63,10 +62,8 @@ def stored_widths(model) -> tuple[int, ...] | None:
 
 def default_presets(model) -> list[str]:
     """What a checkpoint is measured at unless told otherwise: its widths where every layer has them, and its plans."""
-    from polybit.nn.switch import presets
-
     least = min(layer.bits for layer in quantized_layers(model).values())
-    return [*(f"w{b}" for b in stored_widths(model) or () if b <= least), *presets(model)]
+    return [*(f"w{b}" for b in stored_widths(model) or () if b <= least), *presets_of(model)]
 
 
 def base_model(model) -> str | None:
@@ -82,8 +79,6 @@ def field(record: Any, name: str) -> Any:
 
 def preset_sizes(model, presets: Sequence[str]) -> dict[str, dict[str, float]]:
     """Effective bits per weight and bytes read of the quantized layers, for each preset."""
-    from polybit.nn.switch import at
-
     layers = quantized_layers(model)
     weights = sum(layer.rows * layer.columns for layer in layers.values())
     found = {}
@@ -105,9 +100,6 @@ def effective_bits(planes: Planes, reading: int | Sequence[int]) -> float:
 
     reading: a width, or one per group. A width per group costs 8 bits a group once.
     """
-    from polybit.core.affine import group_lengths
-    from polybit.core.planes import read_widths
-
     rows, columns = planes.shape
     read_G = read_widths(planes, reading)
     stored_G = planes.bits_G or (planes.bits,) * len(read_G)
@@ -122,8 +114,6 @@ def effective_bits(planes: Planes, reading: int | Sequence[int]) -> float:
 
 def stored_bits_per_weight(model) -> float:
     """Effective bits per weight of all that is stored."""
-    from polybit.core.planes import unpack
-
     layers = quantized_layers(model)
     bits = sum(unpack(layer.planes).bits_per_weight() * layer.rows * layer.columns for layer in layers.values())
     return bits / max(sum(layer.rows * layer.columns for layer in layers.values()), 1)

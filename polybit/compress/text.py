@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from polybit.compress.self_text import self_text
 from polybit.core.runtime import PolybitError
 from polybit.data.table import EMBEDDED
+from polybit.data.text import read_windows
 from polybit.hub.lm import longest_input
 
 SELF = "self"  # the model writes its own text
@@ -48,12 +50,8 @@ def gather(
         source = auto_source(embedded=embedded)
     bos = tokenizer.bos_token_id
     if source == SELF:
-        from polybit.compress.self_text import self_text
-
         drawn = self_text(model, bos, count=samples + held_out, length=length, seed=seed)
         return Calibration(drawn[:samples], drawn[samples:], SELF)
-    from polybit.data.text import read_windows
-
     drawn, warnings = read_windows(source, tokenizer, length, count=samples + held_out, seed=seed)
     for warning in warnings:
         print(f"polybit: warning: {warning}", file=sys.stderr)
