@@ -70,6 +70,7 @@ class Numbers:
 
     columns: int
     group_size: int
+    bits: int
     widths: tuple[int, ...]
     emphasis: tuple[float, ...]
     scale_OG: Tensor
@@ -86,7 +87,7 @@ class Numbers:
         numbers = (self.scale_OG, self.zero_OG, self.ratio_BOG)
         assert all(t.is_contiguous() and t.is_cpu and t.dtype == self.scale_OG.dtype for t in numbers)
         return function("Levels", self.scale_OG.dtype)(
-            rows, self.columns, self.group_size, list(self.widths), list(self.emphasis),
+            rows, self.columns, self.group_size, self.bits, list(self.widths), list(self.emphasis),
             *(t.data_ptr() for t in numbers), list(self.bits_G),
         )  # fmt: skip
 
@@ -97,16 +98,21 @@ def alike(numbers: Numbers, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor.to(numbers.scale_OG.dtype).contiguous()
 
 
-def compensate(numbers: Numbers, weight_OI: Tensor, factor_II: Tensor, group_I: Sequence[int]) -> Tensor:
-    """Codes by error compensation, uint8 [O, I]; the columns of everything are in the order they are rounded in."""
+def compensate(numbers: Numbers, weight_OI: Tensor, factor_II: Tensor, group_I: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Codes by error compensation, uint8 [O, I], and tr(E_b H E_bᵀ) of every row, [B, O].
+
+    The columns of everything are in the order they are rounded in.
+    """
     rows, columns = len(numbers.scale_OG), numbers.columns
     weight_OI = alike(numbers, weight_OI, (rows, columns))
     factor_II = alike(numbers, factor_II, (columns, columns))
     codes_OI = torch.empty(rows, columns, dtype=torch.uint8)
-    call = function("compensate", weight_OI.dtype)
-    addresses = weight_OI.data_ptr(), factor_II.data_ptr(), list(group_I), codes_OI.data_ptr()
-    call(ALLOWED.get(), numbers.built(), *addresses)
-    return codes_OI
+    loss_BO = weight_OI.new_empty(len(numbers.widths), rows)
+    function("compensate", weight_OI.dtype)(
+        ALLOWED.get(), numbers.built(), weight_OI.data_ptr(), factor_II.data_ptr(), list(group_I), codes_OI.data_ptr(),
+        loss_BO.data_ptr(),
+    )  # fmt: skip
+    return codes_OI, loss_BO
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,21 +125,32 @@ class Fit:
     tables: tuple[Tensor | None, ...]
 
 
-def descend(
-    numbers: Numbers, weight_OI: Tensor, hessian_II: Tensor, codes_OI: Tensor, sweeps: int, fit: Fit | None, held: int
-) -> tuple[Tensor, Tensor]:
-    """Coordinate descent: new codes, uint8, and the gradient E_b H there, [B, O, I]; `numbers` are fitted in place."""
-    rows, columns = len(numbers.scale_OG), numbers.columns
-    weight_OI = alike(numbers, weight_OI, (rows, columns))
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A walk of coordinate descent: passes, what they may fit (None: nothing), leading bits of a code that stay."""
+
+    sweeps: int
+    fit: Fit | None = None
+    held: int = 0
+
+
+def descend(numbers: Numbers, start: Tensor, hessian_II: Tensor, codes_OI: Tensor, walk: Walk) -> tuple[Tensor, Tensor]:
+    """Coordinate descent: new codes, uint8, and the gradient E_b H there, [B, O, I]; `numbers` are fitted in place.
+
+    start: the weight [O, I], or the gradient at the codes given, [B, O, I], where it is known.
+    """
+    rows, columns, count = len(numbers.scale_OG), numbers.columns, len(numbers.widths)
     hessian_II = alike(numbers, hessian_II, (columns, columns))
     found_OI = codes_OI.to(torch.uint8, copy=True).contiguous()
-    gradient_BOI = weight_OI.new_empty(len(numbers.widths), rows, columns)
+    known = start.ndim == 3
+    start = alike(numbers, start, (count, rows, columns) if known else (rows, columns))
+    gradient_BOI = start.clone() if known else start.new_empty(count, rows, columns)
+    fit = walk.fit
     tables = [None if t is None else alike(numbers, t, (16,)) for t in fit.tables] if fit else []
-    call = function("descend", weight_OI.dtype)
-    call(
-        ALLOWED.get(), numbers.built(), weight_OI.data_ptr(), hessian_II.data_ptr(), found_OI.data_ptr(),
-        gradient_BOI.data_ptr(), sweeps, fit is not None, fit is not None and fit.zero, fit.gain if fit else 1.0,
-        [0 if t is None else t.data_ptr() for t in tables], held,
+    function("descend", start.dtype)(
+        ALLOWED.get(), numbers.built(), 0 if known else start.data_ptr(), hessian_II.data_ptr(), found_OI.data_ptr(),
+        gradient_BOI.data_ptr(), walk.sweeps, fit is not None, fit is not None and fit.zero, fit.gain if fit else 1.0,
+        [0 if t is None else t.data_ptr() for t in tables], walk.held,
     )  # fmt: skip
     return found_OI, gradient_BOI
 

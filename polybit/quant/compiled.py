@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from polybit.kernels import search
-from polybit.quant.fit import FitFreedom
 from polybit.quant.levels import Levels
 from polybit.quant.problem import Problem
 
@@ -21,6 +21,7 @@ def numbers(levels: Levels, problem: Problem) -> search.Numbers:
     return search.Numbers(
         problem.weight_OI.shape[1],
         levels.group_size,
+        levels.bits,
         levels.widths,
         tuple(levels.emphasis_B.tolist()),
         own(levels.scale_OG),
@@ -30,21 +31,20 @@ def numbers(levels: Levels, problem: Problem) -> search.Numbers:
     )
 
 
-def compensate(problem: Problem, factor_II: Tensor, levels: Levels, order_I: Tensor) -> Tensor:
-    """`descent.compensate` compiled; codes int64 [O, I]."""
+def compensate(problem: Problem, factor_II: Tensor, levels: Levels, order_I: Tensor) -> tuple[Tensor, Tensor]:
+    """`descent.compensate` compiled; codes, int64 [O, I], and the loss of every width and row, [B, O]."""
     groups_I = order_I // levels.group_size if levels.group_size else order_I * 0
     ordered_OI = problem.weight_OI.index_select(1, order_I)
-    codes_OI = search.compensate(numbers(levels, problem), ordered_OI, factor_II, groups_I.tolist()).long()
-    return codes_OI.new_empty(codes_OI.shape).index_copy_(1, order_I, codes_OI)
+    found_OI, loss_BO = search.compensate(numbers(levels, problem), ordered_OI, factor_II, groups_I.tolist())
+    return torch.empty_like(found_OI).index_copy_(1, order_I, found_OI).long(), loss_BO
 
 
-def descend(
-    problem: Problem, codes_OI: Tensor, levels: Levels, *, sweeps: int, freedom: FitFreedom | None, held: int = 0
-) -> tuple[Tensor, Levels]:
-    """`descent.descend` compiled; new codes, int64, and levels."""
+def walk(
+    problem: Problem, levels: Levels, codes_OI: Tensor, gradient_BOI: Tensor | None, asked: search.Walk
+) -> tuple[Tensor, Levels, Tensor]:
+    """Coordinate descent compiled; new codes, int64, levels, and the gradient there."""
     found = numbers(levels, problem)
-    fit = None
-    if freedom is not None:
-        fit = search.Fit(freedom.gain, freedom.zero, tuple(freedom.tables.get(b) for b in levels.widths))
-    moved_OI, _ = search.descend(found, problem.weight_OI, problem.hessian_II, codes_OI, sweeps, fit, held)
-    return moved_OI.long(), replace(levels, scale_OG=found.scale_OG, zero_OG=found.zero_OG, ratio_BOG=found.ratio_BOG)
+    start = problem.weight_OI if gradient_BOI is None else gradient_BOI
+    moved_OI, gradient_BOI = search.descend(found, start, problem.hessian_II, codes_OI, asked)
+    fitted = replace(levels, scale_OG=found.scale_OG, zero_OG=found.zero_OG, ratio_BOG=found.ratio_BOG)
+    return moved_OI.long(), fitted, gradient_BOI

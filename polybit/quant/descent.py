@@ -7,6 +7,7 @@ processor the compiled search (`quant.compiled`) does the same; what is written 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -19,6 +20,17 @@ from polybit.quant.levels import Choice, Levels
 from polybit.quant.problem import Problem, row_chunks
 
 BLOCK = 128  # columns between two updates of everything to their right
+CARRIED = 1 << 28  # numbers up to which gradients are kept from one walk to the next instead of being made again
+
+
+@dataclass(frozen=True, slots=True)
+class Walked:
+    """Where a walk of coordinate descent starts or ends: codes [O, I], what they mean, and the gradient E_b H there,
+    [B, O, I], where it is known."""
+
+    codes_OI: Tensor
+    levels: Levels
+    gradient_BOI: Tensor | None = None
 
 
 def compensate(problem: Problem, factor_II: Tensor, levels: Levels, order_I: Tensor | None = None) -> Tensor:
@@ -28,24 +40,33 @@ def compensate(problem: Problem, factor_II: Tensor, levels: Levels, order_I: Ten
     groups and their scales stay where they are whatever the order. With several widths every width keeps its own
     compensated copy of the weight, and the code least bad for all of them together is taken. Returns codes, int64.
     """
+    return compensate_and_weigh(problem, factor_II, levels, order_I)[0]
+
+
+def compensate_and_weigh(
+    problem: Problem, factor_II: Tensor, levels: Levels, order_I: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`compensate`, and tr(E_b H E_bᵀ) of every width and row, [B, O]: the sum of the squared errors it moved."""
     rows, columns = problem.weight_OI.shape
     order_I = torch.arange(columns, device=factor_II.device) if order_I is None else order_I
     if search.usable(problem.weight_OI):
         return compiled.compensate(problem, factor_II, levels, order_I)
     codes_OI = torch.empty(rows, columns, dtype=torch.long, device=factor_II.device)
+    loss_BO = problem.weight_OI.new_empty(len(levels.widths), rows)
     for part in row_chunks(rows, 2 * len(levels.widths) * columns):
         weight_OI = problem.weight_OI[part].index_select(1, order_I)
-        codes_OI[part] = compensate_rows(weight_OI, factor_II, levels.rows(part), order_I)
-    return codes_OI
+        codes_OI[part], loss_BO[:, part] = compensate_rows(weight_OI, factor_II, levels.rows(part), order_I)
+    return codes_OI, loss_BO
 
 
-def compensate_rows(weight_OI: Tensor, factor_II: Tensor, levels: Levels, order_I: Tensor) -> Tensor:
-    """`compensate` for rows that fit in memory; weight and factor are in processing order, the result is not."""
+def compensate_rows(weight_OI: Tensor, factor_II: Tensor, levels: Levels, order_I: Tensor) -> tuple[Tensor, Tensor]:
+    """`compensate_and_weigh` for rows that fit in memory; weight and factor are in processing order, codes are not."""
     columns = weight_OI.shape[1]
     working_BOI = weight_OI.repeat(len(levels.widths), 1, 1)
     codes_OI = torch.empty_like(weight_OI, dtype=torch.long)
     groups = (order_I // levels.group_size if levels.group_size else torch.zeros_like(order_I)).tolist()
     choices: dict[int, Choice] = {}
+    loss_BO = weight_OI.new_zeros(len(levels.widths), len(weight_OI))
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         block_BOi = working_BOI[:, :, start:end].contiguous()
@@ -63,8 +84,9 @@ def compensate_rows(weight_OI: Tensor, factor_II: Tensor, levels: Levels, order_
             error_BO = (target_BO - value_BO) / inner_ii[j, j]
             errors_BOi[:, :, j] = error_BO
             block_BOi[:, :, j + 1 :] -= error_BO[:, :, None] * inner_ii[j, j + 1 :]
+        loss_BO += errors_BOi.square().sum(-1)
         working_BOI[:, :, end:] -= errors_BOi @ factor_II[start:end, end:]
-    return torch.empty_like(codes_OI).index_copy_(1, order_I, codes_OI)
+    return torch.empty_like(codes_OI).index_copy_(1, order_I, codes_OI), loss_BO
 
 
 def order_is_sorted(groups: list[int]) -> bool:
@@ -75,39 +97,85 @@ def order_is_sorted(groups: list[int]) -> bool:
 def descend(
     problem: Problem, codes_OI: Tensor, levels: Levels, *, sweeps: int, freedom: FitFreedom | None, held: int = 0
 ) -> tuple[Tensor, Levels]:
+    """`walk` from given codes; new codes and levels."""
+    walked = walk(problem, Walked(codes_OI, levels), sweeps=sweeps, freedom=freedom, held=held)
+    return walked.codes_OI, walked.levels
+
+
+def walk(problem: Problem, at: Walked, *, sweeps: int, freedom: FitFreedom | None, held: int = 0) -> Walked:
     """Lower Σ_b λ_b tr(E_b H E_bᵀ) by `sweeps` passes over the columns; it never rises.
 
     In each pass every group first gets the scale (and what else `freedom` allows; None: nothing) that is best for its
     codes under H given the rest of the row, rounded to what is stored, then each of its columns the best code given
-    everything else. `held` leading bits of every code stay as they are. Returns new codes and levels.
+    everything else. `held` leading bits of every code stay as they are.
     """
     if search.usable(problem.weight_OI):
-        return compiled.descend(problem, codes_OI, levels, sweeps=sweeps, freedom=freedom, held=held)
-    codes_OI = codes_OI.clone()
-    levels = levels.copy()
+        fit = None
+        if freedom is not None:
+            fit = search.Fit(freedom.gain, freedom.zero, tuple(freedom.tables.get(b) for b in at.levels.widths))
+        asked = search.Walk(sweeps, fit, held)
+        found = Walked(*compiled.walk(problem, at.levels, at.codes_OI, at.gradient_BOI, asked))
+        return found if carried(found) else Walked(found.codes_OI, found.levels)
+    codes_OI, levels = at.codes_OI.clone(), at.levels.copy()
+    gradient_BOI = problem.weight_OI.new_empty(len(levels.widths), *codes_OI.shape)
     for part in row_chunks(len(codes_OI), 3 * len(levels.widths) * codes_OI.shape[1]):
-        # rows() gives views: the pass writes into `codes_OI` and `levels`
-        descend_rows(
-            problem.weight_OI[part], problem.hessian_II, codes_OI[part], levels.rows(part), sweeps, freedom, held
+        known_BOI = None if at.gradient_BOI is None else at.gradient_BOI[:, part]
+        # rows() gives views: the pass writes into `codes_OI`, `levels` and `gradient_BOI`
+        gradient_BOI[:, part] = descend_rows(
+            problem, part, (codes_OI[part], levels.rows(part), known_BOI), sweeps, freedom, held
         )
-    return codes_OI, levels
+    found = Walked(codes_OI, levels, gradient_BOI)
+    return found if carried(found) else Walked(codes_OI, levels)
+
+
+def carried(walked: Walked) -> bool:
+    """Whether the gradient is small enough to be kept."""
+    return walked.codes_OI.numel() * len(walked.levels.widths) <= CARRIED
+
+
+def gradients(problem: Problem, codes_OI: Tensor, levels: Levels) -> Tensor:
+    """E_b H at given codes, [B, O, I]."""
+    if search.usable(problem.weight_OI):
+        return compiled.walk(problem, levels, codes_OI, None, search.Walk(0))[2]
+    return (levels.values(codes_OI) - problem.weight_OI) @ problem.hessian_II
+
+
+def relevelled(problem: Problem, at: Walked, levels: Levels) -> Walked:
+    """The same codes with other levels; only the gradients of widths whose values changed are made again."""
+    known_BOI = at.gradient_BOI
+    if known_BOI is None or not torch.equal(levels.offsets(), at.levels.offsets()):
+        return Walked(at.codes_OI, levels)
+    changed = [
+        i for i, (new, old) in enumerate(zip(levels.steps(), at.levels.steps(), strict=True)) if (new != old).any()
+    ]
+    if not changed:
+        return replace(at, levels=levels)
+    some = replace(
+        levels,
+        widths=tuple(levels.widths[i] for i in changed),
+        emphasis_B=levels.emphasis_B[changed],
+        ratio_BOG=levels.ratio_BOG[changed],
+    )
+    known_BOI = known_BOI.clone()
+    known_BOI[changed] = gradients(problem, at.codes_OI, some)
+    return Walked(at.codes_OI, levels, known_BOI)
 
 
 def descend_rows(
-    weight_OI: Tensor,
-    hessian_II: Tensor,
-    codes_OI: Tensor,
-    levels: Levels,
+    problem: Problem,
+    part: slice,
+    at: tuple[Tensor, Levels, Tensor | None],
     sweeps: int,
     freedom: FitFreedom | None,
     held: int = 0,
-) -> None:
-    """`descend` in place for rows that fit in memory."""
+) -> Tensor:
+    """`walk` in place for rows that fit in memory; at: their codes, levels and gradient. Returns the new gradient."""
+    weight_OI, hessian_II, (codes_OI, levels, gradient_BOI) = problem.weight_OI[part], problem.hessian_II, at
     columns = weight_OI.shape[1]
     size = levels.group_size or columns
     free = levels.bits - held if held else None
     values_BOI = levels.values(codes_OI)
-    gradient_BOI = (values_BOI - weight_OI) @ hessian_II
+    gradient_BOI = (values_BOI - weight_OI) @ hessian_II if gradient_BOI is None else gradient_BOI.clone()
     for _ in range(sweeps):
         before_OI = codes_OI.clone()
         for group, first in enumerate(range(0, columns, size)):
@@ -128,6 +196,7 @@ def descend_rows(
                 gradient_BOI[:, :, rest] += moved_BOi @ hessian_II[here, rest]
         if freedom is None and torch.equal(before_OI, codes_OI):
             break
+    return gradient_BOI
 
 
 def descend_block(

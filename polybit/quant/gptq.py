@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from polybit.core.affine import Grid, QWeight, scale_gain
 from polybit.core.records import LayerStats
-from polybit.quant.descent import compensate, descend
+from polybit.quant.descent import Walked, compensate, relevelled, walk
 from polybit.quant.fit import FitFreedom
 from polybit.quant.levels import Levels, as_qweight
 from polybit.quant.problem import Problem, inverse_factor, pose
@@ -55,9 +57,11 @@ def improve(
 
     `zero` tells whether zero points are free: [O, G] yes, 0-dim no. The last pass moves codes only.
     """
+    at = Walked(codes_OI, levels)
     if refit:
         freedom = FitFreedom(scale_gain(levels.scale_OG), zero=bool(zero.ndim))
-        codes_OI, levels = descend(problem, codes_OI, levels, sweeps=sweeps, freedom=freedom)
-        levels.scale_OG.copy_(settle(levels.scale_OG))
+        at = walk(problem, at, sweeps=sweeps, freedom=freedom)
+        at = relevelled(problem, at, replace(at.levels, scale_OG=settle(at.levels.scale_OG).to(at.levels.scale_OG)))
         sweeps = 1
-    return descend(problem, codes_OI, levels, sweeps=sweeps, freedom=None)
+    at = walk(problem, at, sweeps=sweeps, freedom=None)
+    return at.codes_OI, at.levels

@@ -32,11 +32,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from polybit.core.affine import Grid, QWeight, expand_groups, scale_gain
+from polybit.core.affine import Grid, QWeight, centre, expand_groups, scale_gain
 from polybit.core.planes import ratio_levels, storable_ratio
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
-from polybit.quant.descent import compensate, descend
+from polybit.quant.descent import Walked, compensate, compensate_and_weigh, gradients, relevelled, walk
 from polybit.quant.fit import FitFreedom, expand_around
 from polybit.quant.levels import Levels, as_qweight
 from polybit.quant.problem import Problem, inverse_factor, pose, row_chunks
@@ -99,21 +99,24 @@ def nested(
     levels = start_levels(problem, grid, widths, emphasis)
     levels = replace(levels, emphasis_B=weights_B / weights_B.sum())
     levels, found = relevel(levels, levels.ratio_BOG, tables)
-    codes_OI = compensate(problem, factor_II, levels)
+    at = Walked(compensate(problem, factor_II, levels), even_ratios(levels, tables))
+    ratios = LayerRatios(problem, at.levels, tables)
     for index in range(rounds):
         if index < 2:
-            levels, found = relevel(levels, wanted_ratios(problem, codes_OI, levels), tables)
-        levels = fit_layer_ratios(problem, codes_OI, levels, tables)
-        freedom = FitFreedom(scale_gain(levels.scale_OG), grid.zero == "group", found)
-        before_OI = codes_OI
-        codes_OI, levels = descend(problem, codes_OI, levels, sweeps=sweeps, freedom=freedom)
-        if index and float((codes_OI != before_OI).float().mean()) < SETTLED:
+            levels, found = relevel(at.levels, wanted_ratios(problem, at), tables)
+            at = relevelled(problem, known(problem, at), levels)
+        at = ratios.fit(at)
+        freedom = FitFreedom(scale_gain(at.levels.scale_OG), grid.zero == "group", found)
+        before_OI = at.codes_OI
+        at = walk(problem, at, sweeps=sweeps, freedom=freedom)
+        if index and float((at.codes_OI != before_OI).float().mean()) < SETTLED:
             break
-    levels, ratios = finish(fit_layer_ratios(problem, codes_OI, levels, tables), found)
-    codes_OI, levels = descend(problem, codes_OI, levels, sweeps=sweeps, freedom=None)
+    at = ratios.fit(at)
+    levels, stored = finish(at.levels, found)
+    at = walk(problem, relevelled(problem, at, levels), sweeps=sweeps, freedom=None)
     fixed = grid.fixed_zero()
-    zero = levels.zero_OG if fixed is None else torch.tensor(fixed, device=codes_OI.device)
-    return as_qweight(codes_OI, levels, problem.gain, zero, ratios)
+    zero = at.levels.zero_OG if fixed is None else torch.tensor(fixed, device=at.codes_OI.device)
+    return as_qweight(at.codes_OI, at.levels, problem.gain, zero, stored)
 
 
 def check_widths(widths: Sequence[int], grid: Grid) -> tuple[int, ...]:
@@ -140,25 +143,41 @@ def loss_alone(problem: Problem, factor_II: Tensor, grid: Grid) -> float:
     """Layer loss of classic symmetric GPTQ made for one width; never quite zero, so that it can be divided by."""
     scale_OG, zero = search_scale(problem.weight_OI, grid, problem.importance_I)
     levels = Levels.single(grid.bits, grid.group_size, scale_OG, zero)
-    values_OI = levels.values(compensate(problem, factor_II, levels))[0]
-    error_OI = values_OI - problem.weight_OI
-    loss = float(((error_OI @ problem.hessian_II) * error_OI).sum())
+    loss = float(compensate_and_weigh(problem, factor_II, levels)[1].double().sum())
     size = float(problem.weight_OI.square().sum())
     return max(loss, 1e-9 * size, torch.finfo(torch.float32).tiny)
 
 
-def wanted_ratios(problem: Problem, codes_OI: Tensor, levels: Levels) -> Tensor:
+def even_ratios(levels: Levels, tables: Sequence[int]) -> Levels:
+    """The same with ratio 1 wherever a width has one ratio for the whole layer, which is fitted later."""
+    ratio_BOG = levels.ratio_BOG.clone()
+    for index, width in enumerate(levels.widths):
+        if width not in tables:
+            ratio_BOG[index] = 1.0
+    return replace(levels, ratio_BOG=ratio_BOG)
+
+
+def known(problem: Problem, at: Walked) -> Walked:
+    """The same with its gradient."""
+    if at.gradient_BOI is not None:
+        return at
+    return replace(at, gradient_BOI=gradients(problem, at.codes_OI, at.levels))
+
+
+def wanted_ratios(problem: Problem, at: Walked) -> Tensor:
     """Ratio of each group and width that is best given everything else, before rounding, [B, O, G]."""
-    columns = codes_OI.shape[1]
+    at = known(problem, at)
+    levels, columns = at.levels, at.codes_OI.shape[1]
+    assert at.gradient_BOI is not None
     size = levels.group_size or columns
     wanted_BOG = levels.ratio_BOG.clone()
-    for part in row_chunks(len(codes_OI), 3 * len(levels.widths) * columns):
+    for part in row_chunks(len(at.codes_OI), 3 * len(levels.widths) * columns):
         local = levels.rows(part)
-        gradient_BOI = (local.values(codes_OI[part]) - problem.weight_OI[part]) @ problem.hessian_II
         for group, first in enumerate(range(0, columns, size)):
             here = slice(first, min(first + size, columns))
             block_ii = problem.hessian_II[here, here]
-            quadratic = expand_around(local, group, codes_OI[part, here], gradient_BOI[:, :, here], block_ii)
+            gradient_BOi = at.gradient_BOI[:, part, here]
+            quadratic = expand_around(local, group, at.codes_OI[part, here], gradient_BOi, block_ii)
             offset_O = (1 << levels.bits) / 2 - 0.5 - local.zero_OG[:, group]
             wanted_BOG[:, part, group] = quadratic.ratio(local.scale_OG[:, group], offset_O)
     usable = torch.isfinite(wanted_BOG) & (wanted_BOG > 0.3) & (wanted_BOG < 2.5)
@@ -180,26 +199,45 @@ def relevel(levels: Levels, wanted_BOG: Tensor, tables: Sequence[int]) -> tuple[
     return replace(levels, ratio_BOG=ratio_BOG), found
 
 
-def fit_layer_ratios(problem: Problem, codes_OI: Tensor, levels: Levels, tables: Sequence[int]) -> Levels:
-    """Best single ratio under H for each narrower width without a table, as a 32-bit float."""
-    columns, ratio_BOG = codes_OI.shape[1], levels.ratio_BOG.clone()
-    free = [i for i, b in enumerate(levels.widths) if b not in tables and b != levels.bits]
-    if not free:
-        return levels
-    above, below = [0.0] * len(free), [0.0] * len(free)
-    for part in row_chunks(len(codes_OI), 3 * len(levels.widths) * columns):
-        local = levels.rows(part)
-        offset_OI = expand_groups(local.offsets(), columns, levels.group_size)
-        prefix_BOI = local.prefixes(codes_OI[part]) * local.strides()
-        for place, index in enumerate(free):
-            step_OI = prefix_BOI[index] * expand_groups(local.scale_OG, columns, levels.group_size)
-            pushed_OI = step_OI @ problem.hessian_II
-            above[place] += float((pushed_OI * (problem.weight_OI[part] - offset_OI)).sum())
-            below[place] += float((pushed_OI * step_OI).sum())
-    for place, index in enumerate(free):
-        if below[place] > 0 and 0.1 < above[place] / below[place] < 10:
-            ratio_BOG[index] = float(torch.tensor(above[place] / below[place], dtype=torch.float32))
-    return replace(levels, ratio_BOG=ratio_BOG)
+class LayerRatios:
+    """The ratios of the widths that have one for the whole layer: the best under H, as 32-bit floats."""
+
+    def __init__(self, problem: Problem, levels: Levels, tables: Sequence[int]) -> None:
+        self.problem = problem
+        self.free = [i for i, b in enumerate(levels.widths) if b not in tables and b != levels.bits]
+        self.pushed_OI = problem.weight_OI @ problem.hessian_II if self.free else None
+        columns = problem.weight_OI.shape[1]
+        size = levels.group_size or columns
+        self.sums_GI = torch.stack([problem.hessian_II[i : i + size].sum(0) for i in range(0, columns, size)])
+
+    def fit(self, at: Walked) -> Walked:
+        """The same codes with these ratios, and the gradient there.
+
+        With steps S_b at ratio 1 and R the weight less the offsets, E_b = r_b S_b - R: the gradient tells S_b H.
+        """
+        if self.pushed_OI is None:
+            return at
+        at = known(self.problem, at)
+        levels, columns = at.levels, at.codes_OI.shape[1]
+        ratio_BOG, gradient_BOI = levels.ratio_BOG.clone(), at.gradient_BOI
+        assert gradient_BOI is not None
+        rest_OI = self.pushed_OI - levels.offsets() @ self.sums_GI
+        for index in self.free:
+            ratio = float(ratio_BOG[index, 0, 0])
+            stride = 2.0 ** (levels.bits - levels.widths[index])
+            scale_OI = expand_groups(levels.scale_OG * stride, columns, levels.group_size)
+            prefix_OI = (at.codes_OI >> (levels.bits - levels.widths[index])).to(scale_OI) - centre(
+                levels.widths[index]
+            )
+            step_OI = prefix_OI.mul_(scale_OI)
+            above = float((step_OI * rest_OI).sum())
+            pushed_OI = gradient_BOI[index] + rest_OI
+            below = float((step_OI * pushed_OI).sum()) / ratio
+            if below > 0 and 0.1 < above / below < 10:
+                found = float(torch.tensor(above / below, dtype=torch.float32))
+                ratio_BOG[index] = found
+                gradient_BOI[index] = pushed_OI.mul_(found / ratio).sub_(rest_OI)
+        return Walked(at.codes_OI, replace(levels, ratio_BOG=ratio_BOG), gradient_BOI)
 
 
 def finish(levels: Levels, tables: Mapping[int, Tensor]) -> tuple[Levels, dict[int, Tensor]]:

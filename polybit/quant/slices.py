@@ -33,7 +33,7 @@ def start_levels(problem: Problem, grid: Grid, widths: Sequence[int], emphasis: 
         ratio_BOG = torch.ones_like(ones_OG).repeat(len(widths), 1, 1)
         judged = tuple(emphasis[b] for b in widths)
         numbers = search.Numbers(
-            columns, grid.group_size, tuple(widths), judged, ones_OG, torch.zeros_like(ones_OG), ratio_BOG
+            columns, grid.group_size, grid.bits, tuple(widths), judged, ones_OG, torch.zeros_like(ones_OG), ratio_BOG
         )
         fixed = None if grid.zero == "group" else float(grid.fixed_zero() or 0.0)
         tilts = search.Tilts(gain, fixed, SHRINKS, TILTS if grid.zero == "group" else (0.0,))

@@ -91,10 +91,11 @@ std::vector<T> diagonal(const T* matrix, int n) {
 template <class T>
 class Levels {
  public:
-  Levels(int rows, int columns, int group_size, const std::vector<int>& widths, const std::vector<double>& emphasis,
+  Levels(int rows, int columns, int group_size, int bits, const std::vector<int>& widths, const std::vector<double>& emphasis,
          uintptr_t scale, uintptr_t zero, uintptr_t ratio, const std::vector<int>& group_bits)
       : group_bits_(group_bits) {
-    if (widths.empty() || widths.size() > kMostWidths || widths.size() != emphasis.size() || rows < 1 || columns < 1)
+    if (widths.empty() || widths.size() > kMostWidths || widths.size() != emphasis.size() || rows < 1 || columns < 1 ||
+        bits > 8 || widths[0] > bits)
       throw std::invalid_argument("shape or widths out of range");
     raw_.rows = rows;
     raw_.columns = columns;
@@ -102,7 +103,7 @@ class Levels {
     raw_.groups = (columns + raw_.group_size - 1) / raw_.group_size;
     if (!group_bits.empty() && static_cast<int>(group_bits.size()) != raw_.groups)
       throw std::invalid_argument("one width per group");
-    raw_.bits = widths[0];
+    raw_.bits = bits;
     raw_.count = static_cast<int>(widths.size());
     for (int b = 0; b < raw_.count; ++b) {
       if (widths[b] < 1 || widths[b] > 8 || (b && widths[b] >= widths[b - 1]))
@@ -129,14 +130,15 @@ class Levels {
 
 template <class T>
 void compensate(int isa, const Levels<T>& levels, uintptr_t weight, uintptr_t factor, const std::vector<int>& group,
-                uintptr_t codes) {
+                uintptr_t codes, uintptr_t loss) {
   const nb::gil_scoped_release release;
   const int n = levels.get().columns;
-  if (static_cast<int>(group.size()) != n) throw std::invalid_argument("one group per column");
+  if (static_cast<int>(group.size()) != n || levels.get().widths[0] != levels.get().bits) throw std::invalid_argument("one group per column, and the widest width first");
   const auto packed = pack(at<const T>(factor), n);
   const auto diagonals = diagonal(at<const T>(factor), n);
   const std::vector<int32_t> groups(group.begin(), group.end());
-  const Compensation<T> c{levels.get(), at<const T>(weight), packed.get(), diagonals.data(), groups.data(), at<uint8_t>(codes)};
+  const Compensation<T> c{levels.get(), at<const T>(weight), packed.get(), diagonals.data(), groups.data(), at<uint8_t>(codes),
+                          at<T>(loss)};
   const auto& k = kernels<T>(isa);
   share<T>(c, c.levels.rows, k.tile_rows(c.levels.count, c.levels.rows), k.compensate_scratch(c), k.compensate);
 }
@@ -147,6 +149,7 @@ void descend(int isa, const Levels<T>& levels, uintptr_t weight, uintptr_t hessi
   const nb::gil_scoped_release release;
   Descent<T> d{};
   d.levels = levels.get();
+  if (sweeps && d.levels.widths[0] != d.levels.bits) throw std::invalid_argument("the widest width first");
   const int n = d.levels.columns;
   const T* matrix = at<const T>(hessian);
   const auto packed = pack(matrix, n);
@@ -204,7 +207,7 @@ void slices(int isa, const Levels<T>& levels, uintptr_t weight, uintptr_t import
 template <class T>
 void define(nb::module_& m, const char* levels, const char* suffix) {
   nb::class_<Levels<T>>(m, levels)
-      .def(nb::init<int, int, int, const std::vector<int>&, const std::vector<double>&, uintptr_t, uintptr_t, uintptr_t,
+      .def(nb::init<int, int, int, int, const std::vector<int>&, const std::vector<double>&, uintptr_t, uintptr_t, uintptr_t,
                     const std::vector<int>&>());
   const std::string end = suffix;
   m.def(("compensate" + end).c_str(), &compensate<T>);

@@ -19,7 +19,7 @@ struct CodeLevels {
   int groups;
   int bits;                  // B
   int count;                 // of widths
-  int widths[kMostWidths];   // widest first, the first one B
+  int widths[kMostWidths];   // widest first; where codes are chosen the first one is B
   T emphasis[kMostWidths];   // how much a squared error at each width counts
   T* scale;                  // [rows][groups]
   T* zero;                   // [rows][groups]
@@ -36,18 +36,19 @@ struct Compensation {
   const T* diagonal;     // its diagonal
   const int32_t* group;  // [columns], group of each column in that order
   uint8_t* codes;        // [rows][columns] in that order
+  T* loss;               // [count][rows], tr(E H E^T) of each row, which the errors moved add up to
 };
 
 // Coordinate descent on sum_b emphasis_b tr(E_b H E_b^T), with scales, zero points and ratios fitted on the way.
 template <class T>
 struct Descent {
   CodeLevels<T> levels;  // the fitted numbers are written back
-  const T* weight;       // [rows][columns], or null: `gradient` holds E_b H already
+  const T* weight;       // [rows][columns], or null: `gradient` holds E_b H of the codes already
   const T* hessian;      // packed
   const T* diagonal;     // its diagonal
   const T* sums;         // [columns], sum of the Hessian over the rows of the column's own group
   uint8_t* codes;        // [rows][columns], in and out
-  T* gradient;           // [count][rows][columns], E_b H at the end; or null
+  T* gradient;           // [count][rows][columns], E_b H at the end
   int sweeps;
   bool fit;              // scales are free
   bool zero;             // zero points are free too

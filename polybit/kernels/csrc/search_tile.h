@@ -177,7 +177,7 @@ struct Tile {
 
   // p_b - c_b of codes
   Vec prefix(int g, int b, Vec code) const {
-    if (b == 0) return code - set<S>(middle_of(g, 0));  // the widest is the code itself
+    if (stride[b] == 1) return code - set<S>(middle_of(g, b));  // the code itself
     return round_down<S>(code * set<S>(1 / stride[b])) - set<S>(centre[b]);
   }
 

@@ -30,7 +30,7 @@ template <class S>
 size_t compensate_scratch(const Compensation<typename S::T>& c) {
   const int height = height_of<S>(c.levels), vectors = height * c.levels.count;
   return numbers<S>(Tile<S>::room(c.levels, height) + static_cast<size_t>(padded(c.levels.columns)) * vectors +
-                    kBlock * vectors + places(kBlock, POLYBIT_VECTOR));
+                    (kBlock + 1) * vectors + places(kBlock, POLYBIT_VECTOR));
 }
 
 // Column j of the block that begins at `start`: `error` holds what the columns of the block before it missed.
@@ -70,7 +70,9 @@ void compensate(const Compensation<typename S::T>& c, int first_row, typename S:
   const Tile<S> tile(levels, first_row, height, room);
   Vec* working = Tile<S>::take(room, static_cast<size_t>(padded(columns)) * vectors);
   Vec* error = Tile<S>::take(room, kBlock * vectors);  // negative, so that it is added
+  Vec* loss = Tile<S>::take(room, vectors);
   int32_t* active = reinterpret_cast<int32_t*>(room);
+  for (int v = 0; v < vectors; ++v) loss[v] = Vec{};
   for (int i = 0; i < padded(columns); ++i)
     for (int r = 0; r < height; ++r) {
       Vec weight = {};
@@ -88,9 +90,16 @@ void compensate(const Compensation<typename S::T>& c, int first_row, typename S:
         ++j;
       } while (j < end && c.group[j] == choice.group);
     }
+    for (int k = 0; k < end - start; ++k)
+      for (int v = 0; v < vectors; ++v) loss[v] += error[k * vectors + v] * error[k * vectors + v];
     const int count = find_active<S>(error, vectors, end - start, active);
     push<S>(vectors, working, end, columns, error, start, active, count, c.factor, columns);
   }
+  for (int v = 0; v < vectors; ++v)
+    for (int lane = 0; lane < kLanes<S>; ++lane) {
+      const int row = first_row + v % height * kLanes<S> + lane;
+      if (row < levels.rows) c.loss[static_cast<size_t>(v / height) * levels.rows + row] = loss[v][lane];
+    }
 }
 
 template <class S>
@@ -259,7 +268,6 @@ struct Walk {
         const int r = index / kLanes<S>, lane = index % kLanes<S>;
         const size_t at = static_cast<size_t>(tile.first + index) * columns + i;
         d.codes[at] = static_cast<uint8_t>(codes[static_cast<size_t>(i) * height + r][lane]);
-        if (!d.gradient) continue;
         for (int b = 0; b < count; ++b)
           d.gradient[static_cast<size_t>(b) * tile.levels.rows * columns + at] = gradient_at(i)[b * height + r][lane];
       }
