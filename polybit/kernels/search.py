@@ -16,6 +16,7 @@ from torch import Tensor
 
 KINDS = {torch.float32: "32", torch.float64: "64"}
 ZEROS = ("centre", "level", "group")  # in the order of the compiled enumeration
+VERSION = 2  # of what is passed between this file and csrc/search.cpp
 ALLOWED: ContextVar[int | None] = ContextVar("instruction set of the search", default=0)
 
 
@@ -24,6 +25,9 @@ def library() -> ModuleType | None:
     """The compiled extension, or None – said once, loudly – when the package was built without a compiler."""
     try:
         from polybit.kernels import _search  # type: ignore[attr-defined]
+
+        if getattr(_search, "version", 1) != VERSION:
+            raise ImportError("it was built from other sources than these")
     except ImportError as error:
         warnings.warn(
             f"polybit quantizes without its compiled search ({error}), many times slower: "

@@ -103,8 +103,9 @@ def nested(
     ratios = LayerRatios(problem, at.levels, tables)
     for index in range(rounds):
         if index < 2:
+            at = known(problem, at)
             levels, found = relevel(at.levels, wanted_ratios(problem, at), tables)
-            at = relevelled(problem, known(problem, at), levels)
+            at = relevelled(problem, at, levels)
         at = ratios.fit(at)
         freedom = FitFreedom(scale_gain(at.levels.scale_OG), grid.zero == "group", found)
         before_OI = at.codes_OI

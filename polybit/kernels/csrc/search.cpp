@@ -224,6 +224,7 @@ NB_MODULE(_search, m) {
     for (const SearchSet* set : sets()) names.emplace_back(set->single.name);
     return names;
   });
+  m.attr("version") = 2;  // of what is passed between it and kernels/search.py
   define<float>(m, "Levels32", "32");
   define<double>(m, "Levels64", "64");
 }
