@@ -68,8 +68,8 @@ def linear(
     x: float32, bfloat16 or float16; a token holding NaN or infinity gives NaN.
     width: one for all groups of columns, or one per group, clamped to 1..stored; a group that stores fewer bits than a
     common width is read whole.
-    arithmetic: "float" multiplies with the exactly decoded weight; "int8" rounds the input to 8 bits per token and group
-    of columns (fast; error about 1 % of the output's size); "int16" to 16 bits (nearly as fast when one token is
+    arithmetic: "float" multiplies with the exactly decoded weight; "int8" rounds the input to 8 bits per token and
+    group of columns (fast; error about 1 % of the output's size); "int16" to 16 bits (nearly as fast when one token is
     decoded; error below 1e-4).
 
     An input that wants a gradient is always multiplied by the exactly decoded weight. On a GPU more than a dozen tokens
