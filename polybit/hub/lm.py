@@ -336,6 +336,9 @@ class LocalLM:
                 t.to(self.device) for t in pad([contexts[g] for g in bucket], self.pad_token(), side="left")
             )
             out = self._step(ids_BT, mask_BT, None)
+            if not hasattr(out.past_key_values, "batch_select_indices"):  # a state that cannot be repeated
+                self._loglik_alone(pairs, [n for g in bucket for n in groups[g]], results)
+                continue
             first_BV = out.logits[:, -1].float().log_softmax(-1)
             lines = [(line, n) for line, g in enumerate(bucket) for n in groups[g]]
             after = self._after(out.past_key_values, mask_BT, [(line, pairs[n][1]) for line, n in lines])
