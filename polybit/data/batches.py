@@ -42,3 +42,14 @@ def buckets(lengths: Sequence[int], *, tokens: int, rows: int | None = None) -> 
             assert group is not None
             group.append(index)
     return groups
+
+
+def same_context(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
+    """Numbers of the pairs, those that follow each other with the same context together."""
+    found: list[list[int]] = []
+    for n, (context, _) in enumerate(pairs):
+        if found and context and list(pairs[n - 1][0]) == list(context):
+            found[-1].append(n)
+        else:
+            found.append([n])
+    return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from polybit.core.precision import FLOAT
 from polybit.core.runtime import PolybitError, track
-from polybit.data.batches import buckets, pad
+from polybit.data.batches import buckets, pad, same_context
 from polybit.data.chat import Prompt, encode_prompt
 from polybit.data.text import encode
 from polybit.hub.cache import keep_packed, logits_in_blocks, reads_in_blocks
@@ -363,17 +363,6 @@ class LocalLM:
             use_cache=True,
         )
         return out.logits.float().log_softmax(-1)
-
-
-def same_context(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
-    """Numbers of the pairs, those that follow each other with the same context together."""
-    found: list[list[int]] = []
-    for n, (context, _) in enumerate(pairs):
-        if found and context and list(pairs[n - 1][0]) == list(context):
-            found[-1].append(n)
-        else:
-            found.append([n])
-    return found
 
 
 def score_row(logp_TV: Tensor, target_T: Tensor) -> LogLik:
