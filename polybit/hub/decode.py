@@ -27,7 +27,7 @@ Call = Callable[[], Any]
 
 
 @dataclass(slots=True)
-class Block:
+class DecodeBlock:
     """What one decoder block does, as calls from fixed memory into fixed memory; the products are put in by `bind`."""
 
     norm_in: Call
@@ -80,7 +80,7 @@ class Decoder:
         places = (hidden.data_ptr(), added, norm.weight.data_ptr(), normed.data_ptr())
         return partial(self.library.norm, *places, hidden.shape[1], self.eps)
 
-    def block(self, layer: Any, *, first: bool) -> Block:
+    def block(self, layer: Any, *, first: bool) -> DecodeBlock:
         """The calls and the cache of one block."""
         attention = layer.self_attn
         keys, values = (torch.empty(self.kv_heads, self.room, self.size) for _ in range(2))
@@ -93,7 +93,7 @@ class Decoder:
             self.eps, keys.data_ptr(), values.data_ptr(),
         )  # fmt: skip
         norm_in = self.norm(layer.input_layernorm, None if first else self.down)
-        return Block(norm_in, compiled, self.norm(layer.post_attention_layernorm, self.o), keys, values)
+        return DecodeBlock(norm_in, compiled, self.norm(layer.post_attention_layernorm, self.o), keys, values)
 
     def bind(self) -> None:
         """Make the products' calls for what the layers are read at now, unless nothing has changed."""

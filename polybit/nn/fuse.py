@@ -25,7 +25,7 @@ PATIENCE = 3  # results nobody fetched, after which a layer is no longer compute
 
 
 @dataclass(slots=True)
-class Seen:
+class SharedInput:
     """The layer that was last given a new tensor, and those that were given the same one since."""
 
     leader: QuantLinear
@@ -38,7 +38,7 @@ class Siblings:
     """Quantized layers of one module with equally many inputs, and what is known of who shares them."""
 
     def __init__(self) -> None:
-        self.seen: Seen | None = None
+        self.seen: SharedInput | None = None
         self.follow: dict[QuantLinear, tuple[QuantLinear, ...]] = {}
         self.misses: dict[QuantLinear, int] = {}
         self.bundles: dict[QuantLinear, tuple[tuple[Prepared, ...], Bundle | None]] = {}
@@ -71,7 +71,7 @@ class Siblings:
             return None
         if seen is not None:
             self.follow[seen.leader] = tuple(seen.followers)
-        self.seen = Seen(layer, ref(x), mark(x))
+        self.seen = SharedInput(layer, ref(x), mark(x))
         return self.follow.get(layer)
 
     def compute(self, leader: QuantLinear, followers: Iterable[QuantLinear], x: Tensor) -> Tensor | None:

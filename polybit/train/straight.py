@@ -37,7 +37,7 @@ class StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight_OI: Tensor, growth_OG: Tensor | None, seen: Seen) -> Tensor:
+    def forward(ctx: Any, weight_OI: Tensor, growth_OG: Tensor | None, seen: StoredValue) -> Tensor:
         """weight and growth are what is trained; `seen` is what they stand for now."""
         ctx.seen = seen
         ctx.save_for_backward(weight_OI)
@@ -57,7 +57,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class StoredValue:
     """A weight as it is stored now, read at one width.
 
     value_OI: what the layer multiplies with · within_OI: True where the code was not clipped, None when none was ·
@@ -98,7 +98,7 @@ class Code(nn.Module):
         self.kept_for: object = None
         self.stored: QWeight | None = None
         self.within_OI: Tensor | None = None
-        self.seen: dict[int, Seen] = {}
+        self.seen: dict[int, StoredValue] = {}
 
     def grown(self) -> tuple[Tensor, Tensor]:
         """(scale as it is stored, s_0 / s) of each group."""
@@ -152,7 +152,7 @@ class Code(nn.Module):
         if width not in self.seen:
             assert self.stored is not None
             share_OG = self.grown()[1]
-            self.seen[width] = Seen(self.stored.dequantize(width), self.within_OI, share_OG, self.group_size)
+            self.seen[width] = StoredValue(self.stored.dequantize(width), self.within_OI, share_OG, self.group_size)
         return StraightThrough.apply(weight_OI, self.growth_OG, self.seen[width])
 
     def _apply(self, *given: Any, **named: Any) -> Any:
