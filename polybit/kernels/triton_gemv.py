@@ -153,6 +153,48 @@ def store_token(y, bias, total, token, tokens, row, rows, gain, HAS_BIAS: tl.con
     tl.store(y + token * rows + row, value.to(y.dtype.element_ty), mask=(row < rows) & (token + row * 0 < tokens))
 
 
+@triton.jit
+def read_all(planes, at, stride, inside, WIDTH: tl.constexpr):
+    """Words of the four upper planes and of the four lower ones; the upper again where there are no lower ones."""
+    p0, p1, p2, p3 = read(planes, at, stride, inside, 0, WIDTH)
+    p4, p5, p6, p7 = p0, p1, p2, p3
+    if WIDTH > 4:
+        p4, p5, p6, p7 = read(planes, at, stride, inside, 4, WIDTH)
+    return p0, p1, p2, p3, p4, p5, p6, p7
+
+
+@triton.jit
+def nibbles_all(p0, p1, p2, p3, p4, p5, p6, p7, WIDTH: tl.constexpr, INTERPRET: tl.constexpr):
+    """Codes of what `read_all` read, upper and lower halves."""
+    h0, h1, h2, h3 = nibbles(p0, p1, p2, p3, INTERPRET)
+    l0, l1, l2, l3 = h0, h1, h2, h3
+    if WIDTH > 4:
+        l0, l1, l2, l3 = nibbles(p4, p5, p6, p7, INTERPRET)
+    return h0, h1, h2, h3, l0, l1, l2, l3
+
+
+@triton.jit
+def meaning(
+    scale, zero, ratio, place, r, within, fixed_zero, low, high,
+    STORED: tl.constexpr, WIDTH: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_RATIO: tl.constexpr,
+):  # fmt: skip
+    """What the codes of a tile mean: step, offset and factor of every column block and row [B, 16]; place: [B, 1]."""
+    UNIT: tl.constexpr = (1 << (4 - WIDTH)) if WIDTH <= 4 else (1 << (8 - WIDTH))
+    STEP: tl.constexpr = 1 << (STORED - WIDTH)
+    step = tl.load(scale + place * 16 + r[None, :], mask=within, other=0.0).to(tl.float32)
+    offset = step * 0 + (0.5 * ((1 << STORED) - 1) - fixed_zero)
+    if HAS_ZERO:
+        stored = tl.load(zero + place * 16 + r[None, :], mask=within, other=0)
+        offset = 0.5 * ((1 << STORED) - 1) - stored.to(tl.float32)
+    factor = step * 0 + low
+    if HAS_RATIO:
+        pair = tl.load(ratio + place * 8 + (r % 8)[None, :], mask=within, other=0).to(tl.int32)
+        index = tl.where((r < 8)[None, :], pair & 15, pair >> 4).to(tl.float32)
+        factor = low + (high - low) / 15.0 * index
+    factor *= 0.5 * STEP / UNIT
+    return step, offset, factor
+
+
 @triton.jit(do_not_specialize=["tokens"])  # another number of tokens must not mean compiling again
 def gemv(
     x, x_scale, x_sum, planes, scale, zero, ratio, bias, y, tokens, stride, rows, columns, blocks, groups,
@@ -171,12 +213,9 @@ def gemv(
     row_block, token = tl.program_id(0), tl.program_id(1) * TOKENS
     token1, token2, token3 = token + 1, token + 2, token + 3
     # tokens that are not there are computed from the last one and not stored
-    real1, real2, real3 = (
-        tl.minimum(token1, tokens - 1), tl.minimum(token2, tokens - 1), tl.minimum(token3, tokens - 1),
-    )  # fmt: skip
+    last = tokens - 1
+    real1, real2, real3 = tl.minimum(token1, last), tl.minimum(token2, last), tl.minimum(token3, last)
     r = tl.arange(0, 16)
-    UNIT: tl.constexpr = (1 << (4 - WIDTH)) if WIDTH <= 4 else (1 << (8 - WIDTH))
-    STEP: tl.constexpr = 1 << (STORED - WIDTH)
     total0 = tl.zeros((BLOCKS, 16), tl.float32)
     total1, total2, total3 = total0, total0, total0
     for first in range(0, blocks, BLOCKS):
@@ -184,27 +223,13 @@ def gemv(
         inside = k < blocks
         at = (row_block * blocks + k[:, None]) * 16 + r[None, :]
         within = inside[:, None] & (r[None, :] >= 0)
-        p0, p1, p2, p3 = read(planes, at, stride, within, 0, WIDTH)
-        p4, p5, p6, p7 = p0, p1, p2, p3
-        if WIDTH > 4:
-            p4, p5, p6, p7 = read(planes, at, stride, within, 4, WIDTH)
+        p0, p1, p2, p3, p4, p5, p6, p7 = read_all(planes, at, stride, within, WIDTH)
         group = k // GROUP_BLOCKS if GROUP_BLOCKS else k * 0
-        place = row_block * groups + group[:, None]
-        step = tl.load(scale + place * 16 + r[None, :], mask=within, other=0.0).to(tl.float32)
-        offset = step * 0 + (0.5 * ((1 << STORED) - 1) - fixed_zero)
-        if HAS_ZERO:
-            stored = tl.load(zero + place * 16 + r[None, :], mask=within, other=0)
-            offset = 0.5 * ((1 << STORED) - 1) - stored.to(tl.float32)
-        factor = step * 0 + low
-        if HAS_RATIO:
-            pair = tl.load(ratio + place * 8 + (r % 8)[None, :], mask=within, other=0).to(tl.int32)
-            index = tl.where((r < 8)[None, :], pair & 15, pair >> 4).to(tl.float32)
-            factor = low + (high - low) / 15.0 * index
-        factor *= 0.5 * STEP / UNIT
-        h0, h1, h2, h3 = nibbles(p0, p1, p2, p3, INTERPRET)
-        l0, l1, l2, l3 = h0, h1, h2, h3
-        if WIDTH > 4:
-            l0, l1, l2, l3 = nibbles(p4, p5, p6, p7, INTERPRET)
+        step, offset, factor = meaning(
+            scale, zero, ratio, row_block * groups + group[:, None], r, within, fixed_zero, low, high,
+            STORED, WIDTH, HAS_ZERO, HAS_RATIO,
+        )  # fmt: skip
+        h0, h1, h2, h3, l0, l1, l2, l3 = nibbles_all(p0, p1, p2, p3, p4, p5, p6, p7, WIDTH, INTERPRET)
         if ROUND:
             x0, x1, x2, x3, x4, x5, x6, x7, y0, y1, y2, y3, y4, y5, y6, y7, sums, x_step = round_blocks(
                 x, x_scale, k, columns, 127 if DIGITS == 1 else 32512, DIGITS, CHUNK_BLOCKS, BLOCKS, HAS_COLUMN_SCALE
