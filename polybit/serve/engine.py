@@ -24,7 +24,7 @@ from polybit.core.runtime import PolybitError
 from polybit.hub.rows import TokenRows
 from polybit.serve.request import Chosen, Done, Piece, Reason, Request, Spent
 from polybit.serve.runners import Runner
-from polybit.serve.sampling import Sampler
+from polybit.serve.sampling import Sampler, describe
 from polybit.serve.slots import Slot, Slots
 from polybit.serve.writing import Writer
 
@@ -54,6 +54,7 @@ class Answering:
     read: int = 0  # tokens of prompt and answer whose keys and values are in the place
     tokens: list[int] = field(default_factory=list)  # prompt and answer
     drafts: list[int] = field(default_factory=list)
+    echoed: list[Chosen] = field(default_factory=list)  # tokens of the prompt after the first, where asked for
     cancelled: bool = False
     started: float = 0.0
     answering: float = 0.0
@@ -182,7 +183,9 @@ class Engine:
                 if not self.waiting:
                     return
                 answer = self.waiting[0]
-                taken = self.slots.take(answer.asked.tokens, answer.asked.decoding.cache_key)
+                # what is echoed must be read, so that it shares no beginning
+                key = object() if answer.asked.echo else answer.asked.decoding.cache_key
+                taken = self.slots.take(answer.asked.tokens, key)
                 if taken is None:
                     return
                 self.waiting.popleft()
@@ -214,11 +217,14 @@ class Engine:
                 left -= len(part.tokens)
             last = part.start + len(part.tokens) == len(answer.tokens) + len(answer.drafts)
             parts.append(part)
-            keep.append(1 + len(answer.drafts) if last else 0)
+            echoes = answer.asked.echo and answer.reading_prompt
+            keep.append(len(part.tokens) if echoes else 1 + len(answer.drafts) if last else 0)
             readers.append(answer)
         thin = []
         for answer, part, logits_nV in zip(readers, parts, self.read(parts, keep), strict=True):
             self.note_read(answer, part.start + len(part.tokens) - len(answer.drafts))
+            if answer.asked.echo and part.start < len(answer.asked.tokens):
+                logits_nV = self.echo(answer, part, logits_nV)
             if not len(logits_nV):
                 continue
             if self.is_thin(answer, logits_nV):
@@ -234,6 +240,14 @@ class Engine:
         self.steps += 1
         self.rows += sum(len(part.tokens) for part in parts)
         return self.runner.read(parts, keep)
+
+    def echo(self, answer: Answering, part: TokenRows, logits_TV: Tensor) -> Tensor:
+        """Note what the prompt's own tokens were worth; the logits [n, V] that are left to choose from."""
+        prompt = answer.asked.tokens
+        following = prompt[part.start + 1 : part.start + 1 + len(part.tokens)]
+        for logits_V, token in zip(logits_TV, following, strict=False):
+            answer.echoed.append(describe(logits_V, token, answer.asked.logprobs))
+        return logits_TV[len(following) :]
 
     def part_of(self, answer: Answering, left: int) -> TokenRows | None:
         """The rows an answer reads next: a part of its prompt, else its newest token and drafts."""
@@ -309,6 +323,9 @@ class Engine:
             answer.answering = perf_counter()
             answer.spent.prompt_ms = 1e3 * (answer.answering - answer.started)
         drafts, answer.drafts = answer.drafts, []
+        if not answer.asked.max_tokens:
+            self.end(answer, "length")
+            return
         chosen: list[Chosen] = []
         text = ""
         reason: Reason | None = None

@@ -70,7 +70,8 @@ class Request:
     """A prompt as token ids, and how to answer it.
 
     ends: tokens that end the answer · stop: texts that end it and are not part of it · logprobs: how many of the
-    likeliest tokens to report beside each chosen one; None = no log-probabilities at all.
+    likeliest tokens to report beside each chosen one; None = no log-probabilities at all · echo: report the tokens of
+    the prompt like those of the answer, each after what comes before it.
     """
 
     tokens: tuple[int, ...]
@@ -80,6 +81,7 @@ class Request:
     ends: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    echo: bool = False
     constraint: Constraint | None = None
 
 

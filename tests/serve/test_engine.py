@@ -7,6 +7,7 @@ import torch
 
 from polybit.core.runtime import PolybitError
 from polybit.kernels import cpu
+from polybit.nn.switch import at
 from polybit.serve.engine import Busy, Closing, Engine
 from polybit.serve.request import Decoding, Done, Piece, Request, Sampling
 from polybit.serve.runners import PlainRunner, RowRunner, make_runner
@@ -31,7 +32,19 @@ def prompt(seed, length=12):
     return tuple(torch.randint(0, 128, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
-def ask(seed=0, precision="w8", *, tokens=None, temperature=0.0, most=20, ends=(), stop=(), logprobs=None, **decoding):
+def ask(
+    seed=0,
+    precision="w8",
+    *,
+    tokens=None,
+    temperature=0.0,
+    most=20,
+    ends=(),
+    stop=(),
+    logprobs=None,
+    echo=False,
+    **decoding,
+):
     return Request(
         tokens=tokens or prompt(seed),
         decoding=Decoding(precision=precision, **decoding),
@@ -40,6 +53,7 @@ def ask(seed=0, precision="w8", *, tokens=None, temperature=0.0, most=20, ends=(
         ends=frozenset(ends),
         stop=stop,
         logprobs=logprobs,
+        echo=echo,
     )
 
 
@@ -218,3 +232,25 @@ def test_any_model_by_its_own_forward_pass(model):
         answers(Engine(PlainRunner(model, slots=1, room=64), Letters(), chunk=8), [a])[0][0] for a in asked
     ]
     assert isinstance(make_runner(model, slots=1, room=64, quantized=True), RowRunner)
+
+
+def test_an_echoed_prompt_has_the_log_probabilities_of_a_forward_pass(model):
+    server = engine(model, chunk=5)
+    heard = []
+    asked = ask(1, logprobs=3, echo=True, most=0)
+    answer = server.submit(asked, heard.append)
+    while server.tick():
+        pass
+    with torch.inference_mode(), at(model, "w8"):
+        logp = model(torch.tensor([asked.tokens])).logits[0].float().log_softmax(-1)
+    wanted = [float(logp[place, token]) for place, token in enumerate(asked.tokens[1:])]
+    assert [round(chosen.logprob, 2) for chosen in answer.echoed] == pytest.approx(
+        [round(w, 2) for w in wanted], abs=0.02
+    )
+    assert heard[-1].reason == "length" and heard[-1].spent.answer == 0
+    again = server.submit(
+        ask(1, logprobs=3, echo=True, most=1), heard.append
+    )  # a beginning in the cache is no reason to skip
+    while server.tick():
+        pass
+    assert [c.token for c in again.echoed] == list(asked.tokens[1:])

@@ -1,0 +1,302 @@
+"""The HTTP server: routes, keys, limits, errors in OpenAI's and Anthropic's words; what it cannot do it refuses by name."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse
+from sse_starlette import EventSourceResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from polybit import __version__
+from polybit.core.runtime import PolybitError
+from polybit.serve import anthropic_api, openai_api, responses_api
+from polybit.serve.engine import Busy, Closing
+from polybit.serve.fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from polybit.serve.heard import AnswerFailed
+from polybit.serve.metrics import ServerMetrics
+from polybit.serve.service import Service, UnknownModel
+
+OPEN_PATHS = ("/health", "/", "/v1/health")  # without a key
+PING_SECONDS = 15
+RETRY_SECONDS = 1
+OWNER = "polybit"
+
+
+@dataclass
+class ServerState:
+    """What all routes share. service: None while the model loads; failed: why it never will."""
+
+    keys: tuple[str, ...] = ()
+    most_bytes: int = 8 << 20
+    service: Service | None = None
+    failed: str | None = None
+    closing: bool = False
+    metrics: ServerMetrics = field(default_factory=ServerMetrics)
+
+    def ready(self) -> Service:
+        """The service, or the error that says that it is not there yet."""
+        if self.failed is not None:
+            raise HTTPException(503, f"the model could not be loaded: {self.failed}")
+        if self.closing:
+            raise Closing("the server is shutting down: ask again later")
+        if self.service is None:
+            raise HTTPException(503, "the model is loading: ask again in a moment")
+        return self.service
+
+
+class Guard:
+    """Before any route: bodies that are too long and requests without a key are turned away, all are counted."""
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self.app, self.state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path, size, status = scope["path"], 0, 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.state.most_bytes:
+                raise HTTPException(413, f"the body is longer than {self.state.most_bytes} bytes: send less")
+            return message
+
+        known = path if path in ROUTES else "other"
+        try:
+            refusal = self.refusal(scope)
+            if refusal is not None:
+                await refusal(scope, receive, counted)
+            else:
+                await self.app(scope, limited, counted)
+        finally:
+            self.state.metrics.requests.labels(known, str(status)).inc()
+
+    def refusal(self, scope: Scope) -> Response | None:
+        """What turns a request away before its body is read."""
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self.state.most_bytes:
+            return error_response(413, f"the body has {length} bytes: send at most {self.state.most_bytes}", scope["path"])
+        if not self.state.keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return None
+        given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
+        allowed = [hmac.compare_digest(given.encode(), key.encode()) for key in self.state.keys]
+        if any(allowed):
+            return None
+        return error_response(401, "the API key is missing or wrong: send Authorization: Bearer KEY", scope["path"])
+
+
+def error_response(status: int, message: str, path: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
+    """An error in the words of the API that was asked."""
+    kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "api_error")
+    headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else None
+    if path.startswith("/v1/messages"):
+        kind = "overloaded_error" if status == 503 else kind
+        return JSONResponse({"type": "error", "error": {"type": kind, "message": message}}, status, headers)
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return JSONResponse({"error": error}, status, headers)
+
+
+def add_errors(app: FastAPI) -> None:
+    """Every failure is an error in JSON with a sentence; none is a traceback."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        if first["type"] == "extra_forbidden":
+            message = f"{place} is not supported by this server: leave it out"
+        elif first["type"] == "json_invalid":
+            message = f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'mend it')}"
+        else:
+            message = f"{place or 'the body'}: {first['msg'].removeprefix('Value error, ')}"
+        return error_response(400, message, request.url.path, param=place or None)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return error_response(error.status_code, str(error.detail), request.url.path)
+
+    def said(status: int, code: str | None = None) -> Callable[[Request, Exception], Any]:
+        async def handler(request: Request, error: Exception) -> Response:
+            return error_response(status, str(error), request.url.path, code=code)
+
+        return handler
+
+    app.exception_handler(UnknownModel)(said(404, "model_not_found"))
+    app.exception_handler(Busy)(said(429))
+    app.exception_handler(Closing)(said(503))
+    app.exception_handler(AnswerFailed)(said(503))
+    app.exception_handler(PolybitError)(said(400))
+    app.exception_handler(ValueError)(said(400))
+    app.exception_handler(RecursionError)(said(400))
+
+
+def make_app(state: ServerState, *, origins: tuple[str, ...] = (), root: str = "") -> FastAPI:
+    """The application; `state.service` may come later."""
+    app = FastAPI(title="polybit", version=__version__, root_path=root, docs_url=None, redoc_url=None)
+    add_errors(app)
+    add_models(app, state)
+    add_answers(app, state)
+    app.add_middleware(Guard, state=state)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+    return app
+
+
+def add_models(app: FastAPI, state: ServerState) -> None:
+    """What is not an answer: health, names, tokens, metrics, the page."""
+
+    @app.get("/health")
+    @app.get("/v1/health")
+    async def health() -> Response:
+        if state.service is None or state.closing:
+            what = "error" if state.failed else "closing" if state.closing else "loading model"
+            return JSONResponse({"status": what, "message": state.failed}, 503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        service = state.ready()
+        rows = [
+            {"id": name, "object": "model", "created": service.created, "owned_by": OWNER, "meta": dict(service.notes)}
+            for name in service.names()
+        ]
+        return {"object": "list", "data": rows}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service = state.ready()
+        if name not in service.names():
+            raise UnknownModel(f"there is no model {name!r:.120} here: GET /v1/models lists all")
+        return {"id": name, "object": "model", "created": service.created, "owned_by": OWNER}
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        service = state.ready()
+        tokens = list(service.encode(body.content, special=body.add_special))
+        if not body.with_pieces:
+            return {"tokens": tokens}
+        decode = service.tokenizer.decode
+        return {"tokens": [{"id": t, "piece": decode([t], skip_special_tokens=False)} for t in tokens]}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+        service = state.ready()
+        return {"content": service.tokenizer.decode(list(openai_api.checked(service, body.tokens)))}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        if state.service is not None:
+            engine = state.service.engine
+            state.metrics.running.set(len(engine.running))
+            state.metrics.waiting.set(len(engine.waiting))
+            state.metrics.steps.set(engine.steps)
+            state.metrics.rows.set(engine.rows)
+        return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> str:
+        return (files("polybit.serve") / "page.html").read_text(encoding="utf-8")
+
+
+def add_answers(app: FastAPI, state: ServerState) -> None:
+    """What is an answer: chats and completions in three APIs."""
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatBody) -> Any:
+        service = state.ready()
+        asking = openai_api.ask_chat(service, body)
+        if not body.stream:
+            return await openai_api.chat(service, body, asking)
+        streams = asking.streams(service, body.n)
+        return events(plain(openai_api.chat_chunks(service, body, asking, streams)))
+
+    @app.post("/v1/completions")
+    async def complete(body: CompletionBody) -> Any:
+        service = state.ready()
+        askings = openai_api.ask_completion(service, body)
+        if not body.stream:
+            return await openai_api.completion(service, body, askings)
+        streams = [stream for asking in askings for stream in asking.streams(service, body.n)]
+        return events(plain(openai_api.completion_chunks(service, body, askings, streams)))
+
+    @app.post("/v1/responses")
+    async def respond(body: responses_api.ResponsesBody) -> Any:
+        service = state.ready()
+        asking = responses_api.ask_responses(service, body)
+        if not body.stream:
+            return await responses_api.response(service, body, asking)
+        [stream] = asking.streams(service)
+        return events(responses_api.response_events(service, body, asking, stream))
+
+    @app.post("/v1/messages")
+    async def message(body: anthropic_api.MessagesBody) -> Any:
+        service = state.ready()
+        asking = anthropic_api.ask_messages(service, body)
+        if not body.stream:
+            return await anthropic_api.message(service, body, asking)
+        [stream] = asking.streams(service)
+        return events(anthropic_api.message_events(service, body, asking, stream))
+
+    @app.post("/v1/messages/count_tokens")
+    async def count(body: anthropic_api.CountBody) -> dict[str, int]:
+        return anthropic_api.count_tokens(state.ready(), body)
+
+
+ROUTES = (
+    "/health",
+    "/v1/health",
+    "/v1/models",
+    "/tokenize",
+    "/detokenize",
+    "/metrics",
+    "/",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+)
+
+
+async def plain(data: AsyncIterator[str]) -> AsyncIterator[tuple[str | None, str]]:
+    """Events without a name, as OpenAI's streams have them."""
+    async for one in data:
+        yield None, one
+
+
+def events(pairs: AsyncIterator[tuple[str | None, str]]) -> EventSourceResponse:
+    """A stream of server-sent events; an answer that fails on its way ends with an event that says so."""
+
+    async def written() -> AsyncIterator[dict[str, str]]:
+        try:
+            async for name, data in pairs:
+                yield {"data": data} if name is None else {"event": name, "data": data}
+        except PolybitError as error:
+            body = {"type": "error", "error": {"type": "api_error", "message": str(error)}}
+            yield {"event": "error", "data": json.dumps(body)}
+        finally:
+            await pairs.aclose()  # type: ignore[attr-defined]  # whoever left early cancels the answer
+
+    return EventSourceResponse(written(), ping=PING_SECONDS)

@@ -1,0 +1,123 @@
+"""From the body of a request to requests of the engine: prompt, precision, form of the answer, tools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from polybit.core.runtime import PolybitError
+from polybit.serve import tools as calls
+from polybit.serve.fields import ResponseFormat
+from polybit.serve.grammar import ANY_OBJECT
+from polybit.serve.request import Constraint, Request, Sampling
+from polybit.serve.service import Precise, ReadAs, Service, Stream
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """Functions of a request. forced: the answer must be a call, of `named` if given."""
+
+    functions: tuple[Mapping[str, Any], ...]
+    forced: bool = False
+    named: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all functions."""
+        return [function["name"] for function in self.functions]
+
+    @property
+    def callable_now(self) -> list[Mapping[str, Any]]:
+        """Those the answer may call."""
+        return [f for f in self.functions if self.named in (None, f["name"])]
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """A request on its way to the engine: what is common to its `n` answers, how it is read, which tools it has."""
+
+    request: Request
+    read_as: ReadAs
+    constraint: Callable[[], Constraint] | None = None
+    tools: Tools | None = None
+
+    def streams(self, service: Service, count: int = 1) -> list[Stream]:
+        """Submit it."""
+        return service.streams(self.request, count, self.read_as.by, self.constraint)
+
+
+def chat_prompt(service: Service, messages: Sequence[Mapping[str, Any]], tools: Tools | None) -> tuple[int, ...]:
+    """Token ids of a chat, its tools told by the template where it knows tools."""
+    if tools is None:
+        return service.chat_tokens([plain for plain in map(readable(service), messages)])
+    wrapped = [{"type": "function", "function": dict(function)} for function in tools.functions]
+    if service.templates.takes("tools"):
+        return service.chat_tokens(messages, tools=wrapped)
+    return service.chat_tokens(calls.with_tools(messages, wrapped))
+
+
+def readable(service: Service) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Turns with calls as the template can write them."""
+    knows = service.templates.takes("tool")
+    return lambda turn: dict(turn) if knows else calls.plain_turn(turn)
+
+
+def prepare(
+    service: Service,
+    model: str,
+    precise: Precise,
+    tokens: tuple[int, ...],
+    sampling: Sampling,
+    *,
+    most: int | None,
+    where: str = "max_tokens",
+    stop: tuple[str, ...] = (),
+    logprobs: int | None = None,
+    echo: bool = False,
+    form: ResponseFormat | None = None,
+    tools: Tools | None = None,
+) -> Asking:
+    """Everything checked that can be before the engine is asked."""
+    read_as = service.chosen(model, precise, tokens)
+    request = Request(
+        tokens=tokens,
+        decoding=read_as.decoding,
+        sampling=sampling,
+        max_tokens=service.answer_room(tokens, most, where),
+        ends=service.ends,
+        stop=stop,
+        logprobs=logprobs,
+        echo=echo,
+    )
+    return Asking(request, read_as, constraint_of(service, form, tools), tools)
+
+
+def constraint_of(
+    service: Service, form: ResponseFormat | None, tools: Tools | None
+) -> Callable[[], Constraint] | None:
+    """What makes the grammar of each answer; a first one is made at once, so that a bad schema is refused."""
+    if tools is not None and tools.forced:
+        schema, where = calls.call_schema(tools.callable_now), "tools"
+    elif form is None or form.type == "text":
+        return None
+    else:
+        schema = ANY_OBJECT if form.json_schema is None else form.json_schema.schema_
+        where = "response_format"
+    first: list[Constraint] = [service.grammars.json_schema(schema, where)]
+
+    def make() -> Constraint:
+        return first.pop() if first else service.grammars.json_schema(schema, where)
+
+    return make
+
+
+def tools_of(functions: Sequence[Mapping[str, Any]] | None, choice: str | None, named: str | None) -> Tools | None:
+    """The tools of a request; none where they are not to be used."""
+    if not functions or choice == "none":
+        return None
+    names = [function["name"] for function in functions]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PolybitError(f"tools names function {twice[0]!r} twice: name each once")
+    return Tools(tuple(functions), forced=choice == "required" or named is not None, named=named)

@@ -1,0 +1,137 @@
+"""What comes back from the engine, gathered: the whole answer, or deltas with calls held back until they are certain."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from polybit.core.runtime import PolybitError
+from polybit.serve import tools as calls
+from polybit.serve.asking import Tools
+from polybit.serve.request import Chosen, Done, Piece, Spent
+from polybit.serve.service import Service, Stream
+from polybit.serve.tools import ToolCall
+
+
+class AnswerFailed(PolybitError):
+    """The engine could not finish an answer."""
+
+
+@dataclass(slots=True)
+class Whole:
+    """One finished answer."""
+
+    text: str
+    tokens: list[Chosen]
+    done: Done
+    calls: list[ToolCall] = field(default_factory=list)
+    echoed: list[Chosen] = field(default_factory=list)
+
+    @property
+    def reason(self) -> str:
+        """Why it ended, as OpenAI says it."""
+        return "tool_calls" if self.calls else "length" if self.done.reason == "length" else "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text with its tokens, or calls, or the end."""
+
+    text: str = ""
+    tokens: tuple[Chosen, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
+    done: Done | None = None
+
+
+async def whole(stream: Stream, tools: Tools | None) -> Whole:
+    """The whole answer of a stream."""
+    text = ""
+    tokens: list[Chosen] = []
+    found: list[ToolCall] = []
+    async for delta in deltas(stream, tools):
+        text += delta.text
+        tokens += delta.tokens
+        found += delta.calls
+    assert stream.answer.done is not None
+    return Whole(text, tokens, stream.answer.done, found, list(stream.answer.echoed))
+
+
+async def deltas(stream: Stream, tools: Tools | None) -> AsyncIterator[Delta]:
+    """Text as it comes; where tools may be called, text that may be a call comes at the end, as what it is."""
+    held, holding = "", tools is not None
+    kept: list[Chosen] = []
+    async for event in stream:
+        if isinstance(event, Piece):
+            held += event.text
+            kept += event.tokens
+            if holding and (tools is not None and (tools.forced or calls.may_be_call(held))):
+                continue
+            if calls.OPEN in held and tools is not None:
+                holding = True
+                continue
+            yield Delta(held, tuple(kept))
+            held, kept = "", []
+            continue
+        check(event)
+        if held and tools is not None:
+            left, found = calls.read_calls(held, tools.names, forced=tools.forced)
+            yield Delta(left, tuple(kept), tuple(found), event)
+        else:
+            yield Delta(held, tuple(kept), (), event)
+
+
+def check(done: Done) -> None:
+    """An answer that failed is an error of the server, said as one."""
+    if done.reason == "error":
+        raise AnswerFailed(f"the answer could not be finished: {done.message}")
+    if done.reason == "cancelled":
+        raise AnswerFailed("the answer was cancelled: the server is shutting down")
+
+
+def usage(spents: Sequence[Spent]) -> dict[str, Any]:
+    """OpenAI's usage over the answers of one request."""
+    prompt, answer = spents[0].prompt, sum(spent.answer for spent in spents)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": spents[0].cached},
+    }
+
+
+def timings(spent: Spent) -> dict[str, Any]:
+    """llama.cpp's timings, and how drafts and gates fared."""
+    read, prompt_ms, answer_ms = spent.prompt - spent.cached, spent.prompt_ms, spent.answer_ms
+    found: dict[str, Any] = {
+        "cache_n": spent.cached,
+        "prompt_n": read,
+        "prompt_ms": round(prompt_ms, 3),
+        "prompt_per_second": round(1e3 * read / prompt_ms, 3) if prompt_ms else 0.0,
+        "predicted_n": spent.answer,
+        "predicted_ms": round(answer_ms, 3),
+        "predicted_per_second": round(1e3 * max(spent.answer - 1, 0) / answer_ms, 3) if answer_ms else 0.0,
+    }
+    if spent.drafted:
+        found |= {"draft_n": spent.drafted, "draft_n_accepted": sum(spent.accepted)}
+    if spent.gated:
+        found["gated_n"] = spent.gated
+    return found
+
+
+def token_text(service: Service, token: int) -> str:
+    """A token by itself as text."""
+    return str(service.tokenizer.decode([token], skip_special_tokens=False))
+
+
+def chat_logprobs(service: Service, tokens: Sequence[Chosen]) -> dict[str, Any]:
+    """OpenAI's log-probabilities of a chat."""
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        text = token_text(service, token)
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+
+    return {
+        "content": [{**one(t.token, t.logprob), "top_logprobs": [one(*top) for top in t.top]} for t in tokens],
+        "refusal": None,
+    }

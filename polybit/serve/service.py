@@ -1,0 +1,197 @@
+"""One model as the HTTP side sees it: names and precisions, chats to tokens, requests to streams of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any
+
+from polybit.core.runtime import PolybitError
+from polybit.serve.engine import Answering, Engine
+from polybit.serve.grammar import Grammars
+from polybit.serve.policy import AutoPolicy
+from polybit.serve.request import Decoding, Done, Piece, Request, Spent
+from polybit.serve.templates import Templates
+
+AUTO = "auto"
+
+
+class UnknownModel(PolybitError):
+    """A model name the server does not answer to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precise:
+    """The precision fields of a request, whatever API they came by; None = the server decides."""
+
+    precision: str | None = None
+    prefill: str | None = None
+    draft: str | None = None
+    drafts: int = 4
+    gate: str | None = None
+    margin: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAs:
+    """How a request will be read, and what decided it."""
+
+    decoding: Decoding
+    by: str
+
+    def to_json(self) -> dict[str, Any]:
+        """For the response."""
+        d = self.decoding
+        more = {"prefill": d.prefill, "draft": d.draft, "gate": d.gate}
+        return {"width": d.precision, "chosen_by": self.by, **{key: value for key, value in more.items() if value}}
+
+
+class Stream:
+    """The events of one request as they come; leaving it early cancels the request."""
+
+    def __init__(self, service: Service, request: Request, by: str) -> None:
+        self.by, self.heard = by, False
+        self.loop = asyncio.get_running_loop()
+        self.events: asyncio.Queue[Piece | Done] = asyncio.Queue()
+        self.service, self.request = service, request
+        self.answer_arrived = perf_counter()
+        self.answer: Answering = service.engine.submit(request, self.hear)
+
+    def hear(self, event: Piece | Done) -> None:
+        """Called from the engine's thread."""
+        if not self.heard:
+            self.heard = True
+            self.service.first_seconds(perf_counter() - self.answer_arrived)
+        if isinstance(event, Done):
+            self.service.note(event.spent, self.request.decoding.precision, self.by)
+        try:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:  # the server's loop has ended: nobody listens any more
+            return
+
+    async def __aiter__(self) -> AsyncIterator[Piece | Done]:
+        try:
+            while True:
+                event = await self.events.get()
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Stop answering, unless it has ended."""
+        if self.answer.done is None:
+            self.service.engine.cancel(self.answer)
+
+
+@dataclass
+class Service:
+    """A loaded model, ready to answer.
+
+    name: what clients call it, `name@w4` at a width · precisions: all it can be read at, the default first · most_tokens:
+    of one answer · ends: tokens that end an answer · notes: what /v1/models tells beside the name · note, first_seconds:
+    told of every finished answer, and of the seconds to its first token.
+    """
+
+    name: str
+    tokenizer: Any
+    engine: Engine
+    precisions: tuple[str, ...]
+    policy: AutoPolicy
+    templates: Templates
+    grammars: Grammars
+    ends: frozenset[int]
+    most_tokens: int
+    created: int = 0
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    note: Callable[[Spent, str, str], None] = lambda spent, width, by: None
+    first_seconds: Callable[[float], None] = lambda seconds: None
+
+    @property
+    def room(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.engine.runner.room
+
+    @property
+    def pressure(self) -> float:
+        """Requests under way and waiting, per place."""
+        return (len(self.engine.running) + len(self.engine.waiting)) / max(len(self.engine.slots.slots), 1)
+
+    def names(self) -> list[str]:
+        """Every model name that is answered to."""
+        each = [f"{self.name}@{precision}" for precision in (*self.precisions, AUTO)]
+        return [self.name, *each]
+
+    def chosen(self, model: str, asked: Precise, tokens: Sequence[int]) -> ReadAs:
+        """How a request is read: by the name's suffix or its precision field, which must not disagree."""
+        base, mark, suffix = model.rpartition("@") if "@" in model else (model, "", "")
+        if base != self.name:
+            known = ", ".join(self.names()[:4])
+            raise UnknownModel(f"there is no model {model!r:.120} here: choose {known}, ... (GET /v1/models lists all)")
+        named = suffix if mark else None
+        if named is not None and asked.precision is not None and named != asked.precision:
+            raise PolybitError(f"model says {named!r:.40} and precision says {asked.precision!r:.40}: give one of them")
+        wanted = named or asked.precision
+        by = "request"
+        if wanted is None:
+            wanted, by = self.precisions[0], "default"
+        elif wanted == AUTO:
+            choice = self.policy.choose(tokens, self.pressure)
+            wanted, by = choice.precision, choice.by
+        for what, precision in (("precision", wanted), ("prefill", asked.prefill), ("draft", asked.draft), ("gate", asked.gate)):
+            if precision is not None and precision not in self.precisions:
+                raise PolybitError(f"{what} {precision!r:.40} is not served: choose {', '.join(self.precisions)} or auto")
+        decoding = Decoding(
+            precision=wanted,
+            prefill=asked.prefill,
+            draft=asked.draft,
+            drafts=asked.drafts,
+            gate=asked.gate,
+            margin=asked.margin if asked.gate else 0.0,
+        )
+        return ReadAs(decoding, by)
+
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Token ids of a text; refused where it cannot be one."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise PolybitError("the text holds half of a surrogate pair, which is no character: send valid Unicode") from None
+        # a token takes at least a byte, usually four; what is far too long need not be cut into tokens
+        if len(text) > 64 * self.room + 4096:
+            raise PolybitError(f"the prompt has {len(text)} characters, far more than {self.room} tokens: shorten it")
+        return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> tuple[int, ...]:
+        """Token ids of a chat by the checkpoint's template."""
+        return self.encode(self.templates.render(messages, **values), special=False)
+
+    def answer_room(self, tokens: Sequence[int], asked: int | None, where: str) -> int:
+        """How many tokens an answer may have: what was asked for if there is room, else what is left."""
+        left = self.room - len(tokens)
+        if left < 1:
+            raise PolybitError(
+                f"the prompt has {len(tokens)} tokens and the server reads {self.room} with the answer: shorten the "
+                f"prompt to at most {self.room - 1}"
+            )
+        if asked is not None and asked > self.most_tokens:
+            raise PolybitError(f"{where} is {asked}: this server writes at most {self.most_tokens} tokens")
+        return min(left, self.most_tokens if asked is None else asked)
+
+    def streams(self, request: Request, count: int, by: str, constraint: Any = None) -> list[Stream]:
+        """The same request `count` times, with a seed of its own each; constraint() makes a grammar for each."""
+        found: list[Stream] = []
+        try:
+            for number in range(count):
+                seed = request.sampling.seed
+                sampling = request.sampling if seed is None else replace(request.sampling, seed=(seed + number) % 2**63)
+                made = None if constraint is None else constraint()
+                found.append(Stream(self, replace(request, sampling=sampling, constraint=made), by))
+        except BaseException:
+            for stream in found:
+                stream.cancel()
+            raise
+        return found
