@@ -29,6 +29,7 @@ _PUBLIC = {
     "attack": "polybit.library",
     "train": "polybit.library",
     "study": "polybit.library",
+    "serve": "polybit.library",
     "Precision": "polybit.core.precision",
     "Plan": "polybit.core.plan",
     "PolybitError": "polybit.core.runtime",

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from cyclopts import App, Group
-from cyclopts.config import Toml
+from cyclopts.config import Env, Toml
 
 from polybit import __version__
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "mix": ("polybit.commands.mix:mix", QUANTIZE, "Find the mixture of texts to calibrate on."),
     "columns": ("polybit.commands.columns:columns", QUANTIZE, "Search widths inside layers and write them as a plan."),
     "generate": ("polybit.commands.generate:generate", MEASURE, "Answer a prompt at a chosen width."),
+    "serve": ("polybit.commands.serve:serve", MEASURE, "Answer over HTTP, each request at its own precision."),
     "eval": ("polybit.commands.evaluate:evaluate", MEASURE, "Measure what each width costs against the float model."),
     "judge": ("polybit.commands.judge:judge", MEASURE, "Have answers judged by an endpoint, or offline by fidelity."),
     "bench": ("polybit.commands.bench:bench", MEASURE, "Measure how fast this machine runs every width."),
@@ -41,7 +42,7 @@ def build_app(config_file: Path | None = None) -> App:
         name="polybit",
         help="One language model, many precisions. Try: polybit quantize tinychat --out my-model",
         version=__version__,
-        config=[Toml(config_file, must_exist=True)] if config_file else None,
+        config=[Env("POLYBIT_"), *([Toml(config_file, must_exist=True)] if config_file else [])],
         help_format="plaintext",
         result_action="return_value",
         suppress_keyboard_interrupt=False,

@@ -61,7 +61,9 @@ class ServeOptions:
         if self.name is not None and ("@" in self.name or not self.name):
             raise PolybitError(f"--name {self.name!r} is not possible: @ stands before the width, as in NAME@w4")
         if self.host not in ("127.0.0.1", "localhost", "::1") and not (self.api_key or self.api_key_file):
-            raise PolybitError(f"--host {self.host} can be reached from other machines: give --api-key or --api-key-file")
+            raise PolybitError(
+                f"--host {self.host} can be reached from other machines: give --api-key or --api-key-file"
+            )
 
     def keys(self) -> tuple[str, ...]:
         """All keys that are accepted."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from polybit.serve import heard
-from polybit.serve.asking import Asking, Tools, chat_prompt, prepare, tools_of
+from polybit.serve.asking import PreparedRequest, Tools, chat_prompt, prepare, tools_of
 from polybit.serve.fields import MOST_MESSAGES, MOST_STOP, MOST_STOPS, MOST_TOOLS, Common, Count, Strict, Text
 from polybit.serve.request import Done, Sampling, Spent
 from polybit.serve.service import Service, Stream
@@ -126,8 +126,9 @@ class MessagesBody(CountBody, Common):
     temperature: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     stop_sequences: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=MOST_STOP)]], Field(max_length=MOST_STOPS)
-    ] = []
+        tuple[Annotated[str, Field(min_length=1, max_length=MOST_STOP)], ...],
+        Field(max_length=MOST_STOPS, strict=False),
+    ] = ()
     metadata: dict[str, Any] | None = None
 
 
@@ -141,7 +142,7 @@ def count_tokens(service: Service, body: CountBody) -> dict[str, int]:
     return {"input_tokens": len(chat_prompt(service, body.turns(), body.used_tools()))}
 
 
-def ask_messages(service: Service, body: MessagesBody) -> Asking:
+def ask_messages(service: Service, body: MessagesBody) -> PreparedRequest:
     """The request of a chat."""
     tools = body.used_tools()
     return prepare(
@@ -155,7 +156,7 @@ def ask_messages(service: Service, body: MessagesBody) -> Asking:
             top_k=body.top_k or 0,
         ),
         most=body.max_tokens,
-        stop=tuple(body.stop_sequences),
+        stop=body.stop_sequences,
         tools=tools,
     )
 
@@ -178,7 +179,7 @@ def ended(done: Done, calls: bool) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": done.stopped_by}
 
 
-def shell(body: MessagesBody, asking: Asking) -> dict[str, Any]:
+def shell(body: MessagesBody, asking: PreparedRequest) -> dict[str, Any]:
     """A message before it has content."""
     return {
         "id": f"msg_{uuid.uuid4().hex}",
@@ -202,7 +203,7 @@ def tool_use(call: heard.ToolCall) -> dict[str, Any]:
     }
 
 
-async def message(service: Service, body: MessagesBody, asking: Asking) -> dict[str, Any]:
+async def message(service: Service, body: MessagesBody, asking: PreparedRequest) -> dict[str, Any]:
     """The response that is not streamed."""
     one = await heard.whole(asking.streams(service)[0], asking.tools)
     text = one.text.strip()
@@ -213,7 +214,7 @@ async def message(service: Service, body: MessagesBody, asking: Asking) -> dict[
 
 
 async def message_events(
-    service: Service, body: MessagesBody, asking: Asking, stream: Stream
+    service: Service, body: MessagesBody, asking: PreparedRequest, stream: Stream
 ) -> AsyncIterator[tuple[str, str]]:
     """(name, data) of the events of a streamed message."""
 

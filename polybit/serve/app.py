@@ -1,4 +1,4 @@
-"""The HTTP server: routes, keys, limits, errors in OpenAI's and Anthropic's words; what it cannot do it refuses by name."""
+"""The HTTP server: routes, keys, limits, errors in OpenAI's and Anthropic's words; nothing is ignored silently."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.state.most_bytes:
-            return error_response(413, f"the body has {length} bytes: send at most {self.state.most_bytes}", scope["path"])
+            return error_response(
+                413, f"the body has {length} bytes: send at most {self.state.most_bytes}", scope["path"]
+            )
         if not self.state.keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
         given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
@@ -106,7 +108,9 @@ class Guard:
         return error_response(401, "the API key is missing or wrong: send Authorization: Bearer KEY", scope["path"])
 
 
-def error_response(status: int, message: str, path: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
+def error_response(
+    status: int, message: str, path: str, *, param: str | None = None, code: str | None = None
+) -> JSONResponse:
     """An error in the words of the API that was asked."""
     kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "api_error")

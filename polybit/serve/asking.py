@@ -34,7 +34,7 @@ class Tools:
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class PreparedRequest:
     """A request on its way to the engine: what is common to its `n` answers, how it is read, which tools it has."""
 
     request: Request
@@ -50,7 +50,7 @@ class Asking:
 def chat_prompt(service: Service, messages: Sequence[Mapping[str, Any]], tools: Tools | None) -> tuple[int, ...]:
     """Token ids of a chat, its tools told by the template where it knows tools."""
     if tools is None:
-        return service.chat_tokens([plain for plain in map(readable(service), messages)])
+        return service.chat_tokens(list(map(readable(service), messages)))
     wrapped = [{"type": "function", "function": dict(function)} for function in tools.functions]
     if service.templates.takes("tools"):
         return service.chat_tokens(messages, tools=wrapped)
@@ -77,7 +77,7 @@ def prepare(
     echo: bool = False,
     form: ResponseFormat | None = None,
     tools: Tools | None = None,
-) -> Asking:
+) -> PreparedRequest:
     """Everything checked that can be before the engine is asked."""
     read_as = service.chosen(model, precise, tokens)
     request = Request(
@@ -90,7 +90,7 @@ def prepare(
         logprobs=logprobs,
         echo=echo,
     )
-    return Asking(request, read_as, constraint_of(service, form, tools), tools)
+    return PreparedRequest(request, read_as, constraint_of(service, form, tools), tools)
 
 
 def constraint_of(

@@ -18,9 +18,10 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 Width = Annotated[str, Field(min_length=1, max_length=64)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=MOST_NUMBER)]
-Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP)] | Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MOST_STOP)]], Field(max_length=MOST_STOPS)
-]
+Stop = (
+    Annotated[str, Field(min_length=1, max_length=MOST_STOP)]
+    | Annotated[list[Annotated[str, Field(min_length=1, max_length=MOST_STOP)]], Field(max_length=MOST_STOPS)]
+)
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -69,7 +70,10 @@ class Sampled(Common):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]], Field(max_length=MOST_BIAS)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]], Field(max_length=MOST_BIAS)]
+        | None
+    ) = None
     stop: Stop | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
     user: Annotated[str, Field(max_length=512)] | None = None
@@ -87,7 +91,9 @@ class Sampled(Common):
         bias: dict[int, float] = {}
         for key, nats in (self.logit_bias or {}).items():
             if not key.isascii() or not key.isdigit() or int(key) >= vocabulary:
-                raise ValueError(f"logit_bias names token {key[:40]!r}: give token ids below {vocabulary}, as in GET /tokenize")
+                raise ValueError(
+                    f"logit_bias names token {key[:40]!r}: give token ids below {vocabulary}, as in GET /tokenize"
+                )
             bias[int(key)] = nats
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,

@@ -1,4 +1,4 @@
-"""What comes back from the engine, gathered: the whole answer, or deltas with calls held back until they are certain."""
+"""What comes back from the engine: the whole answer, or deltas with calls held back until they are certain."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AnswerFailed(PolybitError):
 
 
 @dataclass(slots=True)
-class Whole:
+class FinishedAnswer:
     """One finished answer."""
 
     text: str
@@ -44,7 +44,7 @@ class Delta:
     done: Done | None = None
 
 
-async def whole(stream: Stream, tools: Tools | None) -> Whole:
+async def whole(stream: Stream, tools: Tools | None) -> FinishedAnswer:
     """The whole answer of a stream."""
     text = ""
     tokens: list[Chosen] = []
@@ -54,7 +54,7 @@ async def whole(stream: Stream, tools: Tools | None) -> Whole:
         tokens += delta.tokens
         found += delta.calls
     assert stream.answer.done is not None
-    return Whole(text, tokens, stream.answer.done, found, list(stream.answer.echoed))
+    return FinishedAnswer(text, tokens, stream.answer.done, found, list(stream.answer.echoed))
 
 
 async def deltas(stream: Stream, tools: Tools | None) -> AsyncIterator[Delta]:

@@ -13,7 +13,7 @@ from polybit.core.runtime import PolybitError
 from polybit.hub.lm import longest_input
 from polybit.hub.models import open_model
 from polybit.nn.linear import QuantWeight
-from polybit.nn.switch import panel, presets
+from polybit.nn.switch import at, panel, presets
 from polybit.serve.engine import Engine
 from polybit.serve.grammar import Grammars
 from polybit.serve.policy import AutoPolicy
@@ -67,7 +67,11 @@ def load_service(
         ends=ends_of(loaded, tokenizer),
         most_tokens=min(most_tokens, room),
         created=int(time.time()),
-        notes={"context": room, "runner": "rows" if not isinstance(runner, PlainRunner) else "transformers"},
+        notes={
+            "context": room,
+            "runner": "transformers" if isinstance(runner, PlainRunner) else "rows",
+            "bytes_per_token": bytes_read(loaded, precisions) if quantized else {},
+        },
     )
 
 
@@ -106,6 +110,16 @@ def widths_of(model: Any) -> list[str]:
     declared = getattr(model.config, "quantization_config", None)
     widths = declared.get("widths") if isinstance(declared, dict) else getattr(declared, "widths", ())
     return [f"w{bits}" for bits in widths or ()]
+
+
+def bytes_read(model: Any, precisions: tuple[str, ...]) -> dict[str, int]:
+    """Bytes of weights that one token reads at each precision."""
+    found = {}
+    for name in precisions:
+        with at(model, name):
+            layers = [layer for layer in panel(model).layers.values() if isinstance(layer, QuantWeight)]
+            found[name] = sum(layer.planes.nbytes(layer.reading) for layer in layers)
+    return found
 
 
 def is_width(name: str) -> bool:

@@ -10,15 +10,15 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from polybit.serve import heard
-from polybit.serve.asking import Asking, chat_prompt, prepare, tools_of
+from polybit.serve.asking import PreparedRequest, chat_prompt, prepare, tools_of
 from polybit.serve.fields import ChatBody, CompletionBody, ToolChoice
-from polybit.serve.heard import Whole
+from polybit.serve.heard import FinishedAnswer
 from polybit.serve.request import Chosen, Spent
 from polybit.serve.service import Service, Stream
 from polybit.serve.tools import ToolCall
 
 
-def ask_chat(service: Service, body: ChatBody) -> Asking:
+def ask_chat(service: Service, body: ChatBody) -> PreparedRequest:
     """The request of a chat."""
     choice = body.tool_choice
     named = choice.function.name if isinstance(choice, ToolChoice) else None
@@ -38,7 +38,7 @@ def ask_chat(service: Service, body: ChatBody) -> Asking:
     )
 
 
-def head(kind: str, service: Service, asking: Asking, model: str) -> dict[str, Any]:
+def head(kind: str, service: Service, asking: PreparedRequest, model: str) -> dict[str, Any]:
     """What every response and every chunk begins with."""
     short = {"chat.completion": "chatcmpl", "chat.completion.chunk": "chatcmpl"}.get(kind, "cmpl")
     return {
@@ -50,7 +50,7 @@ def head(kind: str, service: Service, asking: Asking, model: str) -> dict[str, A
     }
 
 
-async def gather(streams: Sequence[Stream], asking: Asking) -> list[Whole]:
+async def gather(streams: Sequence[Stream], asking: PreparedRequest) -> list[FinishedAnswer]:
     """All answers of a request; when one fails, none goes on."""
     try:
         return list(await asyncio.gather(*(heard.whole(stream, asking.tools) for stream in streams)))
@@ -59,7 +59,7 @@ async def gather(streams: Sequence[Stream], asking: Asking) -> list[Whole]:
             stream.cancel()
 
 
-async def chat(service: Service, body: ChatBody, asking: Asking) -> dict[str, Any]:
+async def chat(service: Service, body: ChatBody, asking: PreparedRequest) -> dict[str, Any]:
     """The response of a chat that is not streamed."""
     wholes = await gather(asking.streams(service, body.n), asking)
     choices = []
@@ -90,7 +90,7 @@ def call_json(call: ToolCall, index: int | None = None) -> dict[str, Any]:
     return made if index is None else {"index": index, **made}
 
 
-async def merged(streams: Sequence[Stream], asking: Asking) -> AsyncIterator[tuple[int, heard.Delta]]:
+async def merged(streams: Sequence[Stream], asking: PreparedRequest) -> AsyncIterator[tuple[int, heard.Delta]]:
     """Deltas of several answers as they come, with the number of the answer."""
     arrived: asyncio.Queue[tuple[int, heard.Delta | BaseException | None]] = asyncio.Queue()
 
@@ -121,7 +121,7 @@ async def merged(streams: Sequence[Stream], asking: Asking) -> AsyncIterator[tup
 
 
 async def chat_chunks(
-    service: Service, body: ChatBody, asking: Asking, streams: Sequence[Stream]
+    service: Service, body: ChatBody, asking: PreparedRequest, streams: Sequence[Stream]
 ) -> AsyncIterator[str]:
     """The data of the events of a streamed chat."""
     first = head("chat.completion.chunk", service, asking, body.model)
@@ -153,12 +153,12 @@ async def chat_chunks(
     yield "[DONE]"
 
 
-def ask_completion(service: Service, body: CompletionBody) -> list[Asking]:
+def ask_completion(service: Service, body: CompletionBody) -> list[PreparedRequest]:
     """A request per prompt."""
     prompts = body.prompt if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else [body.prompt]
     found = []
     for prompt in prompts:
-        tokens = service.encode(prompt) if isinstance(prompt, str) else checked(service, prompt)  # type: ignore[arg-type]
+        tokens = service.encode(prompt) if isinstance(prompt, str) else checked(service, prompt)
         found.append(
             prepare(
                 service,
@@ -185,13 +185,11 @@ def checked(service: Service, tokens: Sequence[int]) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-async def completion(service: Service, body: CompletionBody, askings: Sequence[Asking]) -> dict[str, Any]:
+async def completion(service: Service, body: CompletionBody, askings: Sequence[PreparedRequest]) -> dict[str, Any]:
     """The response of completions that are not streamed."""
     streams = [asking.streams(service, body.n) for asking in askings]
     try:
-        found = await asyncio.gather(
-            *(heard.whole(stream, None) for each in streams for stream in each)
-        )
+        found = await asyncio.gather(*(heard.whole(stream, None) for each in streams for stream in each))
     finally:
         for each in streams:
             for stream in each:
@@ -210,7 +208,7 @@ async def completion(service: Service, body: CompletionBody, askings: Sequence[A
     return head("text_completion", service, askings[0], body.model) | more
 
 
-def old_logprobs(service: Service, prompt: Sequence[int], one: Whole) -> dict[str, Any]:
+def old_logprobs(service: Service, prompt: Sequence[int], one: FinishedAnswer) -> dict[str, Any]:
     """Log-probabilities as completions report them: parallel lists, the first token of an echoed prompt without one."""
     tokens: list[Chosen | None] = [None, *one.echoed] if prompt else []
     tokens += one.tokens
@@ -235,7 +233,7 @@ def token_at(service: Service, chosen: Chosen | None, prompt: Sequence[int]) -> 
 
 
 async def completion_chunks(
-    service: Service, body: CompletionBody, askings: Sequence[Asking], streams: Sequence[Stream]
+    service: Service, body: CompletionBody, askings: Sequence[PreparedRequest], streams: Sequence[Stream]
 ) -> AsyncIterator[str]:
     """The data of the events of streamed completions."""
     first = head("text_completion", service, askings[0], body.model)
@@ -244,7 +242,7 @@ async def completion_chunks(
         reason = None if delta.done is None else "length" if delta.done.reason == "length" else "stop"
         logprobs = None
         if body.logprobs is not None and delta.tokens:
-            logprobs = old_logprobs(service, (), Whole(delta.text, list(delta.tokens), delta.done))  # type: ignore[arg-type]
+            logprobs = old_logprobs(service, (), FinishedAnswer(delta.text, list(delta.tokens), delta.done))  # type: ignore[arg-type]
         choice = {"index": index, "text": delta.text, "logprobs": logprobs, "finish_reason": reason}
         if delta.done is not None:
             spents[index] = delta.done.spent

@@ -20,8 +20,8 @@ class AutoChoice:
 
 @dataclass(frozen=True, slots=True)
 class AutoPolicy:
-    """widths: those an auto request may get, widest first · start, full: pressure (requests per place) from which widths
-    are lowered, and at which the narrowest is left · needs: a fitted router; None = the widest.
+    """widths: those an auto request may get, widest first · start, full: pressure (requests per place) from which
+    widths are lowered, and at which the narrowest is left · needs: a fitted router; None = the widest.
 
     As pressure grows from `start` to `full` the most an answer may get falls evenly over the widths; when it falls, new
     answers get more again. A running answer keeps what it began with.

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from polybit.serve import heard
-from polybit.serve.asking import Asking, chat_prompt, prepare, tools_of
+from polybit.serve.asking import PreparedRequest, chat_prompt, prepare, tools_of
 from polybit.serve.fields import MOST_MESSAGES, MOST_TOOLS, Common, Count, JsonSchema, ResponseFormat, Strict, Text
 from polybit.serve.request import Sampling
 from polybit.serve.service import Service, Stream
@@ -84,7 +84,7 @@ class ResponsesFormat(Strict):
         """The same as chat completions wrap it."""
         if self.type != "json_schema":
             return ResponseFormat(type=self.type)
-        return ResponseFormat(type=self.type, json_schema=JsonSchema(schema=self.schema_))
+        return ResponseFormat(type=self.type, json_schema=JsonSchema.model_validate({"schema": self.schema_}))
 
 
 class ResponsesText(Strict):
@@ -125,7 +125,7 @@ class ResponsesBody(Common):
     user: Annotated[str, Field(max_length=512)] | None = None
 
 
-def ask_responses(service: Service, body: ResponsesBody) -> Asking:
+def ask_responses(service: Service, body: ResponsesBody) -> PreparedRequest:
     """The request of a conversation."""
     turns = [{"role": "system", "content": body.instructions}] if body.instructions is not None else []
     if isinstance(body.input, str):
@@ -155,7 +155,7 @@ def ask_responses(service: Service, body: ResponsesBody) -> Asking:
     )
 
 
-def shell(body: ResponsesBody, asking: Asking) -> dict[str, Any]:
+def shell(body: ResponsesBody, asking: PreparedRequest) -> dict[str, Any]:
     """A response before it has output."""
     return {
         "id": f"resp_{uuid.uuid4().hex}",
@@ -214,7 +214,7 @@ def finished(base: dict[str, Any], output: Sequence[dict[str, Any]], one: heard.
     }
 
 
-async def response(service: Service, body: ResponsesBody, asking: Asking) -> dict[str, Any]:
+async def response(service: Service, body: ResponsesBody, asking: PreparedRequest) -> dict[str, Any]:
     """The response that is not streamed."""
     one = await heard.whole(asking.streams(service)[0], asking.tools)
     text = one.text.strip()
@@ -224,7 +224,7 @@ async def response(service: Service, body: ResponsesBody, asking: Asking) -> dic
 
 
 async def response_events(
-    service: Service, body: ResponsesBody, asking: Asking, stream: Stream
+    service: Service, body: ResponsesBody, asking: PreparedRequest, stream: Stream
 ) -> AsyncIterator[tuple[str, str]]:
     """(name, data) of the events of a streamed response."""
     base, number, identity = shell(body, asking), 0, f"msg_{uuid.uuid4().hex}"

@@ -91,9 +91,9 @@ class Stream:
 class Service:
     """A loaded model, ready to answer.
 
-    name: what clients call it, `name@w4` at a width · precisions: all it can be read at, the default first · most_tokens:
-    of one answer · ends: tokens that end an answer · notes: what /v1/models tells beside the name · note, first_seconds:
-    told of every finished answer, and of the seconds to its first token.
+    name: what clients call it, `name@w4` at a width · precisions: all it can be read at, the default first ·
+    most_tokens: of one answer · ends: tokens that end an answer · notes: what /v1/models tells beside the name · note,
+    first_seconds: told of every finished answer, and of the seconds to its first token.
     """
 
     name: str
@@ -141,9 +141,12 @@ class Service:
         elif wanted == AUTO:
             choice = self.policy.choose(tokens, self.pressure)
             wanted, by = choice.precision, choice.by
-        for what, precision in (("precision", wanted), ("prefill", asked.prefill), ("draft", asked.draft), ("gate", asked.gate)):
+        parts = {"precision": wanted, "prefill": asked.prefill, "draft": asked.draft, "gate": asked.gate}
+        for what, precision in parts.items():
             if precision is not None and precision not in self.precisions:
-                raise PolybitError(f"{what} {precision!r:.40} is not served: choose {', '.join(self.precisions)} or auto")
+                raise PolybitError(
+                    f"{what} {precision!r:.40} is not served: choose {', '.join(self.precisions)} or auto"
+                )
         decoding = Decoding(
             precision=wanted,
             prefill=asked.prefill,
@@ -159,7 +162,9 @@ class Service:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise PolybitError("the text holds half of a surrogate pair, which is no character: send valid Unicode") from None
+            raise PolybitError(
+                "the text holds half of a surrogate pair, which is no character: send valid Unicode"
+            ) from None
         # a token takes at least a byte, usually four; what is far too long need not be cut into tokens
         if len(text) > 64 * self.room + 4096:
             raise PolybitError(f"the prompt has {len(text)} characters, far more than {self.room} tokens: shorten it")

@@ -69,7 +69,8 @@ class Templates:
         command = [sys.executable, "-m", WORKER]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = process = subprocess.Popen(command, text=True, encoding="utf-8", **pipes)  # type: ignore
-        self.lines = lines = queue.Queue()
+        lines: queue.Queue[str] = queue.Queue()
+        self.lines = lines
 
         def listen() -> None:
             assert process.stdout is not None

@@ -24,8 +24,8 @@ class ToolCall:
 
 
 def with_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The chat with the functions told in its system turn, for templates that know no tools; turns with calls and results
-    become plain ones."""
+    """The chat with the functions told in its system turn, for templates that know no tools; turns with calls and
+    results become plain ones."""
     told = TOLD + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     turns = [plain_turn(turn) for turn in messages]
     if turns and turns[0]["role"] == "system":
@@ -39,7 +39,9 @@ def plain_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
     if turn["role"] == "tool":
         return {"role": "user", "content": f"<tool_response>{turn['content']}</tool_response>"}
     calls = [
-        OPEN + json.dumps({"name": call["function"]["name"], "arguments": read_json(call["function"]["arguments"])}) + CLOSE
+        OPEN
+        + json.dumps({"name": call["function"]["name"], "arguments": read_json(call["function"]["arguments"])})
+        + CLOSE
         for call in turn.get("tool_calls", ())
     ]
     return {"role": turn["role"], "content": "\n".join([turn["content"], *calls] if turn["content"] else calls or [""])}
@@ -71,8 +73,8 @@ def call_schema(functions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def read_calls(text: str, names: Sequence[str], *, forced: bool) -> tuple[str, list[ToolCall]]:
-    """(what is left as text, the calls in it). Forced: the whole answer is one call without marks. A call that cannot be
-    read, or of a function nobody named, stays text."""
+    """(what is left as text, the calls in it). Forced: the whole answer is one call without marks. A call that cannot
+    be read, or of a function nobody named, stays text."""
     if forced:
         call = one_call(text, names)
         return ("", [call]) if call else (text, [])
