@@ -1,1 +1,1 @@
-"""What each act can be told: one frozen record per act, torch-free; keywords of the library, flags of the command line."""
+"""What each act can be told: a frozen, torch-free record each; keywords of the library, flags of the command line."""
