@@ -98,6 +98,14 @@ class VisitedBlock:
         return {name: gram.stats() for name, gram in grams.items()}
 
     @torch.no_grad()
+    def stats_and_outputs(self) -> dict[str, LayerStats]:
+        """`stats` of all targets in the one pass of the float block that `finish` then need not make again."""
+        keep = self.inputs[0].device if self.inputs else None
+        with watch(self.model, self.targets) as grams:
+            self.outputs = [self.forward({}, index).to(keep) for index in range(self.batches)]
+        return {name: gram.stats() for name, gram in grams.items()}
+
+    @torch.no_grad()
     def stages(self) -> list[tuple[Target, ...]]:
         """The targets in the order they run, together where they read the same input (q, k, v; gate, up).
 
@@ -132,7 +140,7 @@ class VisitedBlock:
     @torch.no_grad()
     def finish(self, weights: Weights | None = None) -> None:
         """Send the batches on: through `weights` where given (usually dequantized), through float weights elsewhere."""
-        if not self.inputs:
+        if not self.inputs or (self.outputs and not weights):
             return
         if self.keeps_references:
             self.wanted(self.batches - 1)

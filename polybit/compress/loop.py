@@ -131,10 +131,17 @@ def visits(model: nn.Module, targets: Sequence[Target]) -> int:
 
 
 def block_codes(block: VisitedBlock, recipe: Recipe) -> Codes:
-    """All targets of one block: layers in the order they run, each seeing what the earlier ones made of the input."""
+    """All targets of one block: layers in the order they run, each seeing what the earlier ones made of the input.
+
+    Those of a nested file see what the float block makes of it, all in one pass.
+    """
     codes: Codes = {}
+    at_once = recipe.is_nested and recipe.layerwise.needs_stats and not recipe.block_steps
+    everything = block.stats_and_outputs() if at_once else {}
     for stage in block.stages():
-        stats = block.stats(stage, given=handed_on(codes, recipe)) if recipe.layerwise.needs_stats else {}
+        stats = everything
+        if recipe.layerwise.needs_stats and not at_once:
+            stats = block.stats(stage, given=handed_on(codes, recipe))
         for target in stage:
             grid = recipe.grid_of(target.name, target.columns)
             weight_OI = target.weight_OI(block.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,35 @@ from polybit.nn.convert import Target, is_experts
 HOOKED = ("linear", "conv1d", "head")
 
 
+SHARE = 192  # columns of a Gram matrix that are multiplied at a time: what lies below its diagonal is copied
+
+
+@dataclass(frozen=True, slots=True)
+class CallSums:
+    """x xT and |x| summed over the tokens of one call, float32."""
+
+    outer_II: Tensor
+    absolute_I: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> CallSums:
+        """The sums of one input, any leading dimensions."""
+        x_TI = x.detach().reshape(-1, x.shape[-1]).float()
+        return cls(outer_product(x_TI), x_TI.abs().sum(0), x_TI.shape[0])
+
+
+def outer_product(x_TI: Tensor) -> Tensor:
+    """xT x, which is symmetric: little more than half of the products of a plain one."""
+    columns = x_TI.shape[1]
+    outer_II = x_TI.new_empty(columns, columns)
+    for start in range(0, columns, SHARE):
+        here = slice(start, min(start + SHARE, columns))
+        torch.mm(x_TI[:, here].T, x_TI[:, start:], out=outer_II[here, start:])
+        outer_II[here.stop :, here] = outer_II[here, here.stop :].T
+    return outer_II
+
+
 class Gram:
     """Running sums over one layer's input tokens: x xT and |x|, float32 on the layer's device."""
 
@@ -26,12 +56,11 @@ class Gram:
         self.absolute_I = torch.zeros(columns, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add the tokens of one call, any leading dimensions."""
-        x_TI = x.detach().reshape(-1, x.shape[-1]).float()
-        self.outer_II.addmm_(x_TI.T, x_TI)
-        self.absolute_I += x_TI.abs().sum(0)
-        self.tokens += x_TI.shape[0]
+    def add(self, call: CallSums) -> None:
+        """Add the tokens of one call."""
+        self.outer_II += call.outer_II
+        self.absolute_I += call.absolute_I
+        self.tokens += call.tokens
 
     def stats(self) -> LayerStats:
         """Means over the tokens seen; zeros where no token came (an expert that was never chosen)."""
@@ -52,6 +81,22 @@ class InsideExperts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class LatestInput:
+    """Layers that read one input one after another (q, k, v; gate, up) get the same sums, made once."""
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.version = 0
+        self.found: CallSums | None = None
+
+    def sums(self, x: Tensor) -> CallSums:
+        """The sums of x, unless it is the very tensor that came last and nothing was written to it since."""
+        version = -1 if x.is_inference() else x._version
+        if self.found is None or self.x is not x or version == -1 or version != self.version:
+            self.x, self.version, self.found = x, version, CallSums.of(x)
+        return self.found
+
+
 class Enough(Exception):
     """Raised inside a forward once every watched layer was called, where the caller needs nothing further."""
 
@@ -67,12 +112,13 @@ def watch(model: nn.Module, targets: Iterable[Target], *, stop: bool = False) ->
     expert it went to. Embeddings have no input to watch and are left out.
     """
     grams: dict[str, Gram] = {}
+    latest = LatestInput()
     targets = list(targets)
     stop = stop and all(target.kind in HOOKED for target in targets)
     called: set[str] = set()
 
     def see(name: str, x: Tensor) -> None:
-        grams[name].add(x)
+        grams[name].add(latest.sums(x))
         called.add(name)
         if stop and len(called) == len(grams):
             called.clear()
@@ -100,7 +146,7 @@ def watch_experts(module: nn.Module, shape: tuple[int, int], gram: Gram) -> Iter
 
     def seen(called: tuple[int, ...], x: Tensor) -> None:
         if called == shape:
-            gram.add(x)
+            gram.add(CallSums.of(x))
 
     modes: list[InsideExperts] = []
 

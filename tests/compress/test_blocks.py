@@ -93,6 +93,20 @@ def test_float_walk_gives_the_models_own_statistics_and_hidden_states(model: nn.
             torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_statistics_and_outputs_come_from_one_pass(model: nn.Module) -> None:
+    chosen, batches = targets(model), text()
+    for block in run_blocks(model, batches, chosen, references=False):
+        stats = block.stats()
+        block.finish()
+        outputs, block.outputs = block.outputs, []
+        for name, found in block.stats_and_outputs().items():
+            assert torch.equal(found.hessian_II, stats[name].hessian_II)
+        kept = block.outputs
+        block.finish()
+        assert block.outputs is kept
+        assert all(torch.equal(a, b) for a, b in zip(outputs, kept, strict=True))
+
+
 def test_quantized_prefix_equals_the_model_with_these_weights(model: nn.Module) -> None:
     chosen, batches = targets(model), text()
     weights: dict[str, torch.Tensor] = {}
