@@ -150,14 +150,8 @@ def relevelled(problem: Problem, at: Walked, levels: Levels) -> Walked:
     ]
     if not changed:
         return replace(at, levels=levels)
-    some = replace(
-        levels,
-        widths=tuple(levels.widths[i] for i in changed),
-        emphasis_B=levels.emphasis_B[changed],
-        ratio_BOG=levels.ratio_BOG[changed],
-    )
     known_BOI = known_BOI.clone()
-    known_BOI[changed] = gradients(problem, at.codes_OI, some)
+    known_BOI[changed] = gradients(problem, at.codes_OI, levels.some(changed))
     return Walked(at.codes_OI, levels, known_BOI)
 
 

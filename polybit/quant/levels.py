@@ -64,6 +64,15 @@ class Levels:
             self, scale_OG=self.scale_OG[part], zero_OG=self.zero_OG[part], ratio_BOG=self.ratio_BOG[:, part]
         )
 
+    def some(self, chosen: list[int]) -> Levels:
+        """The same for some of the widths, by their places."""
+        return replace(
+            self,
+            widths=tuple(self.widths[i] for i in chosen),
+            emphasis_B=self.emphasis_B[chosen],
+            ratio_BOG=self.ratio_BOG[chosen],
+        )
+
     def copy(self) -> Levels:
         """Levels whose numbers can be changed in place without touching these."""
         return replace(

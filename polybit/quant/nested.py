@@ -68,7 +68,7 @@ def nested(
     emphasis: Mapping[int, float] | None = None,
     tables: Sequence[int] | None = None,
     damp: float = 0.01,
-    rounds: int = 4,
+    rounds: int = 2,
     sweeps: int = 2,
 ) -> QWeight:
     """Codes of `grid.bits` bits whose leading bits are good codes at every width of `widths`.
@@ -77,7 +77,8 @@ def nested(
     made for this width alone, weighted by `emphasis` μ (width -> weight, 1 where not given; None: as tuned). Each
     width keeps its own error compensation while one code serves all (the joint form of GPTQ, arXiv 2210.17323; slicing
     as in MatQuant, arXiv 2502.06786); then `rounds` times `sweeps` passes of coordinate descent, with the shared scale
-    and zero point of a group and its ratios fitted by least squares inside. `tables`: widths whose ratio is stored per
+    and zero point of a group and its ratios fitted by least squares inside; then one more pass over all bits and one
+    over those behind the leading 4, 5 and 6, which only wide widths read. `tables`: widths whose ratio is stored per
     group in 4 bits instead of once per layer; None: as many, from the narrowest, as add no more than 5 % to the file.
     Raises PolybitError for widths that do not fit the grid and for values that are not finite.
     """
@@ -114,7 +115,9 @@ def nested(
             break
     at = ratios.fit(at)
     levels, stored = finish(at.levels, found)
-    at = walk(problem, relevelled(problem, at, levels), sweeps=sweeps, freedom=None)
+    at = walk(problem, relevelled(problem, at, levels), sweeps=1, freedom=None)
+    for held in sorted(widths[1:-2]):
+        at = walk_below(problem, at, held)
     fixed = grid.fixed_zero()
     zero = at.levels.zero_OG if fixed is None else torch.tensor(fixed, device=at.codes_OI.device)
     return as_qweight(at.codes_OI, at.levels, problem.gain, zero, stored)
@@ -156,6 +159,19 @@ def even_ratios(levels: Levels, tables: Sequence[int]) -> Levels:
         if width not in tables:
             ratio_BOG[index] = 1.0
     return replace(levels, ratio_BOG=ratio_BOG)
+
+
+def walk_below(problem: Problem, at: Walked, held: int) -> Walked:
+    """One pass over the bits behind the leading `held`, for the widths that read them; the others cost nothing."""
+    at = known(problem, at)
+    chosen = [i for i, b in enumerate(at.levels.widths) if b > held]
+    assert at.gradient_BOI is not None
+    start = Walked(at.codes_OI, at.levels.some(chosen), at.gradient_BOI[chosen])
+    found = known(problem, walk(problem, start, sweeps=1, freedom=None, held=held))
+    assert found.gradient_BOI is not None
+    gradient_BOI = at.gradient_BOI.clone()
+    gradient_BOI[chosen] = found.gradient_BOI
+    return Walked(found.codes_OI, at.levels, gradient_BOI)
 
 
 def known(problem: Problem, at: Walked) -> Walked:
