@@ -10,11 +10,11 @@ import time
 
 import torch
 
-from polybit.hub.models import resolve
 from polybit.data import synth
 from polybit.data.chat import encode_prompt
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import load_float
+from polybit.hub.models import resolve
 
 
 @torch.inference_mode()

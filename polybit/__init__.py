@@ -30,6 +30,7 @@ _PUBLIC = {
     "train": "polybit.library",
     "study": "polybit.library",
     "serve": "polybit.library",
+    "route": "polybit.library",
     "Precision": "polybit.core.precision",
     "Plan": "polybit.core.plan",
     "PolybitError": "polybit.core.runtime",

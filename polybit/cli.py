@@ -20,6 +20,7 @@ COMMANDS = {
     "columns": ("polybit.commands.columns:columns", QUANTIZE, "Search widths inside layers and write them as a plan."),
     "generate": ("polybit.commands.generate:generate", MEASURE, "Answer a prompt at a chosen width."),
     "serve": ("polybit.commands.serve:serve", MEASURE, "Answer over HTTP, each request at its own precision."),
+    "route": ("polybit.commands.route:route", MEASURE, "Learn which width a prompt needs, for the server's auto."),
     "eval": ("polybit.commands.evaluate:evaluate", MEASURE, "Measure what each width costs against the float model."),
     "judge": ("polybit.commands.judge:judge", MEASURE, "Have answers judged by an endpoint, or offline by fidelity."),
     "bench": ("polybit.commands.bench:bench", MEASURE, "Measure how fast this machine runs every width."),

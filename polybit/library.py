@@ -28,6 +28,7 @@ from polybit.options.pairs import PairsOptions
 from polybit.options.plan import PlanOptions
 from polybit.options.quantize import QuantizeOptions
 from polybit.options.report import ReportOptions
+from polybit.options.route import RouteOptions
 from polybit.options.serve import ServeOptions
 from polybit.options.study import StudyOptions
 from polybit.options.sweep import SweepOptions
@@ -122,3 +123,4 @@ train = act(TrainOptions, "polybit.acts.train:train", "Train one model to be goo
 study = act(StudyOptions, "polybit.acts.study:study", "Answer the questions about switchable precision for a model.")
 sweep = act(SweepOptions, "polybit.acts.sweep:sweep", "Quantize and measure under every combination of some options.")
 serve = act(ServeOptions, "polybit.acts.serve:serve", "Answer over HTTP, each request at its own precision.")
+route = act(RouteOptions, "polybit.acts.route:route", "Learn which width a prompt needs, for the server's auto.")

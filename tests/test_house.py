@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -196,7 +197,7 @@ def test_file_names_do_not_nearly_repeat():
     """No allocate beside allocation: in one room no file's name is another's with an ending."""
     for room in {path.parent for path in FILES}:
         stems = sorted(path.stem for path in room.glob("*.py") if path.stem != "__init__")
-        for stem, after in zip(stems, stems[1:], strict=False):
+        for stem, after in pairwise(stems):
             close = after.removeprefix(stem.rstrip("e"))
             assert close not in ("d", "ed", "ion", "ation", "ing"), f"{room.name}: {stem} and {after}"
 

@@ -11,12 +11,13 @@ import torch
 from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
 from polybit.hub.lm import longest_input
-from polybit.hub.models import open_model
+from polybit.hub.models import open_model, resolve
 from polybit.nn.linear import QuantWeight
 from polybit.nn.switch import at, panel, presets
 from polybit.serve.engine import Engine
 from polybit.serve.grammar import Grammars
-from polybit.serve.policy import AutoPolicy
+from polybit.serve.policy import AutoPolicy, Needs
+from polybit.serve.router import PromptFeatures, embedding_of, read_router
 from polybit.serve.runners import PlainRunner, Runner, make_runner
 from polybit.serve.service import Service
 from polybit.serve.templates import Templates
@@ -61,7 +62,9 @@ def load_service(
         tokenizer=tokenizer,
         engine=engine,
         precisions=precisions,
-        policy=AutoPolicy(tuple(widest), *pressure),
+        policy=AutoPolicy(
+            tuple(widest), *pressure, needs=needs_of(Path(resolve(model)), loaded, tokenizer, precisions)
+        ),
         templates=Templates.of(tokenizer),
         grammars=Grammars(tokenizer, int(loaded.config.get_text_config().vocab_size)),
         ends=ends_of(loaded, tokenizer),
@@ -73,6 +76,18 @@ def load_service(
             "bytes_per_token": bytes_read(loaded, precisions) if quantized else {},
         },
     )
+
+
+def needs_of(directory: Path, model: Any, tokenizer: Any, precisions: tuple[str, ...]) -> Needs | None:
+    """What a checkpoint's router asks for; None where it has none."""
+    if not directory.is_dir() or not any(is_width(name) for name in precisions):
+        return None
+    embedding_VD = embedding_of(model)
+    router = read_router(directory, precisions, embedding_VD.shape[1])
+    if router is None:
+        return None
+    features = PromptFeatures(tokenizer, embedding_VD, router.basis_DK)
+    return lambda tokens: router.choose(features(tokens))
 
 
 def room_of(model: Any, asked: int | None) -> int:

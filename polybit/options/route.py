@@ -1,0 +1,37 @@
+"""What `route` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polybit.core.runtime import PolybitError
+from polybit.options.checks import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteOptions:
+    """From which prompts a router learns, and what it may spend."""
+
+    prompts: str
+    """Prompts as users send them: a .txt (one per line), .jsonl, .csv or .tsv file, a named set or a dataset id."""
+    budget: float = 4.5
+    """Mean bits per weight over the prompts."""
+    precision: str | None = None
+    """Widths to choose from, with commas (default: every stored width)."""
+    reference: str | None = None
+    """The float model (default: the one the checkpoint says it was made from)."""
+    limit: int = 400
+    """At most so many prompts."""
+    max_tokens: int = 48
+    """Tokens of each answer on which widths are compared."""
+    seed: int = 0
+    """Seed of intervals."""
+    dry_run: bool = False
+    """Measure and report, but leave the checkpoint as it is."""
+    trust_remote_code: bool = False
+    """Allow code that the model's repository brings."""
+
+    def __post_init__(self) -> None:
+        at_least(self, limit=20, max_tokens=1)
+        if not 1 <= self.budget <= 8:
+            raise PolybitError(f"--budget {self.budget} is not possible: give mean bits per weight, from 1 to 8")

@@ -1,0 +1,62 @@
+"""`polybit route` from end to end: measured, judged, kept, and asked by the server; refusals."""
+
+import json
+
+import pytest
+
+from polybit.cli import main
+from polybit.serve.loading import load_service
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory, tiny_llama):
+    out = tmp_path_factory.mktemp("route") / "nested"
+    main(["quantize", str(tiny_llama), "--out", str(out), "--widths", "8,4,2", "--effort", "fast", "--samples", "8",
+          "--window", "32", "--no-measure"])  # fmt: skip
+    return out
+
+
+def prompts(path, count=40):
+    path.write_text("\n".join(f"question {i} about {'x' * (i % 7)} {i * i}" for i in range(count)) + "\n")
+    return str(path)
+
+
+def test_a_router_is_kept_and_answers_auto(nested, tiny_llama, tmp_path, capsys):
+    record, page = tmp_path / "route.json", tmp_path / "route.html"
+    main(["route", str(nested), "--reference", str(tiny_llama), "--prompts", prompts(tmp_path / "p.txt"), "--budget",
+          "4", "--max-tokens", "4", "--json", str(record), "--page", str(page)])  # fmt: skip
+    said = capsys.readouterr().out
+    assert "always w8" in said and "oracle" in said and "router.json" in said
+    numbers = json.loads(record.read_text())["numbers"]
+    assert numbers["at_budget"]["bits"] <= 4.6 and numbers["area"]["low"] <= numbers["area"]["high"]
+    assert "<svg" in page.read_text() and "http://" not in page.read_text().replace("http://www.w3.org", "")
+    service = load_service(str(nested), slots=1, context=32)
+    try:
+        assert service.policy.needs is not None
+        assert service.policy.choose((1, 2, 3), 0.0).by == "router"
+    finally:
+        service.engine.close()
+
+
+def test_a_dry_run_leaves_the_checkpoint_alone(nested, tiny_llama, tmp_path):
+    (nested / "router.json").unlink(missing_ok=True)
+    main(["route", str(nested), "--reference", str(tiny_llama), "--prompts", prompts(tmp_path / "p.txt"), "--dry-run",
+          "--max-tokens", "2"])  # fmt: skip
+    assert not (nested / "router.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--budget", "9"], "--budget 9"),
+        (["--limit", "3"], "--limit 3"),
+        (["--precision", "w8"], "two widths"),
+        (["--precision", "w5,w4"], "w5 is not stored"),
+        (["--budget", "1.5"], "narrowest width"),
+    ],
+)
+def test_refusals(nested, tiny_llama, tmp_path, capsys, flags, said):
+    given = ["route", str(nested), "--reference", str(tiny_llama), "--prompts", prompts(tmp_path / "p.txt")]
+    with pytest.raises(SystemExit) as stop:
+        main([*given, *flags])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
