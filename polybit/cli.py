@@ -38,12 +38,12 @@ INTERRUPTED = 130  # the shell's status for Ctrl-C
 
 
 def build_app(config_file: Path | None = None) -> App:
-    """The cyclopts application; a TOML file gives defaults for the flags of a verb under [verb]."""
+    """The cyclopts application; a TOML file gives defaults for the flags of a verb under [verb], else the environment."""
     app = App(
         name="polybit",
         help="One language model, many precisions. Try: polybit quantize tinychat --out my-model",
         version=__version__,
-        config=[Env("POLYBIT_"), *([Toml(config_file, must_exist=True)] if config_file else [])],
+        config=[*([Toml(config_file, must_exist=True)] if config_file else []), Env("POLYBIT_")],  # the first wins
         help_format="plaintext",
         result_action="return_value",
         suppress_keyboard_interrupt=False,

@@ -116,7 +116,9 @@ class CountBody(Strict):
         if choice is not None and choice.name is not None and choice.name not in [f["name"] for f in functions]:
             raise ValueError("tool_choice names a tool that is not in tools")
         kinds = {"any": "required", "none": "none"}
-        return tools_of(functions, kinds.get(choice.type) if choice else None, choice.name if choice else None)
+        if choice is None:
+            return tools_of(functions, None, None, parallel=None)
+        return tools_of(functions, kinds.get(choice.type), choice.name, parallel=not choice.disable_parallel_tool_use)
 
 
 class MessagesBody(CountBody, Common):
@@ -203,9 +205,9 @@ def tool_use(call: heard.ToolCall) -> dict[str, Any]:
     }
 
 
-async def message(service: Service, body: MessagesBody, asking: PreparedRequest) -> dict[str, Any]:
+async def message(body: MessagesBody, asking: PreparedRequest, stream: Stream) -> dict[str, Any]:
     """The response that is not streamed."""
-    one = await heard.whole(asking.streams(service)[0], asking.tools)
+    one = await heard.whole(stream, asking.tools)
     text = one.text.strip()
     content = [{"type": "text", "text": text}] if text or not one.calls else []
     spent = one.done.spent
@@ -213,9 +215,7 @@ async def message(service: Service, body: MessagesBody, asking: PreparedRequest)
     return shell(body, asking) | more | ended(one.done, bool(one.calls))
 
 
-async def message_events(
-    service: Service, body: MessagesBody, asking: PreparedRequest, stream: Stream
-) -> AsyncIterator[tuple[str, str]]:
+async def message_events(body: MessagesBody, asking: PreparedRequest, stream: Stream) -> AsyncIterator[tuple[str, str]]:
     """(name, data) of the events of a streamed message."""
 
     def event(kind: str, **more: Any) -> tuple[str, str]:
@@ -223,18 +223,20 @@ async def message_events(
 
     before = {"input_tokens": len(asking.request.tokens), "output_tokens": 0}
     yield event("message_start", message=shell(body, asking) | {"usage": before})
-    yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
     yield event("ping")
-    blank = True
+    blank = True  # no text yet, and so no block of it
     async for delta in heard.deltas(stream, asking.tools):
         text = delta.text.lstrip() if blank else delta.text
-        blank = blank and not text
+        if blank and (text or (delta.done is not None and not delta.calls)):
+            blank = False
+            yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
         if text:
             yield event("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
         if delta.done is None:
             continue
-        yield event("content_block_stop", index=0)
-        for index, call in enumerate(delta.calls, start=1):
+        if not blank:
+            yield event("content_block_stop", index=0)
+        for index, call in enumerate(delta.calls, start=0 if blank else 1):
             block = tool_use(call)
             yield event("content_block_start", index=index, content_block=block | {"input": {}})
             part = {"type": "input_json_delta", "partial_json": call.arguments}

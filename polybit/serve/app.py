@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -14,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 from sse_starlette import EventSourceResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,14 +24,23 @@ from polybit.core.runtime import PolybitError
 from polybit.serve import anthropic_api, openai_api, responses_api
 from polybit.serve.engine import Busy, Closing
 from polybit.serve.fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from polybit.serve.heard import AnswerFailed
+from polybit.serve.heard import AnswerFailed, AnswerRefused
 from polybit.serve.metrics import ServerMetrics
-from polybit.serve.service import Service, UnknownModel
+from polybit.serve.service import Service, Stream, UnknownModel
 
 OPEN_PATHS = ("/health", "/", "/v1/health")  # without a key
 PING_SECONDS = 15
 RETRY_SECONDS = 1
 OWNER = "polybit"
+GONE = 499  # the client closed the connection; nobody reads it, the metrics count it
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "a field is wrong, unknown or not supported; the message names it"},
+    401: {"description": "the API key is missing or wrong"},
+    404: {"description": "there is no such model"},
+    413: {"description": "the body is too long"},
+    429: {"description": "too many requests are waiting; Retry-After says when to come again"},
+    503: {"description": "the model is loading, the server is stopping, or this answer failed"},
+}
 
 
 @dataclass
@@ -109,17 +120,29 @@ class Guard:
 
 
 def error_response(
-    status: int, message: str, path: str, *, param: str | None = None, code: str | None = None
+    status: int,
+    message: str,
+    path: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """An error in the words of the API that was asked."""
+    message, param = writable(message), None if param is None else writable(param)
     kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "api_error")
-    headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else None
+    headers = {"Retry-After": str(RETRY_SECONDS), **(headers or {})} if status in (429, 503) else headers
     if path.startswith("/v1/messages"):
         kind = "overloaded_error" if status == 503 else kind
         return JSONResponse({"type": "error", "error": {"type": kind, "message": message}}, status, headers)
     error = {"message": message, "type": kind, "param": param, "code": code}
     return JSONResponse({"error": error}, status, headers)
+
+
+def writable(text: str) -> str:
+    """A text that may quote what a client sent, short enough and without halves of characters."""
+    return text[:2000].encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def add_errors(app: FastAPI) -> None:
@@ -128,7 +151,7 @@ def add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
         if first["type"] == "extra_forbidden":
             message = f"{place} is not supported by this server: leave it out"
         elif first["type"] == "json_invalid":
@@ -139,7 +162,7 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return error_response(error.status_code, str(error.detail), request.url.path)
+        return error_response(error.status_code, str(error.detail), request.url.path, headers=error.headers)
 
     def said(status: int, code: str | None = None) -> Callable[[Request, Exception], Any]:
         async def handler(request: Request, error: Exception) -> Response:
@@ -154,11 +177,18 @@ def add_errors(app: FastAPI) -> None:
     app.exception_handler(PolybitError)(said(400))
     app.exception_handler(ValueError)(said(400))
     app.exception_handler(RecursionError)(said(400))
+    app.exception_handler(MemoryError)(said(503))
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return error_response(500, f"the server failed with {type(error).__name__}: this is a bug", request.url.path)
 
 
 def make_app(state: ServerState, *, origins: tuple[str, ...] = (), root: str = "") -> FastAPI:
     """The application; `state.service` may come later."""
-    app = FastAPI(title="polybit", version=__version__, root_path=root, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="polybit", version=__version__, root_path=root, docs_url=None, redoc_url=None, responses=REFUSALS
+    )
     add_errors(app)
     add_models(app, state)
     add_answers(app, state)
@@ -198,16 +228,16 @@ def add_models(app: FastAPI, state: ServerState) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         service = state.ready()
-        tokens = list(service.encode(body.content, special=body.add_special))
+        tokens = list(await run_in_threadpool(service.encode, body.content, special=body.add_special))
         if not body.with_pieces:
             return {"tokens": tokens}
-        decode = service.tokenizer.decode
-        return {"tokens": [{"id": t, "piece": decode([t], skip_special_tokens=False)} for t in tokens]}
+        return {"tokens": [{"id": token, "piece": service.token_text(token)} for token in tokens]}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:
         service = state.ready()
-        return {"content": service.tokenizer.decode(list(openai_api.checked(service, body.tokens)))}
+        tokens = list(openai_api.checked(service, body.tokens, "tokens"))
+        return {"content": await run_in_threadpool(service.tokenizer.decode, tokens)}
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -228,44 +258,44 @@ def add_answers(app: FastAPI, state: ServerState) -> None:
     """What is an answer: chats and completions in three APIs."""
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatBody) -> Any:
+    async def chat(request: Request, body: ChatBody) -> Any:
         service = state.ready()
-        asking = openai_api.ask_chat(service, body)
+        asking = await run_in_threadpool(openai_api.ask_chat, service, body)
+        streams = service.all_streams([asking], body.n)
         if not body.stream:
-            return await openai_api.chat(service, body, asking)
-        streams = asking.streams(service, body.n)
-        return events(plain(openai_api.chat_chunks(service, body, asking, streams)))
+            return await unless_gone(request, openai_api.chat(service, body, asking, streams), streams)
+        return Events(plain(openai_api.chat_chunks(service, body, asking, streams)), streams)
 
     @app.post("/v1/completions")
-    async def complete(body: CompletionBody) -> Any:
+    async def complete(request: Request, body: CompletionBody) -> Any:
         service = state.ready()
-        askings = openai_api.ask_completion(service, body)
+        askings = await run_in_threadpool(openai_api.ask_completion, service, body)
+        streams = service.all_streams(askings, body.n)
         if not body.stream:
-            return await openai_api.completion(service, body, askings)
-        streams = [stream for asking in askings for stream in asking.streams(service, body.n)]
-        return events(plain(openai_api.completion_chunks(service, body, askings, streams)))
+            return await unless_gone(request, openai_api.completion(service, body, askings, streams), streams)
+        return Events(plain(openai_api.completion_chunks(service, body, askings, streams)), streams)
 
     @app.post("/v1/responses")
-    async def respond(body: responses_api.ResponsesBody) -> Any:
+    async def respond(request: Request, body: responses_api.ResponsesBody) -> Any:
         service = state.ready()
-        asking = responses_api.ask_responses(service, body)
+        asking = await run_in_threadpool(responses_api.ask_responses, service, body)
+        [stream] = service.all_streams([asking])
         if not body.stream:
-            return await responses_api.response(service, body, asking)
-        [stream] = asking.streams(service)
-        return events(responses_api.response_events(service, body, asking, stream))
+            return await unless_gone(request, responses_api.response(body, asking, stream), [stream])
+        return Events(responses_api.response_events(body, asking, stream), [stream])
 
     @app.post("/v1/messages")
-    async def message(body: anthropic_api.MessagesBody) -> Any:
+    async def message(request: Request, body: anthropic_api.MessagesBody) -> Any:
         service = state.ready()
-        asking = anthropic_api.ask_messages(service, body)
+        asking = await run_in_threadpool(anthropic_api.ask_messages, service, body)
+        [stream] = service.all_streams([asking])
         if not body.stream:
-            return await anthropic_api.message(service, body, asking)
-        [stream] = asking.streams(service)
-        return events(anthropic_api.message_events(service, body, asking, stream))
+            return await unless_gone(request, anthropic_api.message(body, asking, stream), [stream])
+        return Events(anthropic_api.message_events(body, asking, stream), [stream])
 
     @app.post("/v1/messages/count_tokens")
     async def count(body: anthropic_api.CountBody) -> dict[str, int]:
-        return anthropic_api.count_tokens(state.ready(), body)
+        return await run_in_threadpool(anthropic_api.count_tokens, state.ready(), body)
 
 
 ROUTES = (
@@ -290,17 +320,47 @@ async def plain(data: AsyncIterator[str]) -> AsyncIterator[tuple[str | None, str
         yield None, one
 
 
-def events(pairs: AsyncIterator[tuple[str | None, str]]) -> EventSourceResponse:
-    """A stream of server-sent events; an answer that fails on its way ends with an event that says so."""
+class Events(EventSourceResponse):
+    """A stream of server-sent events; whatever ends it, even before it began, its answers end with it."""
 
-    async def written() -> AsyncIterator[dict[str, str]]:
+    def __init__(self, pairs: AsyncIterator[tuple[str | None, str]], streams: Sequence[Stream]) -> None:
+        self.streams = streams
+        super().__init__(written(pairs), ping=PING_SECONDS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
         try:
-            async for name, data in pairs:
-                yield {"data": data} if name is None else {"event": name, "data": data}
-        except PolybitError as error:
-            body = {"type": "error", "error": {"type": "api_error", "message": str(error)}}
-            yield {"event": "error", "data": json.dumps(body)}
+            await super().__call__(scope, receive, send)
         finally:
-            await pairs.aclose()  # type: ignore[attr-defined]  # whoever left early cancels the answer
+            for stream in self.streams:
+                stream.cancel()
 
-    return EventSourceResponse(written(), ping=PING_SECONDS)
+
+async def written(pairs: AsyncIterator[tuple[str | None, str]]) -> AsyncIterator[dict[str, str]]:
+    """Events as the response wants them; an answer that fails on its way ends with an event that says so."""
+    try:
+        async for name, data in pairs:
+            yield {"data": data} if name is None else {"event": name, "data": data}
+    except PolybitError as error:
+        kind = "invalid_request_error" if isinstance(error, AnswerRefused) else "api_error"
+        yield {"event": "error", "data": json.dumps({"type": "error", "error": {"type": kind, "message": str(error)}})}
+
+
+async def unless_gone(request: Request, answer: Coroutine[Any, Any, Any], streams: Sequence[Stream]) -> Any:
+    """An answer that is not streamed; given up when the client goes away, so that its place is free."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answering, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            return answering.result()
+        raise HTTPException(GONE, "the client closed the connection")
+    finally:
+        answering.cancel()
+        leaving.cancel()
+        for stream in streams:
+            stream.cancel()

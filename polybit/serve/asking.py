@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from polybit.core.runtime import PolybitError
@@ -11,16 +11,17 @@ from polybit.serve import tools as calls
 from polybit.serve.fields import ResponseFormat
 from polybit.serve.grammar import ANY_OBJECT
 from polybit.serve.request import Constraint, Request, Sampling
-from polybit.serve.service import Precise, ReadAs, Service, Stream
+from polybit.serve.service import Precise, ReadAs, Service
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """Functions of a request. forced: the answer must be a call, of `named` if given."""
+    """Functions of a request. forced: the answer must be a call, of `named` if given · single: one call at most."""
 
     functions: tuple[Mapping[str, Any], ...]
     forced: bool = False
     named: str | None = None
+    single: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -42,9 +43,13 @@ class PreparedRequest:
     constraint: Callable[[], Constraint] | None = None
     tools: Tools | None = None
 
-    def streams(self, service: Service, count: int = 1) -> list[Stream]:
-        """Submit it."""
-        return service.streams(self.request, count, self.read_as.by, self.constraint)
+    def requests(self, count: int) -> Iterator[Request]:
+        """It `count` times, with a seed and a grammar of its own each."""
+        sampling = self.request.sampling
+        for number in range(count):
+            seed = None if sampling.seed is None else (sampling.seed + number) % 2**63
+            made = None if self.constraint is None else self.constraint()
+            yield replace(self.request, sampling=replace(sampling, seed=seed), constraint=made)
 
 
 def chat_prompt(service: Service, messages: Sequence[Mapping[str, Any]], tools: Tools | None) -> tuple[int, ...]:
@@ -96,7 +101,7 @@ def prepare(
 def constraint_of(
     service: Service, form: ResponseFormat | None, tools: Tools | None
 ) -> Callable[[], Constraint] | None:
-    """What makes the grammar of each answer; a first one is made at once, so that a bad schema is refused."""
+    """What makes the grammar of each answer; the first one is made at once, so that a bad schema is refused."""
     if tools is not None and tools.forced:
         schema, where = calls.call_schema(tools.callable_now), "tools"
     elif form is None or form.type == "text":
@@ -104,15 +109,12 @@ def constraint_of(
     else:
         schema = ANY_OBJECT if form.json_schema is None else form.json_schema.schema_
         where = "response_format"
-    first: list[Constraint] = [service.grammars.json_schema(schema, where)]
-
-    def make() -> Constraint:
-        return first.pop() if first else service.grammars.json_schema(schema, where)
-
-    return make
+    return service.grammars.json_schema(schema, where).copy
 
 
-def tools_of(functions: Sequence[Mapping[str, Any]] | None, choice: str | None, named: str | None) -> Tools | None:
+def tools_of(
+    functions: Sequence[Mapping[str, Any]] | None, choice: str | None, named: str | None, *, parallel: bool | None
+) -> Tools | None:
     """The tools of a request; none where they are not to be used."""
     if not functions or choice == "none":
         return None
@@ -120,4 +122,4 @@ def tools_of(functions: Sequence[Mapping[str, Any]] | None, choice: str | None, 
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise PolybitError(f"tools names function {twice[0]!r} twice: name each once")
-    return Tools(tuple(functions), forced=choice == "required" or named is not None, named=named)
+    return Tools(tuple(functions), choice == "required" or named is not None, named, parallel is False)

@@ -163,10 +163,20 @@ class Engine:
         if answers:
             try:
                 self.step(answers)
-            except Exception as error:  # a failing step must not take the server with it
+            except Exception:  # one of them must not take the others with it: each by itself
                 for answer in answers:
-                    self.fail(answer, error)
+                    self.step_alone(answer)
         return bool(self.running or self.waiting)
+
+    def step_alone(self, answer: Answering) -> None:
+        """A step of one answer; what fails ends it."""
+        if answer.done is not None:
+            return
+        answer.drafts = []
+        try:
+            self.step([answer])
+        except Exception as error:
+            self.fail(answer, error)
 
     def drop_cancelled(self) -> None:
         """Let go of answers nobody waits for."""
@@ -194,14 +204,18 @@ class Engine:
             answer.spent.cached = taken.common
             taken.slot.tokens = answer.tokens  # what comes is in the place too, as far as it is filled
             if taken.copy_from is not None:
-                self.runner.copy(taken.copy_from, taken.slot.index, taken.common)
+                try:
+                    self.runner.copy(taken.copy_from, taken.slot.index, taken.common)
+                except Exception as error:
+                    self.fail(answer, error)
 
     def fail(self, answer: Answering, error: Exception) -> None:
         """End an answer whose step failed; its place is not to be trusted."""
         if answer.done is None:
             if answer.slot is not None:
                 self.slots.forget(answer.slot)
-            self.end(answer, "error", message=str(error) or type(error).__name__)
+            reason: Reason = "refused" if isinstance(error, PolybitError) else "error"
+            self.end(answer, reason, message=str(error) or type(error).__name__)
 
     # a step -----------------------------------------------------------------------------------------------------
 

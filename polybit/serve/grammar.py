@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
         self.table: Any = None
+        self.lock = threading.Lock()
 
     def json_schema(self, schema: Any, where: str) -> Grammar:
         """The constraint of a JSON schema; refused, naming the field `where`, when it cannot be met or is too large."""
@@ -59,6 +61,11 @@ class Grammars:
 
     def tokens(self, llguidance: Any) -> Any:
         """The tokenizer as llguidance knows it."""
+        with self.lock:
+            return self.made_table(llguidance)
+
+    def made_table(self, llguidance: Any) -> Any:
+        """The same, made at the first."""
         if self.table is None:
             backend = getattr(self.tokenizer, "backend_tokenizer", None)
             if backend is None:
@@ -76,6 +83,10 @@ class Grammar:
 
     def __init__(self, matcher: Any, vocabulary: int, where: str) -> None:
         self.matcher, self.vocabulary, self.where = matcher, vocabulary, where
+
+    def copy(self) -> Grammar:
+        """The same place in the same grammar, for another answer."""
+        return Grammar(self.matcher.deep_copy(), self.vocabulary, self.where)
 
     def mask(self) -> Tensor:
         """True where a token is allowed, bool [V]."""

@@ -12,10 +12,15 @@ from polybit.serve.asking import Tools
 from polybit.serve.request import Chosen, Done, Piece, Spent
 from polybit.serve.service import Service, Stream
 from polybit.serve.tools import ToolCall
+from polybit.serve.writing import BROKEN
 
 
 class AnswerFailed(PolybitError):
     """The engine could not finish an answer."""
+
+
+class AnswerRefused(PolybitError):
+    """What was asked for cannot be met, as it turned out on the way."""
 
 
 @dataclass(slots=True)
@@ -76,27 +81,29 @@ async def deltas(stream: Stream, tools: Tools | None) -> AsyncIterator[Delta]:
         check(event)
         if held and tools is not None:
             left, found = calls.read_calls(held, tools.names, forced=tools.forced)
-            yield Delta(left, tuple(kept), tuple(found), event)
+            yield Delta(left, tuple(kept), tuple(found[: 1 if tools.single else None]), event)
         else:
             yield Delta(held, tuple(kept), (), event)
 
 
 def check(done: Done) -> None:
     """An answer that failed is an error of the server, said as one."""
+    if done.reason == "refused":
+        raise AnswerRefused(done.message or "the request cannot be met")
     if done.reason == "error":
         raise AnswerFailed(f"the answer could not be finished: {done.message}")
     if done.reason == "cancelled":
         raise AnswerFailed("the answer was cancelled: the server is shutting down")
 
 
-def usage(spents: Sequence[Spent]) -> dict[str, Any]:
-    """OpenAI's usage over the answers of one request."""
-    prompt, answer = spents[0].prompt, sum(spent.answer for spent in spents)
+def usage(spents: Sequence[Spent], each: int) -> dict[str, Any]:
+    """OpenAI's usage over the answers of one request, `each` answers to a prompt."""
+    prompt, answer = sum(spent.prompt for spent in spents[::each]), sum(spent.answer for spent in spents)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": spents[0].cached},
+        "prompt_tokens_details": {"cached_tokens": sum(spent.cached for spent in spents[::each])},
     }
 
 
@@ -119,17 +126,13 @@ def timings(spent: Spent) -> dict[str, Any]:
     return found
 
 
-def token_text(service: Service, token: int) -> str:
-    """A token by itself as text."""
-    return str(service.tokenizer.decode([token], skip_special_tokens=False))
-
-
 def chat_logprobs(service: Service, tokens: Sequence[Chosen]) -> dict[str, Any]:
     """OpenAI's log-probabilities of a chat."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
-        text = token_text(service, token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+        text = service.token_text(token)
+        whole = list(text.encode("utf-8", "replace")) if BROKEN not in text else None  # a part of a character has none
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": whole}
 
     return {
         "content": [{**one(t.token, t.logprob), "top_logprobs": [one(*top) for top in t.top]} for t in tokens],

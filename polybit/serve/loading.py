@@ -45,7 +45,37 @@ def load_service(
     loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise PolybitError(f"{model} has no tokenizer: save one with the checkpoint")
-    loaded = loaded.to(torch.device(device)).eval()
+    return service_of(
+        loaded.to(torch.device(device)).eval(),
+        tokenizer,
+        name or Path(model).resolve().name.replace("@", "-"),
+        default=default,
+        auto=auto,
+        pressure=pressure,
+        slots=slots,
+        context=context,
+        most_tokens=most_tokens,
+        queue=queue,
+        chunk=chunk,
+    )
+
+
+def service_of(
+    loaded: Any,
+    tokenizer: Any,
+    name: str,
+    *,
+    default: str | None = None,
+    auto: tuple[str, ...] = (),
+    pressure: tuple[float, float] = (0.75, 2.0),
+    slots: int = 8,
+    context: int | None = None,
+    most_tokens: int = 4096,
+    queue: int = 64,
+    chunk: int = 256,
+) -> Service:
+    """The service of a model in memory, its engine started."""
+    tokenizer("a")  # settles padding and truncation, which threads must not do at the same time
     room = room_of(loaded, context)
     quantized = any(isinstance(module, QuantWeight) for module in loaded.modules())
     runner = make_runner(loaded, slots=slots, room=room, quantized=quantized)
@@ -58,7 +88,7 @@ def load_service(
     engine = Engine(runner, tokenizer, queue=queue, chunk=chunk)
     engine.start()
     return Service(
-        name=name or Path(model).resolve().name.replace("@", "-"),
+        name=name,
         tokenizer=tokenizer,
         engine=engine,
         precisions=precisions,

@@ -23,7 +23,7 @@ def ask_chat(service: Service, body: ChatBody) -> PreparedRequest:
     choice = body.tool_choice
     named = choice.function.name if isinstance(choice, ToolChoice) else None
     functions = [tool.function.model_dump(exclude_none=True) for tool in body.tools or ()]
-    tools = tools_of(functions, choice if isinstance(choice, str) else None, named)
+    tools = tools_of(functions, choice if isinstance(choice, str) else None, named, parallel=body.parallel_tool_calls)
     return prepare(
         service,
         body.model,
@@ -38,7 +38,7 @@ def ask_chat(service: Service, body: ChatBody) -> PreparedRequest:
     )
 
 
-def head(kind: str, service: Service, asking: PreparedRequest, model: str) -> dict[str, Any]:
+def head(kind: str, asking: PreparedRequest, model: str) -> dict[str, Any]:
     """What every response and every chunk begins with."""
     short = {"chat.completion": "chatcmpl", "chat.completion.chunk": "chatcmpl"}.get(kind, "cmpl")
     return {
@@ -50,18 +50,9 @@ def head(kind: str, service: Service, asking: PreparedRequest, model: str) -> di
     }
 
 
-async def gather(streams: Sequence[Stream], asking: PreparedRequest) -> list[FinishedAnswer]:
-    """All answers of a request; when one fails, none goes on."""
-    try:
-        return list(await asyncio.gather(*(heard.whole(stream, asking.tools) for stream in streams)))
-    finally:
-        for stream in streams:
-            stream.cancel()
-
-
-async def chat(service: Service, body: ChatBody, asking: PreparedRequest) -> dict[str, Any]:
+async def chat(service: Service, body: ChatBody, asking: PreparedRequest, streams: Sequence[Stream]) -> dict[str, Any]:
     """The response of a chat that is not streamed."""
-    wholes = await gather(asking.streams(service, body.n), asking)
+    wholes = await asyncio.gather(*(heard.whole(stream, asking.tools) for stream in streams))
     choices = []
     for index, one in enumerate(wholes):
         message: dict[str, Any] = {"role": "assistant", "content": one.text.strip() or ("" if not one.calls else None)}
@@ -76,8 +67,8 @@ async def chat(service: Service, body: ChatBody, asking: PreparedRequest) -> dic
             }
         )
     spents = [one.done.spent for one in wholes]
-    more = {"choices": choices, "usage": heard.usage(spents), "timings": heard.timings(spents[0])}
-    return head("chat.completion", service, asking, body.model) | more
+    more = {"choices": choices, "usage": heard.usage(spents, body.n), "timings": heard.timings(spents[0])}
+    return head("chat.completion", asking, body.model) | more
 
 
 def call_json(call: ToolCall, index: int | None = None) -> dict[str, Any]:
@@ -124,7 +115,7 @@ async def chat_chunks(
     service: Service, body: ChatBody, asking: PreparedRequest, streams: Sequence[Stream]
 ) -> AsyncIterator[str]:
     """The data of the events of a streamed chat."""
-    first = head("chat.completion.chunk", service, asking, body.model)
+    first = head("chat.completion.chunk", asking, body.model)
 
     def chunk(index: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -149,7 +140,7 @@ async def chat_chunks(
             end = json.loads(chunk(index, {}, reason))
             yield json.dumps(end | ({"timings": heard.timings(delta.done.spent)} if last else {}))
     if body.stream_options is not None and body.stream_options.include_usage:
-        yield json.dumps(first | {"choices": [], "usage": heard.usage([spents[i] for i in sorted(spents)])})
+        yield json.dumps(first | {"choices": [], "usage": heard.usage([spents[i] for i in sorted(spents)], body.n)})
     yield "[DONE]"
 
 
@@ -176,24 +167,20 @@ def ask_completion(service: Service, body: CompletionBody) -> list[PreparedReque
     return found
 
 
-def checked(service: Service, tokens: Sequence[int]) -> tuple[int, ...]:
+def checked(service: Service, tokens: Sequence[int], where: str = "prompt") -> tuple[int, ...]:
     """Token ids that exist."""
     vocabulary = service.grammars.vocabulary
     wrong = next((token for token in tokens if token >= vocabulary), None)
     if wrong is not None:
-        raise ValueError(f"prompt holds token {wrong}: token ids go up to {vocabulary - 1}")
+        raise ValueError(f"{where} holds token {wrong}: token ids go up to {vocabulary - 1}")
     return tuple(tokens)
 
 
-async def completion(service: Service, body: CompletionBody, askings: Sequence[PreparedRequest]) -> dict[str, Any]:
+async def completion(
+    service: Service, body: CompletionBody, askings: Sequence[PreparedRequest], streams: Sequence[Stream]
+) -> dict[str, Any]:
     """The response of completions that are not streamed."""
-    streams = [asking.streams(service, body.n) for asking in askings]
-    try:
-        found = await asyncio.gather(*(heard.whole(stream, None) for each in streams for stream in each))
-    finally:
-        for each in streams:
-            for stream in each:
-                stream.cancel()
+    found = await asyncio.gather(*(heard.whole(stream, None) for stream in streams))
     choices = []
     for index, one in enumerate(found):
         prompt = askings[index // body.n].request.tokens
@@ -201,11 +188,8 @@ async def completion(service: Service, body: CompletionBody, askings: Sequence[P
         logprobs = None if body.logprobs is None else old_logprobs(service, prompt if body.echo else (), one)
         choices.append({"index": index, "text": text, "logprobs": logprobs, "finish_reason": one.reason})
     spents = [one.done.spent for one in found]
-    usage = heard.usage(spents)
-    usage["prompt_tokens"] = sum(spent.prompt for spent in spents[:: body.n])
-    usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
-    more = {"choices": choices, "usage": usage, "timings": heard.timings(spents[0])}
-    return head("text_completion", service, askings[0], body.model) | more
+    more = {"choices": choices, "usage": heard.usage(spents, body.n), "timings": heard.timings(spents[0])}
+    return head("text_completion", askings[0], body.model) | more
 
 
 def old_logprobs(service: Service, prompt: Sequence[int], one: FinishedAnswer) -> dict[str, Any]:
@@ -220,7 +204,7 @@ def old_logprobs(service: Service, prompt: Sequence[int], one: FinishedAnswer) -
         "tokens": texts,
         "token_logprobs": [None if chosen is None else max(chosen.logprob, -9999.0) for chosen in tokens],
         "top_logprobs": [
-            None if chosen is None else {heard.token_text(service, t): max(p, -9999.0) for t, p in chosen.top}
+            None if chosen is None else {service.token_text(t): max(p, -9999.0) for t, p in chosen.top}
             for chosen in tokens
         ],
         "text_offset": offsets[: len(texts)],
@@ -229,14 +213,14 @@ def old_logprobs(service: Service, prompt: Sequence[int], one: FinishedAnswer) -
 
 def token_at(service: Service, chosen: Chosen | None, prompt: Sequence[int]) -> str:
     """The text of a token; None stands for the first of the prompt."""
-    return heard.token_text(service, prompt[0] if chosen is None else chosen.token)
+    return service.token_text(prompt[0] if chosen is None else chosen.token)
 
 
 async def completion_chunks(
     service: Service, body: CompletionBody, askings: Sequence[PreparedRequest], streams: Sequence[Stream]
 ) -> AsyncIterator[str]:
     """The data of the events of streamed completions."""
-    first = head("text_completion", service, askings[0], body.model)
+    first = head("text_completion", askings[0], body.model)
     spents: dict[int, Spent] = {}
     async for index, delta in merged(streams, askings[0]):
         reason = None if delta.done is None else "length" if delta.done.reason == "length" else "stop"
@@ -250,5 +234,5 @@ async def completion_chunks(
         if delta.text or reason or logprobs:
             yield json.dumps(first | {"choices": [choice]})
     if body.stream_options is not None and body.stream_options.include_usage:
-        yield json.dumps(first | {"choices": [], "usage": heard.usage([spents[i] for i in sorted(spents)])})
+        yield json.dumps(first | {"choices": [], "usage": heard.usage([spents[i] for i in sorted(spents)], body.n)})
     yield "[DONE]"

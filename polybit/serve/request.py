@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-Reason = Literal["stop", "length", "cancelled", "error"]
+Reason = Literal["stop", "length", "cancelled", "refused", "error"]
 
 
 class Constraint(Protocol):
@@ -123,7 +123,8 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of an answer. stopped_by: the stop text that ended it · message: what went wrong, for an error."""
+    """The end of an answer. stopped_by: the stop text that ended it · message: what went wrong, where the request
+    cannot be met (refused) or the server failed (error)."""
 
     reason: Reason
     spent: Spent

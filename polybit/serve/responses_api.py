@@ -119,7 +119,7 @@ class ResponsesBody(Common):
     text: ResponsesText | None = None
     tools: Annotated[list[ResponsesTool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice | None = None
-    parallel_tool_calls: Literal[False] | None = None
+    parallel_tool_calls: bool | None = None
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
@@ -137,7 +137,7 @@ def ask_responses(service: Service, body: ResponsesBody) -> PreparedRequest:
     named = choice.name if isinstance(choice, ResponsesToolChoice) else None
     if named is not None and named not in [function["name"] for function in functions]:
         raise ValueError("tool_choice names a function that is not in tools")
-    tools = tools_of(functions, choice if isinstance(choice, str) else None, named)
+    tools = tools_of(functions, choice if isinstance(choice, str) else None, named, parallel=body.parallel_tool_calls)
     form = body.text.format.plain() if body.text is not None and body.text.format is not None else None
     return prepare(
         service,
@@ -168,7 +168,7 @@ def shell(body: ResponsesBody, asking: PreparedRequest) -> dict[str, Any]:
         "incomplete_details": None,
         "instructions": body.instructions,
         "metadata": body.metadata or {},
-        "parallel_tool_calls": False,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
         "temperature": body.temperature,
         "top_p": body.top_p,
         "tool_choice": "auto",
@@ -214,9 +214,9 @@ def finished(base: dict[str, Any], output: Sequence[dict[str, Any]], one: heard.
     }
 
 
-async def response(service: Service, body: ResponsesBody, asking: PreparedRequest) -> dict[str, Any]:
+async def response(body: ResponsesBody, asking: PreparedRequest, stream: Stream) -> dict[str, Any]:
     """The response that is not streamed."""
-    one = await heard.whole(asking.streams(service)[0], asking.tools)
+    one = await heard.whole(stream, asking.tools)
     text = one.text.strip()
     output = [text_item(text, f"msg_{uuid.uuid4().hex}")] if text or not one.calls else []
     end = heard.Delta(done=one.done)
@@ -224,7 +224,7 @@ async def response(service: Service, body: ResponsesBody, asking: PreparedReques
 
 
 async def response_events(
-    service: Service, body: ResponsesBody, asking: PreparedRequest, stream: Stream
+    body: ResponsesBody, asking: PreparedRequest, stream: Stream
 ) -> AsyncIterator[tuple[str, str]]:
     """(name, data) of the events of a streamed response."""
     base, number, identity = shell(body, asking), 0, f"msg_{uuid.uuid4().hex}"
@@ -235,29 +235,33 @@ async def response_events(
         return kind, json.dumps({"type": kind, "sequence_number": number - 1, **more})
 
     place = {"item_id": identity, "output_index": 0, "content_index": 0}
+    part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
     yield event("response.created", response=base)
     yield event("response.in_progress", response=base)
-    item = text_item("", identity, "in_progress") | {"content": []}
-    yield event("response.output_item.added", output_index=0, item=item)
-    part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-    yield event("response.content_part.added", **place, part=part)
-    text = ""
+    text, output, begun = "", [], False
     async for delta in heard.deltas(stream, asking.tools):
         new = delta.text if text else delta.text.lstrip()
         text += new
+        if not begun and (new or (delta.done is not None and not delta.calls)):
+            begun = True
+            item = text_item("", identity, "in_progress") | {"content": []}
+            yield event("response.output_item.added", output_index=0, item=item)
+            yield event("response.content_part.added", **place, part=part)
         if new:
             yield event("response.output_text.delta", **place, delta=new, logprobs=[])
         if delta.done is None:
             continue
-        yield event("response.output_text.done", **place, text=text, logprobs=[])
-        yield event("response.content_part.done", **place, part=part | {"text": text})
-        output = [text_item(text, identity)]
-        yield event("response.output_item.done", output_index=0, item=output[0])
-        for index, call in enumerate(delta.calls, start=1):
-            made = call_item(call)
+        if begun:
+            yield event("response.output_text.done", **place, text=text, logprobs=[])
+            yield event("response.content_part.done", **place, part=part | {"text": text})
+            output.append(text_item(text, identity))
+            yield event("response.output_item.done", output_index=0, item=output[0])
+        for call in delta.calls:
+            made, index = call_item(call), len(output)
             output.append(made)
             yield event("response.output_item.added", output_index=index, item=made | {"status": "in_progress"})
             told = {"item_id": made["id"], "output_index": index}
+            yield event("response.function_call_arguments.delta", **told, delta=call.arguments)
             yield event("response.function_call_arguments.done", **told, name=call.name, arguments=call.arguments)
             yield event("response.output_item.done", output_index=index, item=made)
         kind = "response.incomplete" if delta.done.reason == "length" else "response.completed"

@@ -62,7 +62,8 @@ class Sampler:
     def sample(self, scores_V: Tensor) -> int:
         """One draw after temperature and cuts: top-k, then min-p, then top-p over what is left."""
         s = self.sampling
-        scores_V = scores_V.double() / s.temperature
+        scores_V = scores_V.double()
+        scores_V = (scores_V - scores_V.max()) / s.temperature  # however small the temperature, nothing overflows
         if 0 < s.top_k < len(scores_V):
             scores_V = scores_V.masked_fill(scores_V < scores_V.topk(s.top_k).values[-1], UNLIKELY)
         share_V = scores_V.softmax(-1)
@@ -71,6 +72,7 @@ class Sampler:
         if s.top_p < 1:
             sorted_V, order = share_V.sort(descending=True, stable=True)
             before_V = sorted_V.cumsum(-1) - sorted_V  # the token that crosses the line stays
+            before_V[0] = -1.0  # the likeliest always does
             sorted_V = sorted_V.masked_fill(before_V >= s.top_p * sorted_V.sum(), 0.0)
             share_V = torch.zeros_like(share_V).scatter(0, order, sorted_V)
         return int(torch.multinomial(share_V, 1, generator=self.generator))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 from polybit.core.runtime import PolybitError
 from polybit.serve.engine import Answering, Engine
@@ -87,6 +87,19 @@ class Stream:
             self.service.engine.cancel(self.answer)
 
 
+class Submission(Protocol):
+    """A request on its way to the engine (asking.PreparedRequest)."""
+
+    @property
+    def read_as(self) -> ReadAs:
+        """How it is read."""
+        ...
+
+    def requests(self, count: int) -> Iterator[Request]:
+        """It, so many times."""
+        ...
+
+
 @dataclass
 class Service:
     """A loaded model, ready to answer.
@@ -109,6 +122,17 @@ class Service:
     notes: Mapping[str, Any] = field(default_factory=dict)
     note: Callable[[Spent, str, str], None] = lambda spent, width, by: None
     first_seconds: Callable[[float], None] = lambda seconds: None
+
+    def __post_init__(self) -> None:
+        self.before = tuple(self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:])
+
+    def token_text(self, token: int) -> str:
+        """A token as text, with the blank it begins with, which many decoders leave out at the beginning of a text."""
+        first, both = (
+            self.tokenizer.decode(list(ids), skip_special_tokens=False) for ids in (self.before, (*self.before, token))
+        )
+        alone: str = both[len(first) :] if both.startswith(first) else self.tokenizer.decode([token])
+        return alone
 
     @property
     def room(self) -> int:
@@ -134,7 +158,7 @@ class Service:
         named = suffix if mark else None
         if named is not None and asked.precision is not None and named != asked.precision:
             raise PolybitError(f"model says {named!r:.40} and precision says {asked.precision!r:.40}: give one of them")
-        wanted = named or asked.precision
+        wanted = asked.precision if named is None else named
         by = "request"
         if wanted is None:
             wanted, by = self.precisions[0], "default"
@@ -186,15 +210,17 @@ class Service:
             raise PolybitError(f"{where} is {asked}: this server writes at most {self.most_tokens} tokens")
         return min(left, self.most_tokens if asked is None else asked)
 
-    def streams(self, request: Request, count: int, by: str, constraint: Any = None) -> list[Stream]:
-        """The same request `count` times, with a seed of its own each; constraint() makes a grammar for each."""
+    def all_streams(self, prepared: Sequence[Submission], count: int = 1) -> list[Stream]:
+        """Submit every request `count` times, with a seed of its own each: all of them or none."""
+        most = self.engine.queue + len(self.engine.slots.slots)
+        if len(prepared) * count > most:
+            raise PolybitError(
+                f"one request asks for {len(prepared) * count} answers: ask for at most {most} at a time"
+            )
         found: list[Stream] = []
         try:
-            for number in range(count):
-                seed = request.sampling.seed
-                sampling = request.sampling if seed is None else replace(request.sampling, seed=(seed + number) % 2**63)
-                made = None if constraint is None else constraint()
-                found.append(Stream(self, replace(request, sampling=sampling, constraint=made), by))
+            for one in prepared:
+                found += (Stream(self, request, one.read_as.by) for request in one.requests(count))
         except BaseException:
             for stream in found:
                 stream.cancel()

@@ -44,8 +44,12 @@ class Templates:
         if self.template is None:
             raise PolybitError("this checkpoint has no chat template: use /v1/completions, which takes plain text")
         values = {**self.special, "messages": list(messages), "add_generation_prompt": True, **more}
-        with self.lock:
+        if not self.lock.acquire(timeout=2 * self.seconds):
+            raise PolybitError("the chat template of this checkpoint is too slow: other chats wait for it")
+        try:
             answer = self.ask({"template": self.template, "values": values})
+        finally:
+            self.lock.release()
         if "error" in answer:
             raise PolybitError(f"the chat template cannot write this chat: {answer['error']}")
         return str(answer["text"])
