@@ -38,7 +38,7 @@ INTERRUPTED = 130  # the shell's status for Ctrl-C
 
 
 def build_app(config_file: Path | None = None) -> App:
-    """The cyclopts application; a TOML file gives defaults for the flags of a verb under [verb], else the environment."""
+    """The cyclopts application; flags come first, then the [verb] of a TOML file, then the environment."""
     app = App(
         name="polybit",
         help="One language model, many precisions. Try: polybit quantize tinychat --out my-model",

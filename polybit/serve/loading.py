@@ -57,6 +57,7 @@ def load_service(
         most_tokens=most_tokens,
         queue=queue,
         chunk=chunk,
+        directory=Path(resolve(model)),
     )
 
 
@@ -73,8 +74,9 @@ def service_of(
     most_tokens: int = 4096,
     queue: int = 64,
     chunk: int = 256,
+    directory: Path | None = None,
 ) -> Service:
-    """The service of a model in memory, its engine started."""
+    """The service of a model in memory, its engine started. directory: where a router may lie."""
     tokenizer("a")  # settles padding and truncation, which threads must not do at the same time
     room = room_of(loaded, context)
     quantized = any(isinstance(module, QuantWeight) for module in loaded.modules())
@@ -92,9 +94,7 @@ def service_of(
         tokenizer=tokenizer,
         engine=engine,
         precisions=precisions,
-        policy=AutoPolicy(
-            tuple(widest), *pressure, needs=needs_of(Path(resolve(model)), loaded, tokenizer, precisions)
-        ),
+        policy=AutoPolicy(tuple(widest), *pressure, needs=needs_of(directory, loaded, tokenizer, precisions)),
         templates=Templates.of(tokenizer),
         grammars=Grammars(tokenizer, int(loaded.config.get_text_config().vocab_size)),
         ends=ends_of(loaded, tokenizer),
@@ -108,9 +108,9 @@ def service_of(
     )
 
 
-def needs_of(directory: Path, model: Any, tokenizer: Any, precisions: tuple[str, ...]) -> Needs | None:
+def needs_of(directory: Path | None, model: Any, tokenizer: Any, precisions: tuple[str, ...]) -> Needs | None:
     """What a checkpoint's router asks for; None where it has none."""
-    if not directory.is_dir() or not any(is_width(name) for name in precisions):
+    if directory is None or not directory.is_dir() or not any(is_width(name) for name in precisions):
         return None
     embedding_VD = embedding_of(model)
     router = read_router(directory, precisions, embedding_VD.shape[1])
