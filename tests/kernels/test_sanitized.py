@@ -26,21 +26,28 @@ OBJECTS = {  # object -> (source, flags)
     "avx512": ("avx512.cpp", AVX512),
 }
 
+SEARCH = {
+    "search_portable": ("search_portable.cpp", []),
+    "search_avx2": ("search_avx2.cpp", AVX2),
+    "search_avx512": ("search_avx512.cpp", AVX512),
+}
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_no_byte_is_touched_that_is_not_ours(tmp_path):
+@pytest.mark.parametrize(("fuzz", "parts"), [("fuzz.cpp", OBJECTS), ("fuzz_search.cpp", SEARCH)])
+def test_no_byte_is_touched_that_is_not_ours(tmp_path, fuzz, parts):
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     common = ["-std=c++17", "-O1", "-g", "-w", "-ffp-contract=off", f"-I{SOURCES}", *checks]
     machine = subprocess.run(["g++", "-dumpmachine"], capture_output=True, text=True, check=True).stdout
     objects = []
-    for name, (source, flags) in OBJECTS.items():
+    for name, (source, flags) in parts.items():
         objects.append(str(tmp_path / f"{name}.o"))
         if "x86" not in machine:
             flags = [f for f in flags if f == "-DPOLYBIT_VNNI"]
         subprocess.run(["g++", *common, *flags, "-c", str(SOURCES / source), "-o", objects[-1]], check=True)
-    fuzz = tmp_path / "fuzz"
-    subprocess.run(["g++", *common, str(Path(__file__).parent / "fuzz.cpp"), *objects, "-o", str(fuzz)], check=True)
-    found = subprocess.run([str(fuzz), "150"], capture_output=True, text=True, timeout=600)
+    program = tmp_path / "fuzz"
+    subprocess.run(["g++", *common, str(Path(__file__).parent / fuzz), *objects, "-o", str(program)], check=True)
+    found = subprocess.run([str(program), "150"], capture_output=True, text=True, timeout=600)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "0 wrong" in found.stdout
