@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from polybit.compress.settled import SettledOutputs
 from polybit.compress.stats import Enough, plain_experts, watch
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
@@ -42,7 +43,8 @@ class VisitedBlock:
     """One decoder block and the batches on their way through it.
 
     inputs: hidden states as the quantized prefix makes them, one [B, T, D] per batch · references: as the float model
-    makes them (the same list while nothing is quantized).
+    makes them (the same list while nothing is quantized) · settled: outputs kept between `stats` and `finish`, for a
+    caller that gives every target its final weight only once.
     """
 
     index: int
@@ -55,6 +57,7 @@ class VisitedBlock:
     references: list[Tensor]
     keeps_references: bool = True
     outputs: list[Tensor] = field(default_factory=list)
+    settled: SettledOutputs | None = None
     _wanted: list[Tensor] = field(default_factory=list)
 
     @property
@@ -73,6 +76,13 @@ class VisitedBlock:
         """
         hidden_BTD = (self.references if reference else self.inputs)[index]
         return self._call(weights, hidden_BTD.to(self._device()), self.calls[index])
+
+    def pass_on(self, weights: Weights, index: int, *, reference: bool = False) -> Tensor:
+        """`forward` without gradients, in which settled layers repeat what they gave before."""
+        if self.settled is None or reference:
+            return self.forward(weights, index, reference=reference)
+        with self.settled.during(index, weights):
+            return self.forward(weights, index)
 
     @torch.no_grad()
     def wanted(self, index: int) -> Tensor:
@@ -94,7 +104,7 @@ class VisitedBlock:
         with watch(self.model, self.targets if targets is None else targets, stop=True) as grams:
             for index in range(self.batches):
                 with suppress(Enough):
-                    self.forward(given or {}, index, reference=reference)
+                    self.pass_on(given or {}, index, reference=reference)
         return {name: gram.stats() for name, gram in grams.items()}
 
     @torch.no_grad()
@@ -148,7 +158,8 @@ class VisitedBlock:
                 self.outputs = self._wanted
                 return
         keep = self.inputs[0].device
-        self.outputs = [self.forward(weights or {}, index).to(keep) for index in range(self.batches)]
+        self.outputs = [self.pass_on(weights or {}, index).to(keep) for index in range(self.batches)]
+        self.settled = None
 
     def _device(self) -> torch.device:
         return next(self.module.parameters()).device

@@ -21,6 +21,7 @@ from polybit.compress.blocks import VisitedBlock, find_blocks, outside, run_bloc
 from polybit.compress.recipe import PLAN, Recipe
 from polybit.compress.refine import BLOCK, finish_model, refine_block
 from polybit.compress.refine import FINISH as FINISH_TUNING
+from polybit.compress.settled import SettledOutputs
 from polybit.core.affine import Grid, QWeight
 from polybit.core.planes import pack
 from polybit.core.records import LayerStats
@@ -138,6 +139,8 @@ def block_codes(block: VisitedBlock, recipe: Recipe) -> Codes:
     codes: Codes = {}
     at_once = recipe.is_nested and recipe.layerwise.needs_stats and not recipe.block_steps
     everything = block.stats_and_outputs() if at_once else {}
+    if recipe.layerwise.needs_stats and not recipe.is_nested and not recipe.block_steps:
+        block.settled = SettledOutputs(block.model, block.targets)
     for stage in block.stages():
         stats = everything
         if recipe.layerwise.needs_stats and not at_once:

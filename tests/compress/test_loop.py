@@ -71,6 +71,23 @@ def test_what_is_finished_is_not_made_again(name, monkeypatch):
     assert equal(first, again)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_outputs_that_are_kept_change_nothing(family, monkeypatch):
+    """Settled layers repeat what they gave: the same bits as running them again, all, some or none of them."""
+    found = []
+    for room in (0, 20_000, 1 << 28):
+        monkeypatch.setattr("polybit.compress.settled.ROOM", room)
+        model = tiny_model(family)
+        every = targets(model)
+        forwards = [type(model.get_submodule(t.module_name)).forward for t in every]
+        found.append(
+            {name: q for part in compress(model, every, text(), recipe_of("gptq")) for name, q in part.items()}
+        )
+        assert forwards == [model.get_submodule(t.module_name).forward.__func__ for t in every], "all put back"
+    assert equal(found[0], found[1])
+    assert equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("name", TEXTLESS)
 def test_a_method_without_statistics_runs_no_model(name, monkeypatch):
     model = tiny_model("llama")
