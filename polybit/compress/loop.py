@@ -140,7 +140,7 @@ def block_codes(block: VisitedBlock, recipe: Recipe) -> Codes:
     at_once = recipe.is_nested and recipe.layerwise.needs_stats and not recipe.block_steps
     everything = block.stats_and_outputs() if at_once else {}
     if recipe.layerwise.needs_stats and not recipe.is_nested and not recipe.block_steps:
-        block.settled = SettledOutputs(block.model, block.targets)
+        block.settled = SettledOutputs(block.module, block.name, block.targets)
     for stage in block.stages():
         stats = everything
         if recipe.layerwise.needs_stats and not at_once:
