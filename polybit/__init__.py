@@ -31,6 +31,7 @@ _PUBLIC = {
     "study": "polybit.library",
     "serve": "polybit.library",
     "route": "polybit.library",
+    "export": "polybit.library",
     "Precision": "polybit.core.precision",
     "Plan": "polybit.core.plan",
     "PolybitError": "polybit.core.runtime",

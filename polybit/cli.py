@@ -18,6 +18,7 @@ COMMANDS = {
     "allocate": ("polybit.commands.allocate:allocate", QUANTIZE, "Spend a budget of bits where it matters."),
     "mix": ("polybit.commands.mix:mix", QUANTIZE, "Find the mixture of texts to calibrate on."),
     "columns": ("polybit.commands.columns:columns", QUANTIZE, "Search widths inside layers and write them as a plan."),
+    "export": ("polybit.commands.export:export", QUANTIZE, "Write a checkpoint in the format of another engine."),
     "generate": ("polybit.commands.generate:generate", MEASURE, "Answer a prompt at a chosen width."),
     "serve": ("polybit.commands.serve:serve", MEASURE, "Answer over HTTP, each request at its own precision."),
     "route": ("polybit.commands.route:route", MEASURE, "Learn which width a prompt needs, for the server's auto."),

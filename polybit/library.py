@@ -20,6 +20,7 @@ from polybit.options.bench import BenchOptions
 from polybit.options.columns import ColumnsOptions
 from polybit.options.cost import CostOptions
 from polybit.options.evaluate import EvalOptions
+from polybit.options.export import ExportOptions
 from polybit.options.frontier import FrontierOptions
 from polybit.options.generate import GenerateOptions
 from polybit.options.judge import JudgeOptions
@@ -124,3 +125,4 @@ study = act(StudyOptions, "polybit.acts.study:study", "Answer the questions abou
 sweep = act(SweepOptions, "polybit.acts.sweep:sweep", "Quantize and measure under every combination of some options.")
 serve = act(ServeOptions, "polybit.acts.serve:serve", "Answer over HTTP, each request at its own precision.")
 route = act(RouteOptions, "polybit.acts.route:route", "Learn which width a prompt needs, for the server's auto.")
+export = act(ExportOptions, "polybit.acts.export:export", "Write a checkpoint in the format of another engine.")

@@ -1,0 +1,126 @@
+"""Write a checkpoint in the format of another engine, and compare what it would read with what polybit reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polybit.compress.plan_files import read_plan
+from polybit.compress.text import window_length
+from polybit.core.plan import Plan
+from polybit.core.precision import FLOAT, Precision
+from polybit.core.records import RUN_FILE, Run
+from polybit.core.runtime import PolybitError
+from polybit.data.text import read_windows
+from polybit.evals.compare import AS_LOADED, EvalMaterial
+from polybit.evals.compare import compare as compare_models
+from polybit.export.check import compare
+from polybit.export.fused import check_fused
+from polybit.export.weights import Material
+from polybit.hub.dense import plain_model
+from polybit.hub.directory import check_output, staged_directory
+from polybit.hub.files import read_json
+from polybit.hub.lm import LocalLM
+from polybit.hub.load import load_quantized
+from polybit.hub.models import own_name, resolve
+from polybit.hub.peft import load_peft
+from polybit.nn.linear import QuantWeight
+from polybit.nn.switch import current, use
+from polybit.options.checks import plain
+from polybit.options.export import ExportOptions
+from polybit.options.words import command_line
+from polybit.report.exported import export_card
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WINDOW = 128  # tokens of a window on which an export is measured
+
+
+def export(model: str, options: ExportOptions) -> Run:
+    """Write MODEL (a polybit checkpoint) at one precision in the format `options.to` and check what it says."""
+    run = Run("export", {"model": model, **plain(options)})
+    with run.timed():
+        check_output(options.out, overwrite=options.overwrite)
+        material = material_of(model, options)
+        if options.exporter.fused:
+            check_fused(material.layers, options.to)
+        with staged_directory(options.out, overwrite=options.overwrite) as stage:
+            options.exporter.writer(material, stage)
+            if material.tokenizer is not None:
+                material.tokenizer.save_pretrained(stage)
+            run.numbers = checked(material, stage, options)
+            command = command_line("export", own_name(model), options, leave_out=("overwrite",))
+            record = {**run.to_json(), "command": command, "parent": measured_before(model)}
+            (stage / "README.md").write_text(
+                export_card(parent_of(material), record, options.exporter), encoding="utf-8"
+            )
+    return run
+
+
+def material_of(model: str, options: ExportOptions) -> Material:
+    """The checkpoint at the precision that was asked for."""
+    loaded, tokenizer = load_quantized(resolve(model), trust_remote_code=options.trust_remote_code)
+    if not any(isinstance(module, QuantWeight) for module in loaded.modules()):
+        raise PolybitError(f"{model} is a float model: quantize it first, with `polybit quantize {model} --out DIR`")
+    if options.precision is not None:
+        path = Path(options.precision)
+        use(loaded, read_plan(path) if path.suffix == ".json" else options.precision)
+    check_weights_only(current(loaded))
+    adapters = {} if options.adapter is None else load_peft(options.adapter)
+    return Material.of(loaded, DTYPES[options.float_type], adapters, tokenizer)
+
+
+def check_weights_only(plan: Plan) -> None:
+    """Refuse activation bits: a file of weights cannot tell an engine how to round its inputs."""
+    for precision in (plan.default, *plan.layers.values()):
+        if precision != Precision(w=precision.w):
+            raise PolybitError(
+                f"precision {precision} rounds more than weights, and an export holds weights alone: "
+                f"give {'float' if precision.w == FLOAT else f'w{precision.w}'}, or serve it with `polybit serve`"
+            )
+
+
+def checked(material: Material, stage: Path, options: ExportOptions) -> dict[str, Any]:
+    """The numbers of an export: its size, how each layer is held, and how what is read differs from ours."""
+    difference = compare(material, options.exporter.decoder(stage, material))
+    files = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
+    numbers: dict[str, Any] = {
+        "precision": str(current(material.model)) if options.precision is None else options.precision,
+        "bytes": sum(files.values()),
+        "files": files,
+        "layers": dict(material.held),
+        "difference": difference.to_json(),
+    }
+    if difference.differing and options.windows and material.tokenizer is not None:
+        numbers["measured"] = measured(material, stage, options)
+    return numbers
+
+
+def measured(material: Material, stage: Path, options: ExportOptions) -> dict[str, Any]:
+    """What the difference does: the exported weights against ours, both decoded, on some text."""
+    weights = ((name, material.decoded(name)) for name in material.layers)
+    exact = replace(material, dtype=torch.float32)
+    ours = plain_model(material.model, exact.floats(), weights, torch.float32)
+    theirs = plain_model(material.model, material.floats(), options.exporter.decoder(stage, material), torch.float32)
+    length = min(WINDOW, window_length(ours, None))
+    windows_NT, _ = read_windows(options.text, material.tokenizer, length, count=options.windows, seed=0)
+    tokenizer = material.tokenizer
+    result = compare_models(LocalLM(ours, tokenizer), LocalLM(theirs, tokenizer), [None], EvalMaterial(windows_NT))
+    row = result["presets"][AS_LOADED]
+    return {"kl": row["kl"], "top1": row["top1"], "tokens": result["text"]["tokens"], "text": options.text}
+
+
+def parent_of(material: Material) -> str:
+    """The float model that the checkpoint says it was made from."""
+    config: Any = material.model.config
+    description = config.to_dict()["quantization_config"]
+    return str(description["notes"].get("base_model", "unknown"))
+
+
+def measured_before(model: str) -> Mapping[str, Any] | None:
+    """What the checkpoint itself was measured at against its float model, where its run was kept."""
+    path = Path(resolve(model)) / RUN_FILE
+    return read_json(path).get("numbers", {}).get("measured") if path.is_file() else None

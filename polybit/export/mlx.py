@@ -1,0 +1,74 @@
+"""MLX's affine format: code · scale + bias, codes as one stream of bits per row in 32-bit words.
+
+Read by mlx.nn.QuantizedLinear and QuantizedEmbedding; `quantization` in config.json names bits and group size, for each
+layer of its own where they differ. Scale and bias are float16; bfloat16 is too coarse for 6 and 8 bits, and float32
+rounds nothing but makes everything that is computed with it float32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polybit.core.affine import expand_groups
+from polybit.core.runtime import PolybitError
+from polybit.export.files import TensorFiles, WeightFiles, pack_bits, unpack_bits, write_config
+from polybit.export.table import EXPORTERS
+from polybit.export.weights import Material, ReadWeight
+from polybit.hub.files import read_json
+
+NAME = "mlx"
+
+
+def write(material: Material, stage: Path) -> None:
+    """Fill a directory that mlx-lm loads."""
+    files = WeightFiles(stage, metadata={"format": "mlx"})
+    for name, tensor in material.floats():
+        files.add(name, tensor)
+    layers: dict[str, Any] = {}
+    for name in material.layers:
+        weight = material.fit(name, EXPORTERS[NAME], NAME)
+        if weight is None:
+            raise PolybitError(
+                f"layer {name!r:.120} is of kind {material.layers[name].kind}, which mlx-lm has under other names: "
+                "use --to dense and mlx_lm.convert"
+            )
+        files.add(f"{name}.weight", pack_bits(weight.codes_OI, weight.held).view(torch.uint32))
+        scale_OG, bias_OG = rounded(weight, material.dtype)
+        files.add(f"{name}.scales", scale_OG)
+        files.add(f"{name}.biases", bias_OG)
+        layers[name] = {"group_size": weight.group_size, "bits": weight.held}
+        material.held[name] = f"{weight.held} bits, groups of {weight.group_size}"
+    files.close()
+    quantization = {**commonest(layers), **layers}
+    write_config(material, stage, quantization=quantization, quantization_config=quantization)
+
+
+def rounded(weight: ReadWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and bias of every group in the float type of the file; the bias makes up for the rounding of the scale."""
+    scale_OG = weight.step_OG.to(dtype)
+    mean_OG = weight.codes_OI.double().unflatten(1, (-1, weight.group_size)).mean(-1)
+    bias_OG = (weight.step_OG - scale_OG.double()) * mean_OG - weight.step_OG * weight.zero_OG
+    return scale_OG, bias_OG.to(dtype)
+
+
+def commonest(layers: dict[str, Any]) -> dict[str, int]:
+    """Bits and group size of most layers, which readers take for those without an entry."""
+    kinds = Counter((entry["group_size"], entry["bits"]) for entry in layers.values())
+    group_size, bits = kinds.most_common(1)[0][0]
+    return {"group_size": group_size, "bits": bits}
+
+
+def decode(stage: Path, material: Material) -> Iterator[tuple[str, Tensor]]:
+    """Every layer as MLX's `dequantize` defines it, in float32."""
+    quantization, files = read_json(stage / "config.json")["quantization"], TensorFiles(stage)
+    for name, layer in material.layers.items():
+        entry = quantization[name]
+        codes_OI = unpack_bits(files[f"{name}.weight"].view(torch.int32), entry["bits"], layer.columns)
+        spread = lambda key: expand_groups(files[key].float(), layer.columns, entry["group_size"])  # noqa: E731, B023
+        yield name, codes_OI.float() * spread(f"{name}.scales") + spread(f"{name}.biases")

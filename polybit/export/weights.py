@@ -1,0 +1,180 @@
+"""What is exported: a model at one precision, each quantized weight as codes, steps and zero points of its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polybit.core.affine import expand_groups, tops, zero_points
+from polybit.core.planes import unpack
+from polybit.core.runtime import PolybitError
+from polybit.export.table import Exporter, holders
+from polybit.hub.checkpoint import stored_tensors
+from polybit.nn.adapters import Lora
+from polybit.nn.linear import QuantWeight
+from polybit.nn.switch import stored_layers
+
+
+@dataclass(frozen=True, slots=True)
+class ReadWeight:
+    """One weight as it is read: step · (code − zero), both numbers of a group, exact in float64.
+
+    codes_OI: uint8 below 2^bits · step_OG, zero_OG: float64 · group_size: columns of a group, never 0 · held: bits that
+    the codes take in the format, `bits` or more.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    held: int
+    group_size: int
+    codes_OI: Tensor
+    step_OG: Tensor
+    zero_OG: Tensor
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether every zero point is a code."""
+        inside = (self.zero_OG >= 0) & (self.zero_OG < 1 << self.held)
+        return bool(((self.zero_OG == self.zero_OG.round()) & inside).all())
+
+
+@dataclass(frozen=True)
+class Material:
+    """A model at the precision it is exported at.
+
+    layers: its quantized layers by name · adapters: low-rank parts to be folded into layers · dtype: float type of
+    scales and of weights without codes · held: layer -> what an exporter wrote of it, filled while it writes.
+    """
+
+    model: nn.Module
+    dtype: torch.dtype
+    layers: Mapping[str, QuantWeight]
+    adapters: Mapping[str, Lora] = field(default_factory=dict)
+    tokenizer: Any = None
+    held: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, dtype: torch.dtype, adapters: Mapping[str, Lora] | None = None, tokenizer: Any = None
+    ):
+        """A model as it is switched now."""
+        layers = stored_layers(model)
+        for name, lora in (adapters or {}).items():
+            shape = (lora.up_OR.shape[0], lora.down_RI.shape[1])
+            if name not in layers or layers[name].fields.shape != shape:
+                raise PolybitError(f"the adapter is for {name!r:.120} of shape {shape}, which this model has not")
+        return cls(model, dtype, layers, adapters or {}, tokenizer)
+
+    def floats(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that is no part of a quantized weight, by its name in the model, in the type that is written."""
+        codes = {f"{name}.{leaf}" for name, layer in self.layers.items() for leaf in layer.fields.tensors()}
+        for name, tensor in stored_tensors(self.model):
+            if name not in codes:
+                yield name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def decoded(self, name: str) -> Tensor:
+        """A quantized weight in float32 [O, I] as it is read, with its adapter folded in."""
+        layer = self.layers[name]
+        weight_OI = layer.decode()
+        lora = self.adapters.get(name)
+        if lora is None:
+            return weight_OI
+        return weight_OI + lora.up_OR.float() @ lora.down_RI.float() * (lora.alpha / len(lora.down_RI))
+
+    def read(self, name: str) -> ReadWeight:
+        """A quantized weight as codes, steps and zero points; without column scales and adapters."""
+        layer = self.layers[name]
+        q = unpack(layer.planes)
+        reading = layer.reading
+        read_G = q.read_widths(reading if isinstance(reading, int) else torch.tensor(reading))
+        stored_G = q.stored_widths()
+        shift_G = stored_G - read_G
+        spread = lambda x: expand_groups(x, q.shape[1], q.group_size)  # noqa: E731
+        codes_OI = q.codes_OI >> spread(shift_G[None].to(torch.uint8)).expand(q.shape)
+        unit_OG = (2.0**shift_G).double().expand(q.scale_OG.shape)
+        for width, ratio in q.ratios.items():
+            unit_OG = torch.where((read_G == width) & (shift_G > 0), unit_OG * ratio.double(), unit_OG)
+        offset_OG = tops(stored_G).double() / 2 - zero_points(q.zero, q.bits, q.bits_G).double()
+        zero_OG = tops(read_G).double() / 2 - offset_OG / unit_OG
+        size = q.group_size or q.shape[1]
+        bits = int(read_G.max())
+        return ReadWeight(name, layer.kind, bits, bits, size, codes_OI, q.scale_OG.double() * unit_OG, zero_OG)
+
+    def step(self, name: str) -> Tensor:
+        """The step of every weight of a layer, [O, I]: what a difference is measured in."""
+        weight = self.read(name)
+        step_OI = expand_groups(weight.step_OG.float().abs(), weight.codes_OI.shape[1], weight.group_size)
+        scale = self.layers[name].planes.column_scale
+        return step_OI if scale is None else step_OI * scale.float().abs()
+
+    def fit(self, name: str, exporter: Exporter, label: str) -> ReadWeight | None:
+        """A weight in a width and groups that the format holds; None where the format has it decoded.
+
+        label: what the user calls the format. Refuses what neither codes nor the format's own rule can hold.
+        """
+        layer = self.layers[name]
+        if layer.kind not in exporter.kinds:
+            return None
+        reason = self.misfit(name, exporter, label)
+        if reason is None:
+            weight = regrouped(self.read(name), exporter)
+            weight = replace(weight, held=min(w for w in exporter.widths if w >= weight.bits))
+            if exporter.zero == "any" or weight.is_integer:
+                return weight
+            reason = (
+                f"layer {name!r:.120} is read at {weight.bits} bits around a zero point that is no whole number, which "
+                f"--to {label} cannot hold: choose --to {holders()}, or quantize with --bits and --zero group or level"
+            )
+        if exporter.else_decoded:
+            return None
+        raise PolybitError(reason)
+
+    def misfit(self, name: str, exporter: Exporter, label: str) -> str | None:
+        """Why a layer's grid does not fit the format, or None."""
+        layer = self.layers[name]
+        columns, size = layer.columns, layer.group_size
+        if layer.planes.column_scale is not None:
+            return (
+                f"layer {name!r:.120} scales its columns (awq), which --to {label} cannot hold: use --to dense, or "
+                "quantize with another --method"
+            )
+        if name in self.adapters:
+            return f"an adapter folded into codes would be rounded away by --to {label}: use --to dense"
+        if layer.width > max(exporter.widths):
+            return (
+                f"layer {name!r:.120} is read at {layer.width} bits, --to {label} holds up to {max(exporter.widths)}: "
+                f"give --precision w{max(exporter.widths)} or less, or use --to dense"
+            )
+        if group_within(columns, size, exporter.groups) is None:
+            return (
+                f"layer {name!r:.120} has {columns} columns in groups of {size or 'a whole row'}, --to {label} holds "
+                f"groups of {', '.join(map(str, exporter.groups))}: quantize with --group-size {exporter.groups[0]}, "
+                "or use --to dense"
+            )
+        return None
+
+
+def group_within(columns: int, size: int, allowed: tuple[int, ...]) -> int | None:
+    """The largest allowed group that cuts groups of `size` (0 = a whole row) evenly, None where there is none."""
+    size = size or columns
+    if not allowed:
+        return size
+    fitting = [group for group in allowed if columns % group == 0 and (size % group == 0)]
+    return max(fitting, default=None)
+
+
+def regrouped(weight: ReadWeight, exporter: Exporter) -> ReadWeight:
+    """The same weight in the largest groups that the format holds; wider ones are cut."""
+    columns = weight.codes_OI.shape[1]
+    size = group_within(columns, weight.group_size, exporter.groups)
+    assert size is not None  # misfit was asked
+    if size == weight.group_size:
+        return weight
+    times = weight.group_size // size
+    cut = lambda x: x.repeat_interleave(times, dim=1)[:, : columns // size].contiguous()  # noqa: E731
+    return replace(weight, group_size=size, step_OG=cut(weight.step_OG), zero_OG=cut(weight.zero_OG))

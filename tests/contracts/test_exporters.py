@@ -1,0 +1,187 @@
+"""Every format of the table keeps the contract: what its engine reads is what polybit reads, and refusals say a way."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from polybit.acts.export import export
+from polybit.core.parts import load
+from polybit.core.runtime import PolybitError
+from polybit.export.table import EXPORTERS, holders
+from polybit.hub.load import load_quantized
+from polybit.nn.switch import stored_layers, use
+from polybit.options.export import ExportOptions
+from tests.export.checkpoints import checkpoint
+from tests.export.oracles import ORACLES
+
+NESTED = [name for name, part in EXPORTERS.items() if part.zero == "any"]
+CASES = [(name, width) for name in NESTED for width in (EXPORTERS[name].widths or (8, 3)) if width <= 8]
+
+
+@pytest.fixture(scope="session")
+def nested(tmp_path_factory):
+    """A nested checkpoint of 8 bits in groups of 32."""
+    return checkpoint(tmp_path_factory.mktemp("nested") / "model")
+
+
+@pytest.fixture(params=EXPORTERS)
+def name(request):
+    return request.param
+
+
+def run(model, out, **options):
+    return export(str(model), ExportOptions(out=out, windows=0, **options)).numbers
+
+
+def ours(model, precision=None):
+    """Layer -> weight as polybit reads it."""
+    loaded, _ = load_quantized(model)
+    if precision:
+        use(loaded, precision)
+    return {name: layer.decode() for name, layer in stored_layers(loaded).items()}
+
+
+def apart(expected, got):
+    """The largest difference, as a share of the largest weight."""
+    return float((expected - got).abs().max() / expected.abs().max())
+
+
+def test_the_line_is_true(name):
+    part = EXPORTERS[name]
+    assert load(part.write) and load(part.decode)
+    assert part.summary[0].islower() and not part.summary.endswith(".")
+    assert "{path}" in part.run and part.dtype in part.dtypes and part.file
+    assert tuple(sorted(part.widths)) == part.widths and tuple(sorted(part.groups)) == part.groups
+    assert name in ORACLES, "an engine's own reader, or its layout written down again, must agree"
+
+
+@pytest.mark.parametrize(("name", "width"), CASES)
+def test_what_the_engine_reads_is_what_polybit_reads(name, width, nested, tmp_path):
+    numbers = run(nested, tmp_path / "out", to=name, precision=f"w{width}")
+    assert numbers["difference"]["tiny"] == 0
+    assert numbers["difference"]["relative"] < 3e-3
+    assert (tmp_path / "out" / EXPORTERS[name].file.format(name="model")).is_file()
+    expected = ours(nested, f"w{width}")
+    for layer in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        got = ORACLES[name](tmp_path / "out", layer, expected[layer].shape[1])
+        assert apart(expected[layer], got) < 4e-3
+    if EXPORTERS[name].widths:
+        assert numbers["difference"]["moved"] == 0
+
+
+def test_the_card_says_what_it_is(name, tmp_path):
+    fixed = checkpoint(tmp_path / "fixed", bits=4, zero="level", nested=False)
+    run(fixed, tmp_path / "out", to=name)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"polybit export {fixed} --to {name}" in card and "Checked:" in card
+    assert EXPORTERS[name].engines in card and "PATH" in card
+    assert card.startswith("---\nbase_model: tinychat\nbase_model_relation: quantized\n")
+    assert (tmp_path / "out" / "tokenizer.json").is_file() or name == "gguf"
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    assert manifest.keys() == {p.name for p in (tmp_path / "out").iterdir()} - {"README.md", "manifest.json"}
+
+
+def test_zero_points_that_do_not_fit_are_refused_with_a_way_out(name, nested, tmp_path):
+    part = EXPORTERS[name]
+    if part.zero == "any" or part.else_decoded:
+        return
+    with pytest.raises(PolybitError, match=rf"{name} cannot hold.*{re.escape(holders())}"):
+        run(nested, tmp_path / "out", to=name, precision="w4")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*staged"))
+
+
+def test_activation_bits_are_refused(name, nested, tmp_path):
+    with pytest.raises(PolybitError, match="holds weights alone"):
+        run(nested, tmp_path / "out", to=name, precision="w4a8")
+
+
+def test_an_existing_directory_is_kept(name, tmp_path):
+    fixed = checkpoint(tmp_path / "fixed", bits=4, zero="level", nested=False)
+    run(fixed, tmp_path / "out", to=name)
+    with pytest.raises(PolybitError, match="exists already"):
+        run(fixed, tmp_path / "out", to=name)
+    run(fixed, tmp_path / "out", to=name, overwrite=True)
+
+
+def test_a_plan_with_a_width_of_its_own_for_every_layer(nested, tmp_path):
+    plan = {"default": "w4", "layers": {"model.layers.0.mlp.down_proj": "w6"}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    numbers = run(nested, tmp_path / "out", to="mlx", precision=str(tmp_path / "plan.json"))
+    entries = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert entries["bits"] == 4 and entries["model.layers.0.mlp.down_proj"] == {"group_size": 32, "bits": 6}
+    assert numbers["difference"]["moved"] == 0
+
+
+def test_fused_layers_share_a_width_or_are_refused(nested, tmp_path):
+    from polybit.export.fused import check_fused
+
+    loaded, _ = load_quantized(nested)
+    use(loaded, "w4")
+    check_fused(stored_layers(loaded), "compressed-tensors")
+    layers = stored_layers(loaded)
+    layers["model.layers.1.self_attn.k_proj"].set_precision(
+        type(layers["model.layers.1.self_attn.k_proj"].precision)(w=6)
+    )
+    with pytest.raises(PolybitError, match=r"layers.1.self_attn.q_proj w4 .*k_proj w6"):
+        check_fused(layers, "compressed-tensors")
+
+
+def test_column_scales_are_decoded_or_refused(tmp_path):
+    from polybit.hub.checkpoint import save
+    from tests.families import quantized
+
+    saved = save(quantized("llama"), tmp_path / "awq")
+    assert run(saved, tmp_path / "dense", to="dense", dtype="fp32")["difference"]["differing"] == 0
+    with pytest.raises(PolybitError, match="scales its columns"):
+        run(saved, tmp_path / "mlx", to="mlx")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe", "llama-tied", "gemma"])
+def test_dense_is_what_plain_transformers_loads(family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from polybit.hub.checkpoint import save
+    from tests.families import prompt, quantized
+
+    model = quantized(family, include_embeddings=True)
+    saved = save(model, tmp_path / "model")
+    numbers = run(saved, tmp_path / "dense", to="dense", dtype="fp32", precision="w5")
+    assert numbers["difference"]["differing"] == 0
+    plain, report = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    use(model, "w5")
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(prompt()).logits, model(prompt()).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_an_adapter_is_folded_into_decoded_weights_alone(nested, tmp_path):
+    from polybit.hub.peft import save_peft
+    from polybit.nn.adapters import Lora
+
+    layer = "model.layers.0.mlp.up_proj"
+    lora = Lora(192, 128, 4, torch.zeros(1), alpha=8.0)
+    with torch.no_grad():
+        lora.up_OR.copy_(torch.randn(192, 4).half())
+        lora.down_RI.copy_(lora.down_RI.half())
+    save_peft({layer: lora}, tmp_path / "adapter", base_model="tinychat")
+    run(nested, tmp_path / "out", to="dense", dtype="fp32", precision="w3", adapter=tmp_path / "adapter")
+    expected = ours(nested, "w3")[layer] + 2 * lora.up_OR @ lora.down_RI
+    assert apart(expected.detach(), ORACLES["dense"](tmp_path / "out", layer, 128)) < 1e-6
+    with pytest.raises(PolybitError, match="rounded away"):
+        ExportOptions(to="mlx", out=tmp_path / "mlx", adapter=tmp_path / "adapter")
+
+
+def test_mlx_runs_the_export_and_says_the_same(nested, tmp_path):
+    import mlx.core as mx
+    import numpy as np
+    from mlx_lm import load as load_mlx
+
+    run(nested, tmp_path / "out", to="mlx", precision="w4", dtype="fp32")
+    model, _ = load_mlx(str(tmp_path / "out"))
+    loaded, _ = load_quantized(nested)
+    ids = [[1, 5, 77, 300, 12, 9]]
+    with torch.inference_mode():
+        expected = use(loaded, "w4")(torch.tensor(ids)).logits
+    torch.testing.assert_close(torch.from_numpy(np.array(model(mx.array(ids)))), expected, atol=1e-3, rtol=1e-3)
