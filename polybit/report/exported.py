@@ -10,7 +10,7 @@ from polybit.report.summary import markdown_table
 from polybit.report.tables import estimate, markdown, percent, size
 
 
-class Engine(Protocol):
+class EngineWords(Protocol):
     """What the card says of a format."""
 
     @property
@@ -40,7 +40,7 @@ def how_exact(numbers: Mapping[str, Any]) -> str:
     return said + "."
 
 
-def export_card(base_model: str, record: Mapping[str, Any], engine: Engine) -> str:
+def export_card(base_model: str, record: Mapping[str, Any], engine: EngineWords) -> str:
     """README.md of an export, with the front matter the hub reads."""
     numbers, config = record["numbers"], record["config"]
     front = ["---", f"base_model: {base_model}", "base_model_relation: quantized", "tags:", "- polybit"]
