@@ -95,10 +95,7 @@ def nested(
     factor_II = inverse_factor(problem.hessian_II)
     if tables is None:
         tables = affordable_tables(widths, grid, weight_OI.shape)
-    alone = [loss_alone(problem, factor_II, Grid(b, grid.group_size)) for b in widths]
-    weights_B = problem.weight_OI.new_tensor([emphasis[b] / loss for b, loss in zip(widths, alone, strict=True)])
-    levels = start_levels(problem, grid, widths, emphasis)
-    levels = replace(levels, emphasis_B=weights_B / weights_B.sum())
+    levels = weighted(start_levels(problem, grid, widths, emphasis), problem, factor_II, emphasis)
     levels, found = relevel(levels, levels.ratio_BOG, tables)
     at = Walked(compensate(problem, factor_II, levels), even_ratios(levels, tables))
     ratios = LayerRatios(problem, at.levels, tables)
@@ -121,6 +118,13 @@ def nested(
     fixed = grid.fixed_zero()
     zero = at.levels.zero_OG if fixed is None else torch.tensor(fixed, device=at.codes_OI.device)
     return as_qweight(at.codes_OI, at.levels, problem.gain, zero, stored)
+
+
+def weighted(levels: Levels, problem: Problem, factor_II: Tensor, emphasis: Mapping[int, float]) -> Levels:
+    """The same with λ_b, the emphasis of each width over the loss it has when it is alone; they add up to 1."""
+    alone = [loss_alone(problem, factor_II, Grid(b, levels.group_size)) for b in levels.widths]
+    emphasis_B = levels.scale_OG.new_tensor([emphasis[b] / loss for b, loss in zip(levels.widths, alone, strict=True)])
+    return replace(levels, emphasis_B=emphasis_B / emphasis_B.sum())
 
 
 def check_widths(widths: Sequence[int], grid: Grid) -> tuple[int, ...]:
