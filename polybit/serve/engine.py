@@ -174,6 +174,8 @@ class Engine:
             return
         answer.drafts = []
         try:
+            if answer.read >= len(answer.tokens):  # read, and nothing chosen from it
+                self.note_read(answer, len(answer.tokens) - 1)
             self.step([answer])
         except Exception as error:
             self.fail(answer, error)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from polybit.serve import heard
 from polybit.serve.asking import PreparedRequest, chat_prompt, prepare, tools_of
@@ -79,6 +79,13 @@ class ResponsesFormat(Strict):
     schema_: Annotated[Any, Field(alias="schema")] = None
     description: Text | None = None
     strict: bool | None = None
+
+    @model_validator(mode="after")
+    def schema_is_there(self) -> ResponsesFormat:
+        """A form that is asked for is kept to, or refused."""
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise ValueError("type json_schema and the field schema go together")
+        return self
 
     def plain(self) -> ResponseFormat:
         """The same as chat completions wrap it."""

@@ -215,7 +215,7 @@ class Service:
         most = self.engine.queue + len(self.engine.slots.slots)
         if len(prepared) * count > most:
             raise PolybitError(
-                f"one request asks for {len(prepared) * count} answers: ask for at most {most} at a time"
+                f"prompt and n ask for {len(prepared) * count} answers: ask for at most {most} at a time"
             )
         found: list[Stream] = []
         try:
