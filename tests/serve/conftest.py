@@ -45,8 +45,8 @@ def make_service(rounded, **more):
 
 
 @contextmanager
-def serving(state, **more):
-    """The address of a server in a thread; it is stopped in the end."""
+def serving(state, *, shared=False, **more):
+    """The address of a server in a thread; it is stopped in the end. shared: another server has its service too."""
     app = make_app(state, **more)
     config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
     server = Server(config, state, 2.0)
@@ -60,6 +60,8 @@ def serving(state, **more):
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
+        if shared:
+            state.service = None
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive(), "the server does not stop"

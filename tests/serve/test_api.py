@@ -448,7 +448,7 @@ def test_health(web):
 
 def test_keys_and_origins(service):
     state = ServerState(service=service, keys=("first", "second"))
-    with serving(state, origins=("https://page.example",)) as base:
+    with serving(state, shared=True, origins=("https://page.example",)) as base:
         for key in ("first", "second"):
             assert openai.OpenAI(base_url=f"{base}/v1", api_key=key).models.list().data
             assert anthropic.Anthropic(base_url=base, api_key=key).messages.count_tokens(

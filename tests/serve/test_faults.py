@@ -10,7 +10,6 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import httpx
 import pytest
@@ -321,7 +320,7 @@ HOSTILE = {
 @pytest.fixture(scope="module")
 def hostile(service):
     state = ServerState(service=service)
-    with serving(state) as base:
+    with serving(state, shared=True) as base:
         yield state, base
 
 
