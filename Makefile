@@ -11,7 +11,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard polybit/kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[report,allocate,train,judge,serve,export,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[report,allocate,data,train,judge,serve,export,dev]'
 	touch $(STAMP)
 
 demo: setup

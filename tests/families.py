@@ -41,6 +41,8 @@ FAMILIES = {
         NEO | {"attention_types": [[["global", "local"], 1]], "bos_token_id": 1, "eos_token_id": 2},
     ),
     "gpt_neox": ("gpt_neox", SIZES),
+    "falcon": ("falcon", SIZES | {"multi_query": True, "new_decoder_architecture": False}),
+    "falcon-new": ("falcon", SIZES | {"num_kv_heads": 2, "new_decoder_architecture": True}),
     "opt": ("opt", OPT | {"word_embed_proj_dim": 40, "max_position_embeddings": 64}),
     "mixtral": ("mixtral", GROUPED | {"num_local_experts": 4}),
     "qwen2_moe": ("qwen2_moe", GROUPED | EXPERTS | {"shared_expert_intermediate_size": 56}),

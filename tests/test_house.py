@@ -40,7 +40,7 @@ DOORS = {  # third-party library -> the files or rooms that may import it
     "transformers": ("hub/", "train/trainer.py"),
     "tokenizers": ("hub/",),
     "safetensors": ("hub/", "export/"),
-    "datasets": ("data/text.py",),
+    "datasets": ("data/files.py",),
     "scipy": ("allocate/knapsack.py",),
     "ray": ("hub/workers.py",),
     "triton": ("kernels/",),

@@ -172,7 +172,7 @@ class VisitedBlock:
         }
         with plain_experts(self.module):
             output = functional_call(self.module, stored, (hidden_BTD, *call.args), call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, (tuple, list)) else output
 
 
 @dataclass(slots=True)
@@ -281,14 +281,29 @@ def enter_blocks(
     with passed_over(modules) as record:
         for ids_BT in batches:
             record.clear()
-            with suppress(Captured):
+            try:
                 model(input_ids=ids_BT.to(device), use_cache=False)
-            assert len(record) == len(modules), "the model did not call every block once"
+            except Captured:
+                pass
+            except PolybitError:
+                raise
+            except Exception as error:
+                raise unlike_others(model, f"{type(error).__name__}: {error!s:.120}") from error
+            if len(record) != len(modules):
+                raise unlike_others(model, f"{len(record)} calls of {len(modules)} blocks")
             hidden.append(record[0][0])
             for index, (_, call) in enumerate(record):
                 earlier = [calls[index - 1][-1]] if index else []
                 calls[index].append(shared(call, earlier + calls[index][-1:]))
     return hidden, calls
+
+
+def unlike_others(model: nn.Module, what: str) -> PolybitError:
+    """The refusal of an architecture whose blocks do not simply follow one another."""
+    return PolybitError(
+        f"{type(model).__name__} does not hand hidden states from each of its blocks to the next ({what}): "
+        "polybit cannot calibrate it, choose --method rtn, which reads no text"
+    )
 
 
 @contextmanager
@@ -306,12 +321,13 @@ def passed_over(modules: nn.ModuleList) -> Iterator[list[tuple[Tensor, Call]]]:
             if is_last:
                 raise Captured
             if not answers:
-                answers.append(isinstance(original(module, hidden_BTD, *args[1:], **kwargs), tuple))
-            return (hidden_BTD,) if answers[0] else hidden_BTD
+                answers.append(original(module, hidden_BTD, *args[1:], **kwargs))
+            answer = answers[0]
+            return type(answer)((hidden_BTD, *answer[1:])) if type(answer) in (tuple, list) else hidden_BTD
 
         return forward
 
-    answers: list[bool] = []  # whether blocks answer with a tuple, learnt from the first one
+    answers: list[Any] = []  # what the first block gives back: a tensor, or a tuple or list that begins with it
     try:
         for index, module in enumerate(modules):
             module.forward = stand_in(module, index == len(modules) - 1)

@@ -15,7 +15,7 @@ from polybit.compress.recipe import PLAN
 from polybit.core.plan import LEAST_GROUP, Plan
 from polybit.core.precision import FLOAT
 from polybit.core.runtime import PolybitError, atomic_path
-from polybit.data.text import read_utf8
+from polybit.data.files import read_utf8
 from polybit.hub.files import read_json
 from polybit.nn.convert import Target
 from polybit.nn.switch import panel, set_presets

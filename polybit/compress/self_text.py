@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from polybit.core.runtime import track
+from polybit.core.runtime import PolybitError, track
 
 GREEDY_TOKENS = 4  # without a start token, this many greedy tokens follow a random first one, then sampling begins
 
@@ -30,14 +30,23 @@ def self_text(model: nn.Module, start: int | None, *, count: int, length: int, s
 
 
 def continue_text(model: nn.Module, ids_BT: Tensor, length: int, draw: torch.Generator, *, greedy: int) -> Tensor:
-    """Extend every row to `length` tokens with a key-value cache."""
+    """Extend every row to `length` tokens, with a key-value cache where the model has one."""
     cache, fed = None, ids_BT
     while ids_BT.shape[1] < length:
-        output = model(input_ids=fed, past_key_values=cache, use_cache=True)
-        cache, logits_BV = output.past_key_values, output.logits[:, -1].float()
+        try:
+            output = model(input_ids=fed, past_key_values=cache, use_cache=True)
+        except PolybitError:
+            raise
+        except Exception as error:  # whatever a model raises: it cannot write, and the remedy is the same
+            raise PolybitError(
+                f"{type(model).__name__} could not write a text of its own ({type(error).__name__}: {error!s:.120}): "
+                "give a text to calibrate on"
+            ) from error
+        cache, logits_BV = getattr(output, "past_key_values", None), output.logits[:, -1].float()
         if ids_BT.shape[1] <= greedy:
             fed = logits_BV.argmax(-1, keepdim=True)
         else:
             fed = torch.multinomial(logits_BV.softmax(-1), 1, generator=draw)
         ids_BT = torch.cat([ids_BT, fed], dim=1)
+        fed = ids_BT if cache is None else fed
     return ids_BT

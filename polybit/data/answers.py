@@ -12,7 +12,8 @@ from polybit.core.runtime import PolybitError
 from polybit.data.chat import encode_conversation
 from polybit.data.rows import read_rows
 from polybit.data.table import EMBEDDED_TASKS, HUB_TASKS
-from polybit.data.text import CHAT_KEYS, PAIR_KEYS, Messages, encode, has_chat_template, read_messages
+from polybit.data.text import encode, has_chat_template
+from polybit.data.turns import CHAT_KEYS, PAIR_KEYS, Messages, asked_of, plain_text, read_messages
 
 LEAST = 8  # items below which a ranking of layers is guesswork
 FORMS = (
@@ -77,7 +78,8 @@ def read_row(row: dict[str, Any], where: str) -> list[Exchange]:
         return [from_squad(str(row["context"]), row, where)]
     for asked, answered in PAIR_KEYS:
         if asked in row and answered in row:
-            return [pair(row[asked], row[answered], where)]
+            question = asked_of(row, asked) if isinstance(row[asked], str) else row[asked]
+            return [pair(question, row[answered], where)]
     found = ", ".join(map(repr, row)) or "no keys"
     raise PolybitError(f"{where} has {found} and no answer; {FORMS}.")
 
@@ -137,7 +139,7 @@ def encode_exchange(tokenizer: Any, exchange: Exchange, *, most: int | None = No
             first -= 1
         marks = [first <= at < last for at in range(len(ids))]
     else:
-        question = "\n".join(message["content"] for message in exchange.asked) + "\n"
+        question = plain_text(list(exchange.asked)) + "\n"
         before, after = encode(tokenizer, question).tolist(), encode(tokenizer, exchange.answer).tolist()
         bos = tokenizer.bos_token_id
         before = before if bos is None else [bos, *before]

@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from polybit.core.runtime import PolybitError
-from polybit.data.text import Messages, encode, has_chat_template, read_messages, read_utf8, renderer
+from polybit.data.files import NAMED, Row, form_of, read_file
+from polybit.data.text import encode, has_chat_template, in_template
+from polybit.data.turns import CHAT_KEYS, Messages, asked_of, plain_text, read_messages
 
 Prompt = str | Messages
-PROMPT_KEYS = ("prompt", "question", "instruction", "text")
+PROMPT_KEYS = ("prompt", "question", "instruction", "text", "q")
 
 
 def read_prompts(source: str | Path, *, chat: bool = True) -> list[Prompt]:
-    """Read prompts: .txt has one per line; a .jsonl line has "prompt" (or "question") or "messages".
+    """Read prompts of a file: .txt has one per line; a row of any other has "prompt" (or "question"), or messages.
 
     With `chat` a plain line becomes the first message of a conversation, otherwise it stays text to continue.
     Of "messages" everything after the last user message is left out, because that is what a model must answer.
     """
     path = Path(source)
     if not path.is_file():
-        raise PolybitError(f"Prompt file {str(source)!r} does not exist or is no file; give a .txt or .jsonl file.")
-    if path.suffix.lower() not in (".txt", ".jsonl", ".ndjson"):
-        raise PolybitError(f"Prompt file {str(source)!r} ends in {path.suffix!r}; give a .txt or a .jsonl file.")
-    lines = [(n, line) for n, line in enumerate(read_utf8(path).split("\n"), start=1) if line.strip()]
-    if not lines:
+        raise PolybitError(f"Prompt file {str(source)!r} does not exist or is no file; give {NAMED}.")
+    rows = read_file(path)
+    if form_of(path) == "text":
+        rows = [(where, line.strip()) for where, text in rows for line in text.split("\n") if line.strip()]
+    if not rows:
         raise PolybitError(f"Prompt file {str(source)!r} is empty; write at least one prompt.")
-    if path.suffix.lower() == ".txt":
-        return [as_prompt(line.strip(), chat=chat) for _, line in lines]
-    return [_read_row(line, f"Line {n} of {str(source)!r}", chat=chat) for n, line in lines]
+    if form_of(path) == "table":
+        rows = table_prompts(rows, str(source))
+    return [prompt_of(row, where, chat=chat) for where, row in rows]
+
+
+def table_prompts(rows: Sequence[Row], name: str) -> list[Row]:
+    """The column of a table whose name, in capitals or not, means a prompt; rows without one are left out."""
+    columns = {str(column).strip().lower(): column for column in rows[0][1]}
+    if any(key in columns for key in CHAT_KEYS):
+        raise PolybitError(f"{name!r} has conversations in a table; write them as .jsonl or .parquet.")
+    column = next((columns[key] for key in PROMPT_KEYS if key in columns), None)
+    if column is None and len(columns) == 1:
+        column = next(iter(columns.values()))
+    if column is None:
+        raise PolybitError(
+            f"Prompt file {name!r} has the columns {', '.join(columns) or 'none'}; name one of them "
+            f"{', '.join(PROMPT_KEYS[:-1])} or Q."
+        )
+    return [(where, row[column].strip()) for where, row in rows if row[column] and row[column].strip()]
 
 
 def as_prompt(text: str, *, chat: bool) -> Prompt:
@@ -38,25 +55,24 @@ def as_prompt(text: str, *, chat: bool) -> Prompt:
     return [{"role": "user", "content": text}] if chat else text
 
 
-def _read_row(line: str, where: str, *, chat: bool) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PolybitError(f"{where} is not JSON ({error.msg}); write one JSON object per line.") from error
+def prompt_of(row: Any, where: str, *, chat: bool) -> Prompt:
+    """What one row asks."""
     if isinstance(row, str):
         return as_prompt(row, chat=chat)
-    found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-    if isinstance(row, dict) and "messages" in row:
-        messages = read_messages(row["messages"], f"{where}, key 'messages',")
-        while messages and messages[-1]["role"] != "user":
-            messages.pop()
-        if messages:
-            return messages
-        raise PolybitError(f"{where} has no user message to answer; give at least one.")
+    fields = row if isinstance(row, dict) else {}
+    for key in ("prompt", *CHAT_KEYS):
+        if isinstance(fields.get(key), list):
+            messages = read_messages(fields[key], f"{where}, key {key!r},")
+            while messages and messages[-1]["role"] not in ("user", "tool"):
+                messages.pop()
+            if messages:
+                return messages
+            raise PolybitError(f"{where} has no user message to answer; give at least one.")
     for key in PROMPT_KEYS:
-        if isinstance(row, dict) and isinstance(row.get(key), str):
-            return as_prompt(row[key], chat=chat)
-    raise PolybitError(f'{where} has {found or "no keys"}; use {{"prompt"}} or {{"messages"}}.')
+        if isinstance(fields.get(key), str):
+            return as_prompt(asked_of(fields, key), chat=chat)
+    found = ", ".join(map(repr, fields)) if fields else type(row).__name__
+    raise PolybitError(f'{where} has {found}; use {{"prompt"}} or {{"messages"}}.')
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -66,9 +82,9 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     not put before a text, as its tokenizer does not either; an empty prompt becomes that token alone.
     """
     if not isinstance(prompt, str) and has_chat_template(tokenizer):
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = in_template(tokenizer, prompt, add_generation_prompt=True)
         return encode(tokenizer, text).tolist()
-    text = prompt if isinstance(prompt, str) else renderer(None)(prompt)
+    text = prompt if isinstance(prompt, str) else plain_text(prompt)
     ids = encode(tokenizer, text).tolist()
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and bos != eos and ids[:1] != [bos]:
@@ -80,7 +96,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     return ids
 
 
-def encode_conversation(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[bool]]:
+def encode_conversation(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[bool]]:
     """Token ids of a whole conversation, and for each token whether the assistant wrote it (its EOS included).
 
     Works with any template that writes turns one after another; a template that rewrites earlier turns is refused.
@@ -88,13 +104,13 @@ def encode_conversation(tokenizer: Any, messages: Sequence[dict[str, str]]) -> t
     if not has_chat_template(tokenizer):
         raise PolybitError("This tokenizer has no chat template; use plain text, or a tokenizer that has one.")
     messages = list(messages)
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    whole = in_template(tokenizer, messages)
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        before = in_template(tokenizer, messages[:turn], add_generation_prompt=True)
+        after = in_template(tokenizer, messages[: turn + 1])
         if not (whole.startswith(after) and after.startswith(before)):
             raise PolybitError(
                 f"The chat template rewrites turn {turn + 1} when others follow, so its tokens cannot be told apart; "

@@ -14,9 +14,11 @@ from torch import Tensor
 from polybit.core.runtime import PolybitError
 from polybit.data.batches import pad
 from polybit.data.chat import encode_conversation, encode_prompt
+from polybit.data.files import read_utf8
 from polybit.data.table import EMBEDDED_SETS
-from polybit.data.text import Messages, encode, has_chat_template, read_corpus, read_raw, token_stream
+from polybit.data.text import encode, has_chat_template, read_corpus, read_raw, token_stream
 from polybit.data.text import windows as cut_windows
+from polybit.data.turns import Messages, plain_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def read_lessons(source: str, tokenizer: Any, *, length: int, count: int | None 
     the assistant says), `embedded` (conversations of our generator, drawn anew for each seed), or plain text (all of
     it, in windows of `length` tokens). Rows longer than `length` are left out and counted, never cut.
     """
-    if Path(source).suffix.lower() == ".json":
+    if is_squad(Path(source)):
         return gather(squad_lessons(source, tokenizer, count=count, seed=seed), length, source)
     if source in EMBEDDED_SETS:
         from polybit.data import synth
@@ -79,6 +81,11 @@ def read_lessons(source: str, tokenizer: Any, *, length: int, count: int | None 
     stream = token_stream(tokenizer, corpus.documents, separator=corpus.separator)
     rows_NT = cut_windows(stream, length, bos=tokenizer.bos_token_id, count=count, seed=seed)
     return Lessons([Lesson(row, [True] * len(row)) for row in rows_NT.tolist()], 0, source)
+
+
+def is_squad(path: Path) -> bool:
+    """Whether a file is one JSON object, as SQuAD's are, and not a list of rows."""
+    return path.suffix.lower() == ".json" and not (path.is_file() and read_utf8(path).lstrip()[:1] == "[")
 
 
 def _draw(items: Sequence[Any], count: int | None, seed: int) -> list[Any]:
@@ -107,7 +114,7 @@ def conversation_lesson(messages: Messages, tokenizer: Any) -> Lesson:
     if has_chat_template(tokenizer):
         return Lesson(*encode_conversation(tokenizer, messages))
     *before, last = messages
-    return answer_lesson("\n".join([*(m["content"] for m in before), ""]) if before else "", last["content"], tokenizer)
+    return answer_lesson(f"{plain_text(before)}\n" if before else "", last["content"], tokenizer)
 
 
 def squad_lessons(source: str, tokenizer: Any, *, count: int | None, seed: int) -> list[Lesson | None]:

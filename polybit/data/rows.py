@@ -1,18 +1,15 @@
-"""Tables in: the rows of a .jsonl, .json or .csv file, or of a dataset on the hub, as dictionaries."""
+"""Tables in: the rows of a file or of a dataset on the hub, as dictionaries."""
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from polybit.core.runtime import PolybitError
-from polybit.data.text import dataset_rows, read_utf8
+from polybit.data.files import NAMED, bare, dataset_rows, form_of, parse_json, read_file, read_utf8
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
 
 
 def read_rows(source: str | Path, *, split: str = "test") -> list[Row]:
@@ -24,10 +21,7 @@ def read_rows(source: str | Path, *, split: str = "test") -> list[Row]:
         dataset, config, part = [*name.split(":"), "", ""][:3]
         rows = dataset_rows(dataset, config or None, part or split)
     else:
-        raise PolybitError(
-            f"{name!r} is no file; give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or a dataset id "
-            "(owner/name:config:split)."
-        )
+        raise PolybitError(f"{name!r} is no file; give {NAMED}, or a dataset id (owner/name:config:split).")
     if not rows:
         raise PolybitError(f"{name!r} has no rows; give a file with at least one.")
     return rows
@@ -36,29 +30,25 @@ def read_rows(source: str | Path, *, split: str = "test") -> list[Row]:
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form of a dataset id and not of a path to a file."""
     form = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", name)
-    return bool(form) and Path(name).suffix.lower() not in SUFFIXES and not Path(name).parent.is_dir()
+    return bool(form) and form_of(Path(name)) is None and not Path(name).parent.is_dir()
 
 
 def _read_file(path: Path) -> list[Row]:
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise PolybitError(f"{str(path)!r} ends in {suffix or 'nothing'!r}; give a {' or '.join(SUFFIXES)} file.")
-    text = read_utf8(path)
-    if suffix == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
-    if suffix == ".json":
-        value = _parse(text, str(path))
-        rows = value if isinstance(value, list) else [value]
-        return [_object(row, f"Entry {n} of {str(path)!r}") for n, row in enumerate(rows, start=1)]
-    lines = ((n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip())
-    return [_object(_parse(line, f"Line {n} of {str(path)!r}"), f"Line {n} of {str(path)!r}") for n, line in lines]
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise PolybitError(f"{where} is not JSON ({error!s:.80}); write valid JSON.") from error
+    name = str(path)
+    if form_of(path) in (None, "text"):
+        raise PolybitError(
+            f"{name!r} ends in {path.suffix or 'nothing'!r}; give a .jsonl, .json, .csv or .parquet file."
+        )
+    if bare(path).suffix.lower() == ".json":
+        # an object is one row here: SQuAD's nested articles are read by those who know them
+        text = read_utf8(path)
+        if text.lstrip()[:1] == "{":
+            try:
+                return [_object(parse_json(text, repr(name)), name)]
+            except PolybitError as error:
+                if "Extra data" not in str(error):
+                    raise
+    return [_object(row, where) for where, row in read_file(path)]
 
 
 def _object(row: Any, where: str) -> Row:

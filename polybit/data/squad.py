@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from random import Random
 from typing import Any, Literal
 
 from polybit.core.runtime import PolybitError, write_json
+from polybit.data.files import parse_json, read_utf8
 from polybit.data.table import EMBEDDED
-from polybit.data.text import read_utf8
 
 READING_ITEMS, READING_SEED = 500, 30_000  # of the embedded reading task, where questions are evaluated
 
@@ -76,10 +75,7 @@ def load(path: Path) -> Mapping[str, Any]:
     """The JSON of a file, refused when it is no SQuAD layout."""
     if not path.is_file():
         raise PolybitError(f"{path} does not exist or is no file: give a SQuAD .json file")
-    try:
-        value = json.loads(read_utf8(path))
-    except json.JSONDecodeError as error:
-        raise PolybitError(f"{path} is not JSON ({error.msg}, line {error.lineno}): give a SQuAD file") from None
+    value = parse_json(read_utf8(path), str(path), "a SQuAD file")
     if not isinstance(value, dict) or not isinstance(value.get("data"), list):
         raise PolybitError(f'{path} has no list "data": give a file in the layout of SQuAD or KorQuAD')
     return value

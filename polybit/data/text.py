@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,23 @@ import torch
 from torch import Tensor
 
 from polybit.core.runtime import PolybitError
+from polybit.data.files import (
+    NAMED,
+    Row,
+    dataset_rows,
+    form_of,
+    is_saved,
+    numbered,
+    read_file,
+    reason_of,
+    saved_rows,
+    whole,
+)
 from polybit.data.table import EMBEDDED_SETS, HUB_SETS
+from polybit.data.turns import Messages, document_of, plain_text
 
-Messages = list[dict[str, str]]
 Render = Callable[[Messages], str]
 
-TEXT_SUFFIXES, JSON_SUFFIXES = (".txt",), (".jsonl", ".ndjson")
-SINGLE_KEYS = ("text", "content")
-CHAT_KEYS = ("messages", "conversations")
-PAIR_KEYS = (
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("prompt", "answer"),
-    ("question", "answer"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("input", "output"),
-)
 EMBEDDED_CONVERSATIONS = 800
 HUB_DOCUMENTS = 4000
 SHINGLE_WORDS, DUPLICATE_SHARE, SHINGLE_LIMIT = 5, 0.8, 1_000_000
@@ -45,15 +44,16 @@ class Corpus:
 
 
 def read_documents(source: str | Path) -> list[str]:
-    """Read the documents of a .txt or .jsonl file, a named set or a dataset id; see `read_corpus`."""
+    """Read the documents of a file, a named set or a dataset id; see `read_corpus`."""
     return read_corpus(source).documents
 
 
 def read_corpus(source: str | Path, tokenizer: Any = None) -> Corpus:
-    """Read text to calibrate or to measure on: a .txt or .jsonl file, a named set, or `owner/dataset[:config[:split]]`.
+    """Read text to calibrate or to measure on: a file, a named set, or `owner/dataset[:config[:split]]`.
 
-    .txt is split at <|endoftext|>. A .jsonl line is {"text"}, {"messages": [{role, content}]}, or a pair such as
-    {"prompt", "response"}. Conversations are rendered with the tokenizer's chat template when it has one; otherwise
+    .txt is split at <|endoftext|>. A row of .jsonl, .json, .csv, .tsv or .parquet (also packed as .gz, .bz2, .xz) is
+    {"text"}, a conversation under "messages" or "conversations", or a pair such as {"prompt", "response"}.
+    Conversations are rendered with the tokenizer's chat template when it has one; otherwise
     their contents are joined by newlines. Raises PolybitError for what cannot be used, with the reason.
     """
     render = renderer(tokenizer)
@@ -62,7 +62,7 @@ def read_corpus(source: str | Path, tokenizer: Any = None) -> Corpus:
     documents = [collapse(document) if isinstance(document, str) else render(document) for document in raw]
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise PolybitError(f"Text {str(source)!r} is empty; give a .txt or .jsonl file with at least one document.")
+        raise PolybitError(f"Text {str(source)!r} is empty; give {NAMED} with at least one document.")
     warning = duplicate_warning(documents, str(source))
     templated = is_chat and has_chat_template(tokenizer)
     return Corpus(documents, "" if templated else "\n", [warning] if warning else [])
@@ -87,8 +87,20 @@ def has_chat_template(tokenizer: Any) -> bool:
 def renderer(tokenizer: Any = None) -> Render:
     """A function messages -> text: the tokenizer's chat template, or the contents one per line."""
     if has_chat_template(tokenizer):
-        return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
-    return lambda messages: "\n".join(message["content"] for message in messages)
+        return lambda messages: in_template(tokenizer, messages)
+    return plain_text
+
+
+def in_template(tokenizer: Any, messages: Messages, **options: Any) -> str:
+    """A conversation as the tokenizer's chat template writes it; what the template refuses is said in one sentence."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # a template is a program: it may raise anything
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        raise PolybitError(
+            f"The model's chat template cannot write a conversation of {roles} ({reason_of(error)}); "
+            "leave such conversations out, or give plain text."
+        ) from error
 
 
 def token_stream(tokenizer: Any, documents: Sequence[str], *, separator: str = "\n") -> Tensor:
@@ -178,113 +190,32 @@ def _read_source(name: str, path: Path) -> list[str | Messages]:
         return list(synth.conversations(EMBEDDED_CONVERSATIONS, seed, split=part))
     if name in HUB_SETS:
         return _read_dataset(*HUB_SETS[name])
+    if path.is_dir() and is_saved(path):
+        return documents_of(whole([*numbered(saved_rows(path, limit=HUB_DOCUMENTS), "Row", name)]))
     if path.is_dir():
-        raise PolybitError(f"Text {name!r} is a directory; give one .txt or .jsonl file.")
-    suffix = path.suffix.lower()
+        raise PolybitError(f"Text {name!r} is a directory; give {NAMED}.")
     if path.exists():
-        if suffix not in TEXT_SUFFIXES + JSON_SUFFIXES:
-            raise PolybitError(f"Text {name!r} ends in {suffix or 'nothing'!r}; give a .txt or a .jsonl file.")
-        text = read_utf8(path)
-        return _read_json_lines(text, name) if suffix in JSON_SUFFIXES else _split_text(text)
+        rows = read_file(path)
+        return _split_text(rows[0][1]) if form_of(path) == "text" else documents_of(rows)
     identifier = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?::([\w.-]+))?", name)
-    if identifier and suffix not in TEXT_SUFFIXES + JSON_SUFFIXES and not path.parent.is_dir():
+    if identifier and form_of(path) is None and not path.parent.is_dir():
         dataset, config, split = identifier.groups()
         return _read_dataset(dataset, config, split or "train")
     raise PolybitError(
-        f"Text {name!r} does not exist; give a .txt or .jsonl file, a dataset id (owner/name:config:split), "
+        f"Text {name!r} does not exist; give {NAMED}, a dataset id (owner/name:config:split), "
         f"or one of {', '.join([*EMBEDDED_SETS, *HUB_SETS])}."
     )
 
 
-def read_utf8(path: Path) -> str:
-    """A file's text with Unix line ends; whatever is not UTF-8 text is refused."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise PolybitError(f"Text {str(path)!r} cannot be read ({error.strerror}); check its permissions.") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PolybitError(
-            f"Text {str(path)!r} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); convert it to UTF-8."
-        ) from error
-    if "\x00" in text:
-        raise PolybitError(f"Text {str(path)!r} contains NUL bytes, so it is binary; give UTF-8 text.")
-    return text.replace("\r\n", "\n")
+def documents_of(rows: Iterable[Row]) -> list[str | Messages]:
+    """What each row holds to read."""
+    return [document_of(row, where) for where, row in rows]
 
 
 def _split_text(text: str) -> list[str | Messages]:
     return [part for part in text.split("<|endoftext|>") if part.strip()]
 
 
-def _read_json_lines(text: str, name: str) -> list[str | Messages]:
-    documents: list[str | Messages] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PolybitError(
-                f"Line {number} of {name!r} is not JSON ({error.msg}); write one JSON object per line."
-            ) from error
-        documents.append(_document(row, f"Line {number} of {name!r}"))
-    return documents
-
-
-def _document(row: Any, where: str) -> str | Messages:
-    """One row of a .jsonl file or of a dataset: plain text, or messages."""
-    allowed = 'use {"text"}, {"messages": [{"role", "content"}]} or a pair such as {"prompt", "response"}'
-    if isinstance(row, str):
-        return row
-    if not isinstance(row, dict):
-        raise PolybitError(f"{where} is a {type(row).__name__}, not an object; {allowed}.")
-    for key in SINGLE_KEYS:
-        if isinstance(row.get(key), str):
-            return row[key]
-    for key in CHAT_KEYS:
-        if key in row:
-            return read_messages(row[key], f"{where}, key {key!r},")
-    for asked, answered in PAIR_KEYS:
-        if isinstance(row.get(asked), str) and isinstance(row.get(answered), str):
-            return [{"role": "user", "content": row[asked]}, {"role": "assistant", "content": row[answered]}]
-    raise PolybitError(f"{where} has the keys {', '.join(map(repr, row)) or 'none'}; {allowed}.")
-
-
-def read_messages(value: Any, where: str) -> Messages:
-    """Check that a JSON value is a conversation: a list of {"role", "content"} with texts in both."""
-    fault = f'{where} must be a list of {{"role": "user", "content": "..."}}'
-    if not isinstance(value, list) or not value:
-        raise PolybitError(f"{fault}; it is {'an empty list' if value == [] else 'a ' + type(value).__name__}.")
-    messages = []
-    for message in value:
-        if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
-            found = ", ".join(map(repr, message)) if isinstance(message, dict) else type(message).__name__
-            raise PolybitError(f"{fault}; one message has {found or 'no keys'}.")
-        messages.append({"role": message["role"], "content": message["content"]})
-    return messages
-
-
 def _read_dataset(dataset: str, config: str | None, split: str) -> list[str | Messages]:
     rows = dataset_rows(dataset, config, split, limit=HUB_DOCUMENTS)
-    return [_document(row, f"A row of {dataset!r}") for row in rows]
-
-
-def dataset_rows(dataset: str, config: str | None, split: str, *, limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a dataset on the hub, the first `limit` of them; raises PolybitError with the reason when it cannot."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise PolybitError(
-            f"Reading the dataset {dataset!r} needs the library datasets, which is not installed; "
-            "run pip install 'polybit[data]' or give a .txt or .jsonl file."
-        ) from error
-    try:
-        rows = load_dataset(dataset, config, split=split, streaming=True)
-        return [dict(row) for row in (rows if limit is None else rows.take(limit))]
-    except Exception as error:  # offline, unknown id or split: whatever the library raises, the remedy is the same
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PolybitError(
-            f"Dataset {dataset!r} (configuration {config or 'default'}, split {split}) could not be read: {reason}; "
-            "check the id and the connection, or give a file."
-        ) from error
+    return documents_of(whole([(f"A row of {dataset!r}", row) for row in rows]))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from polybit.data.chat import Prompt, encode_prompt
-from polybit.data.text import Messages
+from polybit.data.turns import Messages
 from polybit.hub.lm import LocalLM
 
 

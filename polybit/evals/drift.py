@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from polybit.core.runtime import PolybitError
 from polybit.data import synth
 from polybit.data.rows import read_rows
-from polybit.data.text import read_messages
+from polybit.data.turns import CHAT_KEYS, read_messages
 from polybit.evals.conversation import Talk, converse
 from polybit.evals.fidelity import prefix_share, rouge_l
 from polybit.evals.scoring import bootstrap
@@ -47,8 +47,10 @@ def talk_scripts(source: str | None, *, count: int, turns: int, seed: int = 0) -
     if source is None:
         conversations = synth.conversations(count * turns, TALK_SEED + seed, split="test")
     else:
-        rows = enumerate(read_rows(source), start=1)
-        conversations = [read_messages(row.get("messages"), f"Row {n} of {source!r}, 'messages',") for n, row in rows]
+        conversations = []
+        for n, row in enumerate(read_rows(source), start=1):
+            key = next((key for key in CHAT_KEYS if key in row), CHAT_KEYS[0])
+            conversations.append(read_messages(row.get(key), f"Row {n} of {source!r}, {key!r},"))
     return scripts_from(conversations, turns)[:count]
 
 

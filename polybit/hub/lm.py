@@ -196,7 +196,7 @@ class LocalLM:
         cache = None
         for _ in range(max_tokens):
             out = self._step(ids_BT, mask_BT, cache)
-            cache = out.past_key_values
+            cache = getattr(out, "past_key_values", None)
             next_B = out.logits[:, -1].float().argmax(-1)
             for row, token in enumerate(next_B.tolist()):
                 if not done_B[row]:
@@ -206,9 +206,9 @@ class LocalLM:
                 done_B |= self._stopped([answers[index] for index in active], stop).to(self.device)
             if bool(done_B.all()):
                 break
-            ids_BT = next_B[:, None]
+            ids_BT = torch.cat([ids_BT, next_B[:, None]], dim=1) if cache is None else next_B[:, None]
             mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
-            if int(done_B.sum()) * 2 >= len(active) and hasattr(cache, "batch_select_indices"):
+            if cache is not None and int(done_B.sum()) * 2 >= len(active) and hasattr(cache, "batch_select_indices"):
                 keep = (~done_B).nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 switch.keep_rows(self.model, keep.tolist())

@@ -50,7 +50,8 @@ def load_float(
         check_directory(Path(name))
     model = open_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
     check_weights(model, name)
-    return model, load_tokenizer(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    return guarded(model, tokenizer), tokenizer
 
 
 def load_quantized(
@@ -69,7 +70,8 @@ def load_quantized(
     plugin.register()
     model = open_model(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
     has_none = not any((path / file).is_file() for file in TOKENIZER_FILES)
-    return model, None if has_none else load_tokenizer(str(path), trust_remote_code=trust_remote_code)
+    tokenizer = None if has_none else load_tokenizer(str(path), trust_remote_code=trust_remote_code)
+    return guarded(model, tokenizer), tokenizer
 
 
 def fetch(name: str) -> Path:
@@ -219,6 +221,28 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise PolybitError(f"the tokenizer of {name} could not be loaded ({first_line(error)}): {remedy}") from error
+
+
+def guarded(model: nn.Module, tokenizer: Any) -> nn.Module:
+    """The model, which refuses tokens it has no embedding of, where its tokenizer has more entries than it has rows.
+
+    Some such models are fine (Gemma 3 has a token for pictures), so only a text with such a token is refused.
+    """
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    if tokenizer is not None and isinstance(rows, int) and len(tokenizer) > rows:
+        model.register_forward_pre_hook(refuse_unknown_tokens, with_kwargs=True)
+    return model
+
+
+def refuse_unknown_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """One sentence in place of an IndexError, or of a GPU that stops."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    rows = model.get_input_embeddings().num_embeddings
+    if isinstance(ids, torch.Tensor) and ids.numel() and int(ids.max()) >= rows:
+        raise PolybitError(
+            f"the text has the token {int(ids.max())}, and the model's embedding has {rows} rows: its tokenizer "
+            "belongs to another model, put the right one beside the weights"
+        )
 
 
 def first_line(error: Exception) -> str:

@@ -94,21 +94,23 @@ def watch_queries(operands: Operands) -> None:
 def after_queries(operands: Operands, name: str, size: int, _: nn.Module, __: Any, output: Tensor) -> Tensor:
     """The output of a query projection with its queries at the width of now."""
     bits = operands.precision.q
-    return output if bits == FLOAT else round_queries(output, name, size, bits)
+    groups = getattr(operands.module, "num_kv_heads", None)
+    return output if bits == FLOAT else round_queries(output, name, size, bits, groups)
 
 
-def round_queries(output: Tensor, name: str, size: int, bits: int) -> Tensor:
+def round_queries(output: Tensor, name: str, size: int, bits: int, groups: int | None = None) -> Tensor:
     """Round the queries in a projection's output, symmetric with one scale per token and head of `size` channels.
 
-    In GPT-2's c_attn they are the first third of the channels, in query_key_value the first of each head's three parts.
+    In GPT-2's c_attn they are the first third of the channels, in query_key_value all but the last two heads, a key
+    and a value, of each of the `groups` that Falcon makes, or of each three heads.
     """
     if name == "c_attn":
         third = output.shape[-1] // 3
         return torch.cat([round_queries(output[..., :third], "", size, bits), output[..., third:]], dim=-1)
     if name == "query_key_value":
-        heads = output.unflatten(-1, (-1, 3 * size))
-        rounded = fake_quantize_tokens(heads[..., :size], bits)
-        return torch.cat([rounded, heads[..., size:]], dim=-1).flatten(-2)
+        heads = output.unflatten(-1, (-1, 3, size) if groups is None else (groups, -1, size))
+        rounded = fake_quantize_tokens(heads[..., :-2, :], bits)
+        return torch.cat([rounded, heads[..., -2:, :]], dim=-2).flatten(-3)
     return fake_quantize_tokens(output.unflatten(-1, (-1, size)), bits).flatten(-2)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import cache
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from polybit.core.planes import Planes
@@ -18,6 +20,7 @@ from polybit.nn.linear import QuantEmbedding, QuantExperts, QuantLinear, QuantWe
 Kind = Literal["linear", "conv1d", "experts", "embedding", "head"]
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 ROUTERS = ("gate", "router", "shared_expert_gate")
+UNFIT = {"rwkv": "divides the weights of its projections in place while it runs"}  # model_type -> why
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +63,15 @@ class Target:
 def targets(model: nn.Module, *, include_embeddings: bool = False) -> list[Target]:
     """Every weight of `model` that can be quantized, in the order the modules are registered.
 
-    nn.Linear, GPT-2's Conv1D and the fused expert tensors of transformers 5 (Mixtral, Qwen-MoE and their kin). The
-    input embedding and the output head are added with `include_embeddings`, once when they are tied. Routers stay in
-    float: they are tiny and choose which experts run.
+    nn.Linear and subclasses that compute the same, GPT-2's Conv1D and the fused expert tensors of transformers 5
+    (Mixtral, Qwen-MoE and their kin). The input embedding and the output head are added with `include_embeddings`, once
+    when they are tied. Routers stay in float: they are tiny and choose which experts run.
     """
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family in UNFIT:
+        raise PolybitError(
+            f"{type(model).__name__} ({family}) {UNFIT[family]}: it cannot be quantized, give another model"
+        )
     embedding, head = ends(model)
     found: list[Target] = []
     for name, module in model.named_modules():
@@ -72,7 +80,7 @@ def targets(model: nn.Module, *, include_embeddings: bool = False) -> list[Targe
                 found += end_target(model, name, module)
         elif is_router(model, name):
             continue
-        elif type(module) is nn.Linear and module.weight.numel():
+        elif is_linear(type(module)) and module.weight.numel():
             found.append(Target(name, "linear", module.out_features, module.in_features))
         elif is_conv1d(module):
             columns, rows = module.weight.shape
@@ -111,9 +119,31 @@ def end_target(model: nn.Module, name: str, module: nn.Module | None) -> list[Ta
     if module is embedding and type(module) is nn.Embedding:
         names = tuple(other for other, found in model.named_modules() if found is head) if tied else ()
         return [Target(name, "embedding", module.num_embeddings, module.embedding_dim, tied=names)]
-    if module is head and type(module) is nn.Linear and not tied:
+    if module is head and is_linear(type(module)) and not tied:
         return [Target(name, "head", module.out_features, module.in_features)]
     return []
+
+
+@cache
+def is_linear(kind: Any) -> bool:
+    """nn.Linear, or a subclass that computes the same, as Falcon's does: a small one is made and tried.
+
+    Routers that return several tensors, grouped or low-rank layers are subclasses too, and are told apart by that.
+    """
+    if kind is nn.Linear or not issubclass(kind, nn.Linear):
+        return kind is nn.Linear
+    if kind.forward is nn.Linear.forward:
+        return True
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+        try:
+            layer = kind(5, 3)
+            x_25 = torch.randn(2, 5)
+            found = layer(x_25)
+            return isinstance(found, Tensor) and torch.allclose(
+                found, nn.functional.linear(x_25, layer.weight, layer.bias), atol=1e-5
+            )
+        except Exception:  # needs other arguments or other inputs: no plain linear layer
+            return False
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -187,7 +217,7 @@ def leftover_reason(model: nn.Module, parameter_name: str) -> str:
         return "norm or per-channel vector"
     if getattr(owner, leaf).ndim == 3:
         return f"fused experts in a layout of {kind} that is not supported"
-    if type(owner) is nn.Linear or is_conv1d(owner):
+    if is_linear(type(owner)) or is_conv1d(owner):
         return "not chosen"
     return f"{kind} is not a supported kind of layer"
 

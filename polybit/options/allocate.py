@@ -31,10 +31,10 @@ class AllocateOptions:
     out: Path = Path("plan.json")
     """The plan, for polybit quantize --plan."""
     tasks: list[str] | None = None
-    """Tasks that matter: .jsonl, .json or .csv files of questions with answers (GSM8K, SQuAD, chat messages), or
+    """Tasks that matter: files (see docs/inputs.md) of questions with answers (GSM8K, SQuAD, chat messages), or
     reading, arithmetic, dialogue, gsm8k, squad (default: the embedded ones for tinychat, otherwise none)."""
     general: list[str] | None = None
-    """General text: .txt or .jsonl files, named sets, dataset ids, or self (default: as polybit quantize does)."""
+    """General text: files, named sets, dataset ids, or self (default: as polybit quantize does)."""
     beta: float = 0.7
     """Weight of the tasks against the general text, 0 to 1."""
     widths: str = "2,3,4,5,6"

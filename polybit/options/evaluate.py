@@ -18,7 +18,7 @@ class EvalTextOptions:
     """The comparison on text, and of free answers."""
 
     text: str | None = None
-    """Text to measure on: a .txt or .jsonl file or a named set (default: fresh text of the embedded generator for
+    """Text to measure on: a file as for --calibration or a named set (default: fresh text of the embedded generator for
     tinychat, otherwise text the reference writes itself; no text where only suites are asked for)."""
     windows: int | None = None
     """Windows of text to read (default: 64; with suites alone, giving it asks for text too)."""

@@ -26,9 +26,9 @@ class MixOptions:
     """How to look for the mixture of texts a model is best calibrated on."""
 
     general: list[str]
-    """General text: .txt or .jsonl files, named sets or dataset ids."""
+    """General text: files (see docs/inputs.md), named sets or dataset ids."""
     tasks: list[str]
-    """Text of the tasks that matter: .txt or .jsonl files, named sets or dataset ids."""
+    """Text of the tasks that matter: files (see docs/inputs.md), named sets or dataset ids."""
     criterion: Criterion = field(
         default="family", metadata={"help": f"What makes a mixture good: {described(CRITERIA)}."}
     )

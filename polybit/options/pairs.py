@@ -18,7 +18,8 @@ class PairsOptions:
     """What is asked, of which two models, and where their answers go."""
 
     prompts: str
-    """A .txt (one per line), .jsonl, .csv or .tsv file, a named set, or a dataset id (owner/name:config:split)."""
+    """A file (.txt with one per line, .jsonl, .json, .csv, .tsv, .parquet, also as .gz), a named set, or a dataset id
+    (owner/name:config:split)."""
     out: Path
     """Directory of the pairs."""
     precision: str | None = None

@@ -100,8 +100,8 @@ class QuantizeOptions(CodeOptions):
     """JSON file with a width per layer, and per block of columns, as polybit allocate writes it: one fixed file of
     these widths, or with --widths a nested file that is also read by the plan."""
     calibration: str = "auto"
-    """Text to calibrate on: a .txt or .jsonl file, a named set, a dataset id, or self = text the model writes itself
-    (auto: the embedded generator for tinychat, otherwise self)."""
+    """Text to calibrate on: a file (.txt, .jsonl, .json, .csv, .tsv, .parquet, also as .gz), a named set, a dataset id,
+    or self = text the model writes itself (auto: the embedded generator for tinychat, otherwise self)."""
     mix: str | None = None
     """Mixture of texts to calibrate on, FILE=SHARE,FILE=SHARE, or the .json of polybit mix (instead of
     --calibration)."""

@@ -29,7 +29,7 @@ class TrainOptions:
     presets: str = "A=w8a8,B=w4a4,C=w3a4"
     """Names and precisions, with commas; a precision may also be the JSON file of a plan, as in B=plan.json."""
     data: str = EMBEDDED
-    """What to train on: a .txt or .jsonl file, a SQuAD .json, a named set or a dataset id."""
+    """What to train on: a file (see docs/inputs.md), a SQuAD .json, a named set or a dataset id."""
     head: Literal["lm", "span"] = "lm"
     """lm = what is learnt is written word by word; span = a head that points at the answer in the text (SQuAD), trained
     from a new one where the model has none."""

@@ -18,7 +18,7 @@ from polybit.nn.convert import targets
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 40}
 WIDE = SIZES | {"intermediate_size": 48, "max_position_embeddings": 64}
-FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "mixtral", "gemma3")
+FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "mixtral", "gemma3", "falcon", "openai-gpt")
 
 
 def tiny(family: str) -> nn.Module:
@@ -32,6 +32,8 @@ def tiny(family: str) -> nn.Module:
         "gpt_neox": lambda: tf.GPTNeoXConfig(**WIDE),
         "opt": lambda: tf.OPTConfig(**SIZES, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32),
         "mixtral": lambda: tf.MixtralConfig(**WIDE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
+        "falcon": lambda: tf.FalconConfig(**SIZES, num_kv_heads=2, new_decoder_architecture=True),
+        "openai-gpt": lambda: tf.OpenAIGPTConfig(**small),  # its blocks give back lists
         # sliding and full attention in turn: masks and position embeddings differ from block to block
         "gemma3": lambda: tf.Gemma3TextConfig(
             **WIDE,
@@ -89,7 +91,7 @@ def test_float_walk_gives_the_models_own_statistics_and_hidden_states(model: nn.
             handle = last.module.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out))
             model(input_ids=ids, use_cache=False)
             handle.remove()
-            expected = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+            expected = seen[0][0] if isinstance(seen[0], (tuple, list)) else seen[0]
             torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -125,7 +127,7 @@ def test_quantized_prefix_equals_the_model_with_these_weights(model: nn.Module) 
         after = model(input_ids=batches[1], use_cache=False).logits
     torch.testing.assert_close(functional, after, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(before, after, atol=1e-3)
-    expected = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    expected = seen[0][0] if isinstance(seen[0], (tuple, list)) else seen[0]
     torch.testing.assert_close(outputs[1], expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(wanted, expected, atol=1e-3)
 

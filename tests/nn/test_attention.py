@@ -115,6 +115,9 @@ def test_fused_projections_round_only_the_queries():
         rest[first] = False
         assert torch.equal(rounded[..., rest], x[..., rest])
         assert (rounded[..., ~rest] != x[..., ~rest]).float().mean() > 0.5
+    # Falcon: queries, a key and a value per group; one group of 7 queries, or three of one
+    assert torch.equal(round_queries(x, "query_key_value", 4, 4, 1)[..., 28:], x[..., 28:])
+    assert torch.equal(round_queries(x, "query_key_value", 4, 4, 3), round_queries(x, "query_key_value", 4, 4))
 
 
 def test_refusals():
