@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from polybit.nn.linear import QuantEmbedding, QuantExperts, QuantLinear, QuantWe
 Kind = Literal["linear", "conv1d", "experts", "embedding", "head"]
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 ROUTERS = ("gate", "router", "shared_expert_gate")
+TRIED: dict[Any, bool] = {nn.Linear: True}  # subclasses of nn.Linear, and whether they compute the same
 UNFIT = {"rwkv": "divides the weights of its projections in place while it runs"}  # model_type -> why
 
 
@@ -80,7 +80,7 @@ def targets(model: nn.Module, *, include_embeddings: bool = False) -> list[Targe
                 found += end_target(model, name, module)
         elif is_router(model, name):
             continue
-        elif is_linear(type(module)) and module.weight.numel():
+        elif is_linear(module) and module.weight.numel():
             found.append(Target(name, "linear", module.out_features, module.in_features))
         elif is_conv1d(module):
             columns, rows = module.weight.shape
@@ -119,29 +119,31 @@ def end_target(model: nn.Module, name: str, module: nn.Module | None) -> list[Ta
     if module is embedding and type(module) is nn.Embedding:
         names = tuple(other for other, found in model.named_modules() if found is head) if tied else ()
         return [Target(name, "embedding", module.num_embeddings, module.embedding_dim, tied=names)]
-    if module is head and is_linear(type(module)) and not tied:
+    if module is head and is_linear(module) and not tied:
         return [Target(name, "head", module.out_features, module.in_features)]
     return []
 
 
-@cache
-def is_linear(kind: Any) -> bool:
-    """nn.Linear, or a subclass that computes the same, as Falcon's does: a small one is made and tried.
+def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """nn.Linear, or a subclass that computes the same, as Falcon's does."""
+    kind: Any = type(module)
+    if kind not in TRIED:
+        TRIED[kind] = issubclass(kind, nn.Linear) and computes_linear(kind)
+    return TRIED[kind]
+
+
+def computes_linear(kind: Any) -> bool:
+    """Whether a subclass of nn.Linear computes what nn.Linear does: a small one is made and tried.
 
     Routers that return several tensors, grouped or low-rank layers are subclasses too, and are told apart by that.
     """
-    if kind is nn.Linear or not issubclass(kind, nn.Linear):
-        return kind is nn.Linear
     if kind.forward is nn.Linear.forward:
         return True
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
         try:
-            layer = kind(5, 3)
-            x_25 = torch.randn(2, 5)
-            found = layer(x_25)
-            return isinstance(found, Tensor) and torch.allclose(
-                found, nn.functional.linear(x_25, layer.weight, layer.bias), atol=1e-5
-            )
+            layer, x_25 = kind(5, 3), torch.randn(2, 5)
+            found, wanted = layer(x_25), nn.functional.linear(x_25, layer.weight, layer.bias)
+            return isinstance(found, Tensor) and torch.allclose(found, wanted, atol=1e-5)
         except Exception:  # needs other arguments or other inputs: no plain linear layer
             return False
 
@@ -217,7 +219,7 @@ def leftover_reason(model: nn.Module, parameter_name: str) -> str:
         return "norm or per-channel vector"
     if getattr(owner, leaf).ndim == 3:
         return f"fused experts in a layout of {kind} that is not supported"
-    if is_linear(type(owner)) or is_conv1d(owner):
+    if is_linear(owner) or is_conv1d(owner):
         return "not chosen"
     return f"{kind} is not a supported kind of layer"
 

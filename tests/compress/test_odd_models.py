@@ -10,7 +10,7 @@ from polybit.core.planes import unpack
 from polybit.core.runtime import PolybitError
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import load
-from polybit.nn.convert import convert, is_linear, targets
+from polybit.nn.convert import computes_linear, convert, is_linear, targets
 from tests.evals.tiny import tokenizer
 from tests.families import GPT2, SIZES, quantize, tiny_model
 
@@ -33,9 +33,10 @@ def test_subclasses_that_compute_the_same_are_linear():
     class Named(nn.Linear):
         pass
 
+    others = Doubled(4, 2), nn.Embedding(4, 2), None
+    assert all(is_linear(kind(4, 2)) for kind in (nn.Linear, FalconLinear, Named))
     before = torch.random.get_rng_state()
-    assert is_linear(nn.Linear) and is_linear(FalconLinear) and is_linear(Named)
-    assert not any(is_linear(kind) for kind in (Doubled, Llama4Router, nn.Embedding))
+    assert not any(map(is_linear, others)) and not computes_linear(Llama4Router)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
