@@ -49,7 +49,7 @@ def export(model: str, options: ExportOptions) -> Run:
             check_fused(material.layers, options.to)
         with staged_directory(options.out, overwrite=options.overwrite) as stage:
             options.exporter.writer(material, stage)
-            if material.tokenizer is not None:
+            if material.tokenizer is not None and not options.exporter.whole:
                 material.tokenizer.save_pretrained(stage)
             run.numbers = checked(material, stage, options)
             command = command_line("export", own_name(model), options, leave_out=("overwrite",))

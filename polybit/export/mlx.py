@@ -19,7 +19,7 @@ from polybit.core.affine import expand_groups
 from polybit.core.runtime import PolybitError
 from polybit.export.files import TensorFiles, WeightFiles, pack_bits, unpack_bits, write_config
 from polybit.export.table import EXPORTERS
-from polybit.export.weights import Material, ReadWeight
+from polybit.export.weights import Material
 from polybit.hub.files import read_json
 
 NAME = "mlx"
@@ -39,7 +39,7 @@ def write(material: Material, stage: Path) -> None:
                 "use --to dense and mlx_lm.convert"
             )
         files.add(f"{name}.weight", pack_bits(weight.codes_OI, weight.held).view(torch.uint32))
-        scale_OG, bias_OG = rounded(weight, material.dtype)
+        scale_OG, bias_OG = weight.rounded(material.dtype)
         files.add(f"{name}.scales", scale_OG)
         files.add(f"{name}.biases", bias_OG)
         layers[name] = {"group_size": weight.group_size, "bits": weight.held}
@@ -47,14 +47,6 @@ def write(material: Material, stage: Path) -> None:
     files.close()
     quantization = {**commonest(layers), **layers}
     write_config(material, stage, quantization=quantization, quantization_config=quantization)
-
-
-def rounded(weight: ReadWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale and bias of every group in the float type of the file; the bias makes up for the rounding of the scale."""
-    scale_OG = weight.step_OG.to(dtype)
-    mean_OG = weight.codes_OI.double().unflatten(1, (-1, weight.group_size)).mean(-1)
-    bias_OG = (weight.step_OG - scale_OG.double()) * mean_OG - weight.step_OG * weight.zero_OG
-    return scale_OG, bias_OG.to(dtype)
 
 
 def commonest(layers: dict[str, Any]) -> dict[str, int]:

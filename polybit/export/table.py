@@ -26,7 +26,7 @@ class Exporter:
     widths: bits of the codes it can hold, none = it holds decoded weights · groups: group sizes, none = any · zero:
     which zero points it can hold · kinds: the kinds of layer it holds as codes, the others are decoded · fused: engines
     multiply q, k, v together and gate with up, so that these must share a width and a group size · else_decoded: what
-    it cannot hold as codes is decoded, where the other formats refuse.
+    it cannot hold as codes is decoded, where the other formats refuse · whole: the file holds the tokenizer too.
     """
 
     write: str
@@ -42,6 +42,7 @@ class Exporter:
     kinds: tuple[str, ...] = ("linear",)
     fused: bool = False
     else_decoded: bool = False
+    whole: bool = False
 
     @property
     def dtype(self) -> Dtype:
@@ -81,6 +82,20 @@ EXPORTERS: dict[str, Exporter] = {
         widths=(2, 3, 4, 5, 6, 8),
         groups=(32, 64, 128),
         kinds=("linear", "embedding", "head"),
+    ),
+    "gguf": Exporter(
+        "polybit.export.gguf:write",
+        "polybit.export.gguf:decode",
+        "one file for llama.cpp",
+        "llama.cpp, Ollama, LM Studio",
+        "model.gguf",
+        'llama-cli -m {path}/model.gguf -p "Hello"',
+        dtypes=("fp16", "fp32"),
+        widths=(4, 5, 8),
+        groups=(32,),
+        kinds=("linear", "embedding", "head"),
+        else_decoded=True,
+        whole=True,
     ),
 }
 

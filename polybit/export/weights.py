@@ -42,6 +42,16 @@ class ReadWeight:
         inside = (self.zero_OG >= 0) & (self.zero_OG < 1 << self.held)
         return bool(((self.zero_OG == self.zero_OG.round()) & inside).all())
 
+    def rounded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scale and bias of every group in a float type, step · (code − zero) = scale · code + bias.
+
+        The bias makes up for the rounding of the scale.
+        """
+        scale_OG = self.step_OG.to(dtype)
+        mean_OG = self.codes_OI.double().unflatten(1, (-1, self.group_size)).mean(-1)
+        bias_OG = (self.step_OG - scale_OG.double()) * mean_OG - self.step_OG * self.zero_OG
+        return scale_OG, bias_OG.to(dtype)
+
 
 @dataclass(frozen=True)
 class Material:

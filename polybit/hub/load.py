@@ -14,6 +14,7 @@ from polybit.core.runtime import PolybitError
 from polybit.hub.checkpoint import METHOD
 from polybit.hub.directory import restore
 from polybit.hub.files import check_sizes, read_headers, read_json, shards_of
+from polybit.hub.gguf_file import is_gguf, open_gguf
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -28,6 +29,8 @@ def load(
     Raises PolybitError with one sentence for everything a user can get wrong.
     """
     name = str(name_or_path)
+    if is_gguf(name):
+        return load_float(name, dtype=dtype)
     if quantization_of(name, trust_remote_code=trust_remote_code) == METHOD:
         return load_quantized(name, dtype=dtype, trust_remote_code=trust_remote_code)
     return load_float(name, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -36,13 +39,17 @@ def load(
 def load_float(
     name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
-    """A float causal LM and its tokenizer, from safetensors only and never with code from the model's own files
-    unless `trust_remote_code`.
+    """A float causal LM and its tokenizer, from safetensors or one GGUF file, and never with code from the model's own
+    files unless `trust_remote_code`.
 
     Refused, naming the cause: a missing path or configuration, another kind of model, weights that are missing,
     unexpected, truncated, pickled, quantized by other software, NaN or infinite, and a missing tokenizer.
     """
     name = str(name_or_path)
+    if is_gguf(name):
+        model, tokenizer = open_gguf(name, dtype=dtype)
+        check_weights(model, name)
+        return model, tokenizer
     method = quantization_of(name, trust_remote_code=trust_remote_code)
     if method is not None:
         raise PolybitError(f"{name} is quantized already ({method!s:.40}): give the float model it was made from")

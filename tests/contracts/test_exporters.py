@@ -62,7 +62,7 @@ def test_what_the_engine_reads_is_what_polybit_reads(name, width, nested, tmp_pa
     numbers = run(nested, tmp_path / "out", to=name, precision=f"w{width}")
     assert numbers["difference"]["tiny"] == 0
     assert numbers["difference"]["relative"] < 3e-3
-    assert (tmp_path / "out" / EXPORTERS[name].file.format(name="model")).is_file()
+    assert (tmp_path / "out" / EXPORTERS[name].file).is_file()
     expected = ours(nested, f"w{width}")
     for layer in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
         got = ORACLES[name](tmp_path / "out", layer, expected[layer].shape[1])

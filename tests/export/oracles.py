@@ -25,4 +25,12 @@ def mlx(directory, name, _columns):
     return torch.from_numpy(np.array(weight))
 
 
-ORACLES = {"dense": dense, "mlx": mlx}
+def gguf(directory, name, _columns):
+    """By transformers' own reader of GGUF files."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, gguf_file="model.gguf", dtype=torch.float32)
+    return model.get_submodule(name).weight.detach()
+
+
+ORACLES = {"dense": dense, "mlx": mlx, "gguf": gguf}

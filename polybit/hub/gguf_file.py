@@ -1,0 +1,42 @@
+"""A GGUF file as a float model: its weights decoded by transformers, its tokenizer made from what the file says."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from polybit.core.runtime import PolybitError
+
+MAGIC = b"GGUF"
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a MODEL argument is a GGUF file."""
+    return name.lower().endswith(".gguf") and Path(name).is_file()
+
+
+def open_gguf(name: str, *, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """(model in evaluation mode, tokenizer) of a GGUF file; one sentence for what transformers cannot read of it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(name)
+    with path.open("rb") as opened:
+        if opened.read(len(MAGIC)) != MAGIC:
+            raise PolybitError(f"{path} does not begin as a GGUF file does: fetch it again")
+    if find_spec("gguf") is None:
+        raise PolybitError(f"{path} is read by the package gguf: run pip install 'polybit[export]'")
+    open_model: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model = open_model(str(path.parent), gguf_file=path.name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise PolybitError(
+            f"transformers cannot read {path} ({first}): give the Hugging Face directory it was made from"
+        ) from error
+    model.config.name_or_path = path.stem
+    return model.eval(), tokenizer
