@@ -12,7 +12,7 @@ from polybit.report.quantizing import made
 
 
 def quantize(model: str, /, *, options: Annotated[QuantizeOptions, Parameter(name="*")], json: Json = None) -> None:
-    """Quantize MODEL (a local path, a hub id, or tinychat) into one checkpoint at --out.
+    """Quantize MODEL (a local path, a hub id, a .gguf file, or tinychat) into one checkpoint at --out.
 
     Interrupted runs go on where they stopped when the same command is given again.
     """

@@ -80,7 +80,7 @@ def listed_tokens(described: dict[str, Any], size: int) -> tuple[list[str], list
 
 def scores(tokens: list[str], merges: list[str]) -> list[float]:
     """A score per token, the higher the earlier it is merged: what a SentencePiece model has instead of merges."""
-    found = {}
+    found: dict[str, float] = {}
     for rank, merge in enumerate(merges):
         found.setdefault(merge.replace(" ", ""), -float(rank))
     return [found.get(token, -1e6 if len(token) == 1 else 0.0) for token in tokens]
