@@ -40,7 +40,7 @@ def attack(model: str, options: AttackOptions) -> Run:
 
 def measure(model: str, options: AttackOptions) -> MatrixNumbers:
     """The matrix over all seeds, and the verdict."""
-    loaded, tokenizer = open_model(model)
+    loaded, tokenizer = open_model(model, device=options.device)
     widths = stored_widths(loaded)
     if widths is None:
         raise PolybitError(f"{model} is a float model, which has one precision only: quantize it first")

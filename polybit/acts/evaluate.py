@@ -38,7 +38,7 @@ def evaluate(model: str, options: EvalOptions) -> Run:
 
 def open_pair(target: str, options: EvalOptions) -> tuple[EvalPair, str]:
     """Both models, the precisions to measure, and the name of the reference."""
-    model, tokenizer = open_model(target, trust_remote_code=options.trust_remote_code)
+    model, tokenizer = open_model(target, trust_remote_code=options.trust_remote_code, device=options.device)
     widths = stored_widths(model)
     named = options.reference or base_model(model)
     if named is None:
@@ -50,7 +50,7 @@ def open_pair(target: str, options: EvalOptions) -> tuple[EvalPair, str]:
         raise PolybitError(
             f"--precision {options.precision}: {target} is a float model without stored widths; quantize it first"
         )
-    float_model, float_tokenizer = open_model(named, trust_remote_code=options.trust_remote_code)
+    float_model, float_tokenizer = open_model(named, trust_remote_code=options.trust_remote_code, device=options.device)
     if stored_widths(float_model) is not None:
         raise PolybitError(f"the reference {named} is itself quantized: give the float model it was made from")
     presets: list[str | None] = list(asked or (default_presets(model) if widths else ())) or [None]

@@ -77,7 +77,9 @@ def answered(
     entrants: Sequence[Entrant], questions: Sequence[Question], options: JudgeOptions
 ) -> tuple[str, LocalLM, list[AnswerRow]]:
     """The float model's name, the model, and every row's answers, its own first."""
-    named, model, tokenizer = open_reference(entrants, options.reference, trust_remote_code=options.trust_remote_code)
+    named, model, tokenizer = open_reference(
+        entrants, options.reference, trust_remote_code=options.trust_remote_code, device=options.device
+    )
     reference = LocalLM(model, tokenizer)
     freezer = Freezer(options.out, questions, max_tokens=options.max_tokens, restart=options.restart)
     origin = {"model": model_digest(model), "precision": None}
@@ -89,6 +91,7 @@ def answered(
         precision=options.precision,
         max_tokens=options.max_tokens,
         trust_remote_code=options.trust_remote_code,
+        device=options.device,
     )
     for row in rows:
         check_answers(row.name, questions, row.answers)

@@ -58,7 +58,7 @@ def row_names(entrant: Entrant, precisions: Sequence[str | None], *, alone: bool
     return [f"{name} {precision}" for precision in precisions]
 
 
-def open_reference(entrants: Sequence[Entrant], named: str | None, *, trust_remote_code: bool):
+def open_reference(entrants: Sequence[Entrant], named: str | None, *, trust_remote_code: bool, device: str = "cpu"):
     """The float model the others are compared with: (name, model, tokenizer)."""
     name = named
     for entrant in entrants:
@@ -68,7 +68,7 @@ def open_reference(entrants: Sequence[Entrant], named: str | None, *, trust_remo
             del model
     if name is None:
         raise PolybitError("no model says which float model it was made from: name it with --reference")
-    model, tokenizer = open_model(name, trust_remote_code=trust_remote_code)
+    model, tokenizer = open_model(name, trust_remote_code=trust_remote_code, device=device)
     if stored_widths(model) is not None:
         raise PolybitError(f"the reference {name} is itself quantized: give the float model it was made from")
     return name, model, tokenizer
@@ -81,6 +81,7 @@ def gather_rows(
     precision: str | None,
     max_tokens: int,
     trust_remote_code: bool,
+    device: str = "cpu",
 ) -> list[AnswerRow]:
     """Answers of every entrant at every precision; one model is in memory at a time."""
     rows: list[AnswerRow] = []
@@ -89,7 +90,7 @@ def gather_rows(
             answers = read_answers(entrant.source)
             rows.append(AnswerRow(str(entrant.name), answers, digest_of(answers)))
             continue
-        model, tokenizer = open_model(entrant.source, trust_remote_code=trust_remote_code)
+        model, tokenizer = open_model(entrant.source, trust_remote_code=trust_remote_code, device=device)
         widths, lm = stored_widths(model), LocalLM(model, tokenizer)
         asked = entrant.precisions or tuple(filter(None, (precision or "").split(",")))
         if widths is None and entrant.precisions:

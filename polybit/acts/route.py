@@ -68,13 +68,15 @@ def learnt(directory: Path, options: RouteOptions) -> dict[str, Any]:
 
 def open_both(directory: Path, options: RouteOptions) -> tuple[LocalLM, LocalLM]:
     """The checkpoint and its float model."""
-    quantized, tokenizer = open_model(str(directory), trust_remote_code=options.trust_remote_code)
+    quantized, tokenizer = open_model(
+        str(directory), trust_remote_code=options.trust_remote_code, device=options.device
+    )
     if stored_widths(quantized) is None:
         raise PolybitError(f"{directory} is a float model, which has one precision only: quantize it first")
     named = options.reference or base_model(quantized)
     if named is None:
         raise PolybitError(f"{directory} does not say which model it was made from: name it with --reference")
-    float_model, _ = open_model(named, trust_remote_code=options.trust_remote_code)
+    float_model, _ = open_model(named, trust_remote_code=options.trust_remote_code, device=options.device)
     if stored_widths(float_model) is not None:
         raise PolybitError(f"the reference {named} is itself quantized: give the float model it was made from")
     return LocalLM(quantized, tokenizer), LocalLM(float_model, tokenizer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from polybit.core.records import Run
-from polybit.hub.models import device_of
 from polybit.options.checks import names_of, plain
 from polybit.options.serve import ServeOptions
 from polybit.serve.loading import load_service
@@ -30,7 +29,7 @@ def serve(model: str, options: ServeOptions) -> Run:
                 most_tokens=options.max_tokens,
                 queue=options.queue,
                 chunk=options.chunk,
-                device=str(device_of(options.device)),
+                device=options.device,
                 trust_remote_code=options.trust_remote_code,
             ),
             host=options.host,

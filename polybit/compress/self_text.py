@@ -32,9 +32,10 @@ def self_text(model: nn.Module, start: int | None, *, count: int, length: int, s
 def continue_text(model: nn.Module, ids_BT: Tensor, length: int, draw: torch.Generator, *, greedy: int) -> Tensor:
     """Extend every row to `length` tokens, with a key-value cache where the model has one."""
     cache, fed = None, ids_BT
+    device = next(model.parameters()).device
     while ids_BT.shape[1] < length:
         try:
-            output = model(input_ids=fed, past_key_values=cache, use_cache=True)
+            output = model(input_ids=fed.to(device), past_key_values=cache, use_cache=True)
         except PolybitError:
             raise
         except Exception as error:  # whatever a model raises: it cannot write, and the remedy is the same
@@ -42,7 +43,7 @@ def continue_text(model: nn.Module, ids_BT: Tensor, length: int, draw: torch.Gen
                 f"{type(model).__name__} could not write a text of its own ({type(error).__name__}: {error!s:.120}): "
                 "give a text to calibrate on"
             ) from error
-        cache, logits_BV = getattr(output, "past_key_values", None), output.logits[:, -1].float()
+        cache, logits_BV = getattr(output, "past_key_values", None), output.logits[:, -1].float().cpu()
         if ids_BT.shape[1] <= greedy:
             fed = logits_BV.argmax(-1, keepdim=True)
         else:

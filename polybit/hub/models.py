@@ -26,11 +26,13 @@ def own_name(model: str) -> str:
     return EMBEDDED if is_embedded(model) else model
 
 
-def open_model(model: str, *, trust_remote_code: bool = False):
-    """Load a float model or a polybit checkpoint: (model in eval mode, tokenizer)."""
+def open_model(model: str, *, trust_remote_code: bool = False, device: str = "cpu"):
+    """Load a float model or a polybit checkpoint onto a device (`device_of`): (model in eval mode, tokenizer)."""
     from polybit.hub.load import load
 
-    return load(resolve(model), trust_remote_code=trust_remote_code)
+    place = device_of(device)  # refused before anything is loaded
+    loaded, tokenizer = load(resolve(model), trust_remote_code=trust_remote_code)
+    return loaded.to(place), tokenizer
 
 
 def device_of(name: str):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from polybit.core.parts import described, pick
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
-from polybit.options.checks import at_least, names_of
+from polybit.options.checks import Device, at_least, names_of
 from polybit.options.pairs import GROUP_SIZE, MAX_TOKENS
 from polybit.train.table import ANSWER_OBJECTIVES, AnswerObjective, PreferenceLoss, Share, rates
 
@@ -84,7 +84,7 @@ class AlignOptions:
     """The float model of a polybit checkpoint (default: the one it says it was made from)."""
     workers: int = 1
     """Processes that make pairs, with --prompts."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to train (auto: a GPU where there is one)."""
     seed: int = 0
     """Seed of the order of prompts."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from polybit.core.parts import described, pick
 from polybit.data.table import EMBEDDED
-from polybit.options.checks import at_least, seeds_of, squad_is_there
+from polybit.options.checks import Device, at_least, seeds_of, squad_is_there
 from polybit.robust.table import ATTACKS, PLACES, AttackBudget
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class AttackOptions:
     """Write all numbers there; an interrupted run with the same file goes on."""
     restart: bool = False
     """Forget what an interrupted run with the same --json left."""
+    device: Device = "auto"
+    """Where models run (auto: a GPU where there is one)."""
 
     def __post_init__(self) -> None:
         pick(ATTACKS, self.method, "--method")

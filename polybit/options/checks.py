@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from polybit.core.runtime import PolybitError
 from polybit.data.table import EMBEDDED
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 def at_least(options: Any, **least: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from polybit.core.parts import listed
 from polybit.core.runtime import PolybitError
 from polybit.evals.table import CHOICE_FORMS, SQUAD_HEADS, SUITES, TASKS
-from polybit.options.checks import at_least, names_of, squad_is_there
+from polybit.options.checks import Device, at_least, names_of, squad_is_there
 
 WINDOWS = 64
 
@@ -146,6 +146,8 @@ class EvalModelOptions:
     """Only these precisions, with commas, as in w4 or w8,w4a8 (default: every stored width)."""
     seed: int = 0
     """Seed of intervals and of drawn text."""
+    device: Device = "auto"
+    """Where models run (auto: a GPU where there is one)."""
     trust_remote_code: bool = False
     """Allow code that the model's repository brings."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from polybit.core.runtime import PolybitError
 from polybit.evals.table import JUDGING
-from polybit.options.checks import at_least, names_of
+from polybit.options.checks import Device, at_least, names_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,8 @@ class JudgeOptions:
     """Seed of intervals."""
     restart: bool = False
     """Answer again instead of going on; replies of the judge are kept, they depend on the answers only."""
+    device: Device = "auto"
+    """Where models run (auto: a GPU where there is one)."""
     trust_remote_code: bool = False
     """Allow code that a model's repository brings."""
 

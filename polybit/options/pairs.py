@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from polybit.options.checks import at_least
+from polybit.options.checks import Device, at_least
 
 SHARD = 512  # prompts of a file
 GROUP_SIZE = 64
@@ -40,7 +39,7 @@ class PairsOptions:
     """Processes to spread the work over, each with both models."""
     ray: bool = False
     """Spread the work over a Ray cluster instead of processes of this machine."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where both models answer (auto: a GPU where there is one)."""
     overwrite: bool = False
     """Replace existing pairs at --out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from polybit.core.runtime import PolybitError
-from polybit.options.checks import at_least
+from polybit.options.checks import Device, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class RouteOptions:
     """Seed of intervals."""
     dry_run: bool = False
     """Measure and report, but leave the checkpoint as it is."""
+    device: Device = "auto"
+    """Where models run (auto: a GPU where there is one)."""
     trust_remote_code: bool = False
     """Allow code that the model's repository brings."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polybit.core.runtime import PolybitError
-from polybit.options.checks import at_least, names_of
+from polybit.options.checks import Device, at_least, names_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ class ServeOptions:
     """Longest body of a request, in bytes."""
     drain: float = 30.0
     """Seconds that running answers have to finish when the server is stopped."""
-    device: str = "auto"
-    """Where the model runs: auto (a GPU where there is one and the kernels do not read the model here), cpu or cuda."""
+    device: Device = "cpu"
+    """Where the model runs; the compiled decoder of many rows is a CPU's."""
     trust_remote_code: bool = False
     """Allow code that the model's repository brings."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from polybit.core.parts import described, pick
 from polybit.core.runtime import PolybitError
 from polybit.data.table import EMBEDDED
-from polybit.options.checks import at_least
+from polybit.options.checks import Device, at_least
 from polybit.train.table import LESSON_OBJECTIVES, SCHEDULES
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class TrainOptions:
     """How often held-out rows are read; 0 = keep the last moment."""
     slack: float = 0.02
     """Share by which a preset's held-out loss may exceed its start before a moment is refused."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to train; auto = a GPU where there is one."""
     seed: int = 0
     """Seed of everything that is drawn."""

@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
 from polybit.hub.lm import longest_input
@@ -42,11 +40,11 @@ def load_service(
     trust_remote_code: bool = False,
 ) -> Service:
     """Load a checkpoint or a float model and start its engine. pressure: AutoPolicy's start and full."""
-    loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code, device=device)
     if tokenizer is None:
         raise PolybitError(f"{model} has no tokenizer: save one with the checkpoint")
     return service_of(
-        loaded.to(torch.device(device)).eval(),
+        loaded,
         tokenizer,
         name or Path(model).resolve().name.replace("@", "-"),
         default=default,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import polybit
 from polybit.core.planes import pack
 from polybit.hub.checkpoint import save
 from polybit.hub.decode import generate, supported
@@ -68,3 +69,13 @@ def test_same_logits_and_likelihoods(pair):
         assert (there.logits(ids).cpu() - expected).abs().max() <= 2e-3 * expected.abs().max()
     a, b = (lm.loglik([("Hello", " world")])[0].total_nats for lm in pair)
     assert abs(a - b) <= 1e-2
+
+
+def test_eval_reads_the_same_numbers_on_the_gpu(tmp_path):
+    here, there = (
+        polybit.evaluate("tinychat", windows=2, window=64, answers=2, max_tokens=8, device=device).numbers
+        for device in ("cpu", DEVICE)
+    )
+    [one], [two] = here["presets"].values(), there["presets"].values()
+    assert two["perplexity"]["value"] == pytest.approx(one["perplexity"]["value"], rel=1e-4)
+    assert two["kl"]["value"] == pytest.approx(one["kl"]["value"], abs=1e-6)
