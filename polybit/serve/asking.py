@@ -104,6 +104,10 @@ def constraint_of(
     """What makes the grammar of each answer; the first one is made at once, so that a bad schema is refused."""
     if tools is not None and tools.forced:
         schema, where = calls.call_schema(tools.callable_now), "tools"
+    elif tools is not None and any(function.get("strict") for function in tools.functions):
+        return service.grammars.calls_within(
+            (calls.OPEN, calls.CLOSE), calls.call_schema(tools.functions), "tools"
+        ).copy
     elif form is None or form.type == "text":
         return None
     else:

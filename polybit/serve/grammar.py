@@ -21,8 +21,8 @@ ANY_OBJECT = {"type": "object"}
 class Grammars:
     """Makes constraints for one tokenizer; the table of its tokens is built at the first."""
 
-    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
-        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+    def __init__(self, tokenizer: Any, vocabulary: int, ends: frozenset[int] = frozenset()) -> None:
+        self.tokenizer, self.vocabulary, self.ends = tokenizer, vocabulary, ends
         self.table: Any = None
         self.lock = threading.Lock()
 
@@ -39,10 +39,15 @@ class Grammars:
             raise PolybitError(f"{where} is no JSON schema that can be kept to: {faults!s:.200}")
         return self.made(llguidance, grammar, where)
 
-    def lark(self, text: str, where: str) -> Grammar:
-        """The constraint of a grammar in llguidance's Lark dialect; for our own grammars."""
+    def calls_within(self, marks: tuple[str, str], schema: Any, where: str) -> Grammar:
+        """Any text, but what stands between these marks keeps to the schema."""
+        check_size(schema, where)
         llguidance = self.library(where)
-        return self.made(llguidance, llguidance.LLMatcher.grammar_from_lark(text), where)
+        call = "start: BLANKS call BLANKS\nBLANKS: /[ \\n]{0,2}/\ncall: %json " + json.dumps(schema)
+        tag = llguidance.StructTag(trigger=marks[0], begin=marks[0], grammar=call, end=marks[1])
+        special = marks[0] in self.tokenizer.all_special_tokens
+        grammar = llguidance.StructTag.to_grammar([tag], assume_special=special)
+        return self.made(llguidance, grammar, where)
 
     def made(self, llguidance: Any, grammar: str, where: str) -> Grammar:
         """A matcher at its beginning."""
@@ -73,7 +78,7 @@ class Grammars:
             text = json.loads(backend.to_str())
             text["truncation"] = text["padding"] = None
             self.table = llguidance.LLTokenizer(
-                json.dumps(text), n_vocab=self.vocabulary, eos_token=self.tokenizer.eos_token_id
+                json.dumps(text), n_vocab=self.vocabulary, eos_token=sorted(self.ends) or self.tokenizer.eos_token_id
             )
         return self.table
 

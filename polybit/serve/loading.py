@@ -85,6 +85,7 @@ def service_of(
     if missing:
         raise PolybitError(f"--auto {missing[0]} is not served: choose from {', '.join(precisions)}")
     widest = sorted((w for w in allowed if is_width(w)), key=lambda w: -Precision.parse(w).w) or list(allowed)
+    ends = ends_of(loaded, tokenizer)
     engine = Engine(runner, tokenizer, queue=queue, chunk=chunk)
     engine.start()
     return Service(
@@ -94,8 +95,8 @@ def service_of(
         precisions=precisions,
         policy=AutoPolicy(tuple(widest), *pressure, needs=needs_of(directory, loaded, tokenizer, precisions)),
         templates=Templates.of(tokenizer),
-        grammars=Grammars(tokenizer, int(loaded.config.get_text_config().vocab_size)),
-        ends=ends_of(loaded, tokenizer),
+        grammars=Grammars(tokenizer, int(loaded.config.get_text_config().vocab_size), ends),
+        ends=ends,
         most_tokens=min(most_tokens, room),
         created=int(time.time()),
         notes={

@@ -9,6 +9,7 @@ import pytest
 from polybit.cli import main
 from polybit.options.serve import ServeOptions
 from polybit.serve.app import ServerState
+from polybit.serve.tools import call_schema
 from tests.serve.conftest import WIDTHS, idle, make_service, serving
 
 anthropic = pytest.importorskip("anthropic")
@@ -184,6 +185,28 @@ def test_tools_that_may_be_called(client):
         {"role": "tool", "tool_call_id": "call_1", "content": "2 million"},
     ]
     assert chat(client, messages=turns, tools=[TOOL]).choices[0].message.content is not None
+
+
+def test_a_strict_call_keeps_to_its_schema(client, service, web):
+    strict = {"type": "function", "function": TOOL["function"] | {"strict": True}}
+    assert chat(client, tools=[strict]).choices[0].message.content  # it need not be made
+    first = web.post("/tokenize", json={"content": "<tool_call>"}).json()["tokens"]
+    grammar = service.grammars.calls_within(("<tool_call>", "</tool_call>"), call_schema([strict["function"]]), "tools")
+    encode = service.tokenizer.encode
+
+    def allowed(text):
+        matcher = grammar.copy().matcher
+        return all(matcher.try_consume_tokens([token]) for token in encode(text, add_special_tokens=False))
+
+    assert first and allowed("Some text < and <b> more.")
+    for made in (
+        '{"name": "look_up", "arguments": {"city": "Paris", "big": true}}',
+        '{"name":"look_up","arguments":{"city":"Rome","big":false}}',
+    ):
+        assert allowed(f"Well: <tool_call>{made}</tool_call> done") and allowed(f"<tool_call>\n{made}\n</tool_call>")
+        assert not allowed(f"<tool_call>{made.replace('look_up', 'other')}") and not allowed(
+            f"<tool_call>{made[:-3]}</tool_call>"
+        )
 
 
 # completions -----------------------------------------------------------------------------------------------------
