@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def load_service(
     return service_of(
         loaded,
         tokenizer,
-        name or Path(model).resolve().name.replace("@", "-"),
+        name or Path(os.path.abspath(model)).name.replace("@", "-"),  # noqa: PTH100  # as the user wrote it, links kept
         default=default,
         auto=auto,
         pressure=pressure,
