@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from polybit.acts.quantize_source import FloatSource, fits, float_bytes, open_float, writer
 from polybit.compress.ends import end_bits, end_targets, hold_ends, quantize_ends
 from polybit.compress.loop import compress_in_place
 from polybit.compress.mix_files import gather_either
@@ -19,14 +20,14 @@ from polybit.compress.sizes import described, preset_sizes
 from polybit.compress.text import AUTO, BATCH, Calibration, auto_source, batches, window_length
 from polybit.core.precision import FLOAT
 from polybit.core.records import RUN_FILE, Run
-from polybit.core.runtime import PolybitError, atomic_path, write_json
+from polybit.core.runtime import PolybitError, atomic_path, warn, write_json
 from polybit.evals.compare import EvalMaterial, compare
 from polybit.hub.checkpoint import save, verify
 from polybit.hub.directory import check_output, output_lock
 from polybit.hub.lm import LocalLM
-from polybit.hub.load import load_float
+from polybit.hub.load import load_float, load_quantized
 from polybit.hub.models import is_embedded, own_name, resolve
-from polybit.hub.workspace import Workspace, model_digest
+from polybit.hub.workspace import Workspace
 from polybit.nn.convert import Target, left_in_float, targets
 from polybit.nn.rotation import Rotation, rotate, rotation_of
 from polybit.options.checks import plain
@@ -69,27 +70,27 @@ def recipe_for(options: QuantizeOptions) -> Recipe:
 
 def build(name: str, options: QuantizeOptions, recipe: Recipe, run: Run) -> dict[str, Any]:
     """Load, calibrate, quantize block by block, save, verify, measure; returns the numbers of the run."""
-    model, tokenizer = load_float(resolve(name), trust_remote_code=options.trust_remote_code)
-    untied = options.rotate and rotate(model, Rotation(options.seed))
-    chosen, recipe = chosen_targets(name, model, options, recipe)
+    source = open_float(name, options, whole=options.rotate)
+    untied = options.rotate and rotate(source.model, Rotation(options.seed))
+    chosen, recipe = chosen_targets(name, source.model, options, recipe)
+    if recipe.finish_steps and source.lent is not None:  # gradient steps over all weights at once
+        source = open_float(name, options, whole=True)
+    model = source.model
     bits_of_ends = FLOAT if options.include_embeddings else end_bits(model, options.ends)
     ends = end_targets(model) if bits_of_ends != FLOAT else []
     leftovers = [asdict(row) for row in left_in_float(model, [*chosen, *ends])]
-    text = calibration(name, model, tokenizer, options, recipe)
-    windows = batches(text.windows_NT, BATCH)
-    fingerprint = {"model": model_digest(model), "calibration": text.digest(), **recipe.to_json()}
+    size = float_bytes(model)
+    text = calibration(name, source, options, recipe)
+    fingerprint = {"model": source.digest(), "calibration": text.digest(), **recipe.to_json()}
     fingerprint |= {"include_embeddings": options.include_embeddings, "ends": bits_of_ends}
     store = Workspace(options.out, fingerprint, restart=options.restart)
     try:
-        errors = compress_in_place(model, chosen, windows, recipe, store)
-        if recipe.plan is not None:
-            store_plan(model, recipe.plan, nested=recipe.is_nested)
-        hold_ends(model, quantize_ends(model, bits_of_ends, options.group_size), bits_of_ends, recipe.widths)
+        errors = filled(source, chosen, text, recipe, store, bits_of_ends)
+        pieces = source.pieces(store)
         notes = {"base_model": own_name(name), "recipe": recipe.to_json(), "text": text.source}
-        saved = save(
-            model, options.out, tokenizer=tokenizer, widths=recipe.widths, notes=notes, overwrite=options.overwrite
-        )
-        verify(saved, model)
+        more: dict[str, Any] = {"widths": recipe.widths, "notes": notes, "overwrite": options.overwrite}
+        saved = save(model, options.out, tokenizer=source.tokenizer, pieces=pieces, **more)
+        verify(saved, model, pieces=pieces)
         store.discard()
     finally:
         store.close()
@@ -97,12 +98,39 @@ def build(name: str, options: QuantizeOptions, recipe: Recipe, run: Run) -> dict
         "widths": list(recipe.widths),
         **described(model, recipe.presets, errors=errors, left_in_float=leftovers),
         **rotation_numbers(model, untied),
+        "streamed": source.lent is not None,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    if options.measure:
-        numbers["measured"] = measured(name, model, tokenizer, text, recipe, options)
+    if options.measure and may_measure(name, source, size, options):
+        quantized = model if source.lent is None else load_quantized(saved)[0]
+        numbers["measured"] = measured(name, quantized, source.tokenizer, text, recipe, options)
     write_card(saved, name, run, numbers, options)
     return numbers
+
+
+def filled(
+    source: FloatSource, chosen: list[Target], text: Calibration, recipe: Recipe, store: Workspace, bits_of_ends: int
+) -> dict[str, dict[str, float]]:
+    """Put codes in the place of weights, in the blocks and at the ends; the relative errors of the blocks."""
+    model, windows = source.model, batches(text.windows_NT, BATCH)
+    errors = compress_in_place(model, chosen, windows, recipe, store, source=source.weights, room=source.room(store))
+    if recipe.plan is not None:
+        store_plan(model, recipe.plan, nested=recipe.is_nested)
+    keep = None if source.lent is None else store.write_planes
+    names = quantize_ends(model, bits_of_ends, recipe.grid.group_size, source=source.weights, keep=keep)
+    hold_ends(model, names, bits_of_ends, recipe.widths)
+    return errors
+
+
+def may_measure(name: str, source: FloatSource, size: int, options: QuantizeOptions) -> bool:
+    """Whether there is memory to compare with the float model; says so where there is none."""
+    if source.lent is None or fits(2 * size, options):
+        return True
+    warn(
+        f"{name} is not measured: beside its checkpoint it would take up to {2 * size / 1e9:.1f} GB of memory; "
+        "give more --memory, or --no-measure to leave it out in silence"
+    )
+    return False
 
 
 def chosen_targets(
@@ -119,22 +147,23 @@ def chosen_targets(
     return chosen, within_memory(recipe, sum(target.size for target in chosen))
 
 
-def calibration(name: str, model: nn.Module, tokenizer: Any, options: QuantizeOptions, recipe: Recipe) -> Calibration:
+def calibration(name: str, source: FloatSource, options: QuantizeOptions, recipe: Recipe) -> Calibration:
     """The text to calibrate and to measure on; none where nobody asked for a text and nothing reads it."""
-    length = window_length(model, options.window)
+    length = window_length(source.model, options.window)
     asked = options.mix is not None or options.calibration != AUTO
     if not (asked or options.measure or recipe.reads_text):
         return Calibration.empty(auto_source(embedded=is_embedded(name)), length)
-    return gather_either(
-        model,
-        tokenizer,
-        options.calibration,
-        options.mix,
-        samples=options.samples,
-        length=length,
-        seed=options.seed,
-        embedded=is_embedded(name),
-    )
+    with writer(name, source, options) as model:
+        return gather_either(
+            model,
+            source.tokenizer,
+            options.calibration,
+            options.mix,
+            samples=options.samples,
+            length=length,
+            seed=options.seed,
+            embedded=is_embedded(name),
+        )
 
 
 def rotation_numbers(model: Any, untied: bool) -> dict[str, Any]:

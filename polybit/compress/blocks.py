@@ -5,9 +5,10 @@
         block.finish({name: q.dequantize() for name, q in quantized.items()})
 
 Memory beyond the model: the hidden states of all batches (twice: as the float model and as the quantized prefix make
-them) and the statistics of one block, whatever the depth. The model itself is never changed. Everything is a function
-of the model, the batches and the weights given to `finish`: a run that finds some blocks on disk and only propagates
-through them ends bit for bit where an uninterrupted one ends.
+them; with a Room only as much of them as it allows) and the statistics of one block, whatever the depth. With a source
+that lends weights (hub.lent), the model itself is a block at a time. The model is never changed. Everything is a
+function of the model, the batches and the weights given to `finish`: a run that finds some blocks on disk and only
+propagates through them ends bit for bit where an uninterrupted one ends.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from polybit.compress.settled import SettledOutputs
+from polybit.compress.source import IN_MEMORY, WeightSource
+from polybit.compress.states import HiddenStates, Room
 from polybit.compress.stats import Enough, plain_experts, watch
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
 from polybit.nn.convert import Target
 
+States = list[Tensor] | HiddenStates  # hidden states, one [B, T, D] per batch
 Weights = Mapping[str, Tensor]  # target name -> weight [O, I]; a target that is missing keeps its float weight
 
 
@@ -43,8 +47,9 @@ class VisitedBlock:
     """One decoder block and the batches on their way through it.
 
     inputs: hidden states as the quantized prefix makes them, one [B, T, D] per batch · references: as the float model
-    makes them (the same list while nothing is quantized) · settled: outputs kept between `stats` and `finish`, for a
-    caller that gives every target its final weight only once.
+    makes them (the same list while nothing is quantized) · room: where hidden states are kept; inputs then become
+    outputs in place, and are not those of this block any more once it is finished · settled: outputs kept between
+    `stats` and `finish`, for a caller that gives every target its final weight only once.
     """
 
     index: int
@@ -53,12 +58,17 @@ class VisitedBlock:
     targets: tuple[Target, ...]
     model: nn.Module
     calls: list[Call]
-    inputs: list[Tensor]
-    references: list[Tensor]
+    inputs: States
+    references: States
     keeps_references: bool = True
-    outputs: list[Tensor] = field(default_factory=list)
+    room: Room | None = None
+    outputs: States = field(default_factory=list)
     settled: SettledOutputs | None = None
-    _wanted: list[Tensor] = field(default_factory=list)
+    _wanted: States = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.room is not None:
+            self._wanted = HiddenStates(self.room)
 
     @property
     def batches(self) -> int:
@@ -112,7 +122,7 @@ class VisitedBlock:
         """`stats` of all targets in the one pass of the float block that `finish` then need not make again."""
         keep = self.inputs[0].device if self.inputs else None
         with watch(self.model, self.targets) as grams:
-            self.outputs = [self.forward({}, index).to(keep) for index in range(self.batches)]
+            self.outputs = self._sent_on(lambda index: self.forward({}, index).to(keep))
         return {name: gram.stats() for name, gram in grams.items()}
 
     @torch.no_grad()
@@ -158,8 +168,22 @@ class VisitedBlock:
                 self.outputs = self._wanted
                 return
         keep = self.inputs[0].device
-        self.outputs = [self.pass_on(weights or {}, index).to(keep) for index in range(self.batches)]
+        self.outputs = self._sent_on(lambda index: self.pass_on(weights or {}, index).to(keep))
         self.settled = None
+
+    def _sent_on(self, output: Callable[[int], Tensor]) -> States:
+        """The outputs of all batches, in the place of the inputs where hidden states have a room."""
+        if self.room is None:
+            return [output(index) for index in range(self.batches)]
+        for index in range(self.batches):
+            self.inputs[index] = output(index)  # type: ignore[index]
+        return self.inputs
+
+    def leave(self) -> None:
+        """Let hidden states go that the next block does not read."""
+        for states in (self.inputs, self.references):
+            if isinstance(states, HiddenStates) and states is not self.outputs and states is not self._wanted:
+                states.clear()
 
     def _device(self) -> torch.device:
         return next(self.module.parameters()).device
@@ -204,37 +228,50 @@ class Whole:
 
 
 def run_blocks(
-    model: nn.Module, batches: Sequence[Tensor], targets: Sequence[Target], *, references: bool = True
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    targets: Sequence[Target],
+    *,
+    references: bool = True,
+    source: WeightSource = IN_MEMORY,
+    room: Room | None = None,
 ) -> Iterator[VisitedBlock]:
     """Visit the decoder blocks of a causal language model in order; `finish` each block before taking the next.
 
     batches: token ids [B, T], the calibration text · references: also take the float model's hidden states along, which
-    `wanted` and reconstruction need and statistics do not; a third of the time without.
+    `wanted` and reconstruction need and statistics do not; a third of the time without · source: what lends the weights
+    of a block while it is visited · room: how much of the hidden states may be in memory (None: all of them).
     Targets outside the blocks (embedding, output head) are not
     visited: see `outside`, and `stats.collect` for their statistics.
     """
     if not batches:
         raise PolybitError("calibration has 0 batches: give at least one window of text")
     name, modules = find_blocks(model, targets)
-    inputs, calls = enter_blocks(model, modules, batches)
+    with source.entry(name, f"{name}.0"):
+        inputs, calls = enter_blocks(model, modules, batches, [] if room is None else HiddenStates(room))
     follow = inputs
     for index, module in enumerate(modules):
         path = f"{name}.{index}"
         inside = tuple(target for target in targets if target.name.startswith(f"{path}."))
-        block = VisitedBlock(index, path, module, inside, model, calls[index], inputs, follow, references)
-        yield block
+        with source.lend(path):
+            block = VisitedBlock(index, path, module, inside, model, calls[index], inputs, follow, references, room)
+            yield block
         assert len(block.outputs) == len(batches), "block.finish was not called"
+        block.leave()
         inputs, follow = block.outputs, block._wanted
         calls[index] = []
 
 
-def visit_blocks(model: nn.Module, targets: Sequence[Target]) -> Iterator[VisitedBlock]:
+def visit_blocks(
+    model: nn.Module, targets: Sequence[Target], *, source: WeightSource = IN_MEMORY
+) -> Iterator[VisitedBlock]:
     """The decoder blocks in order with no text on its way through them, for methods that look at weights alone."""
     name, modules = find_blocks(model, targets)
     for index, module in enumerate(modules):
         path = f"{name}.{index}"
         inside = tuple(target for target in targets if target.name.startswith(f"{path}."))
-        yield VisitedBlock(index, path, module, inside, model, [], [], [], keeps_references=False)
+        with source.lend(path):
+            yield VisitedBlock(index, path, module, inside, model, [], [], [], keeps_references=False)
 
 
 def outside(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
@@ -268,14 +305,14 @@ class Captured(Exception):
 
 @torch.no_grad()
 def enter_blocks(
-    model: nn.Module, modules: nn.ModuleList, batches: Sequence[Tensor]
-) -> tuple[list[Tensor], list[list[Call]]]:
-    """Hidden states before the first block, per batch, and what every block is called with beside them [block][batch].
+    model: nn.Module, modules: nn.ModuleList, batches: Sequence[Tensor], hidden: States
+) -> tuple[States, list[list[Call]]]:
+    """Hidden states before the first block, per batch (put into `hidden`, which is empty), and what every block is
+    called with beside them [block][batch].
 
     The blocks are passed over while the model's own forward calls them, so masks, position embeddings and
     per-layer arguments are the model's own, at the price of one embedding look-up.
     """
-    hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in modules]
     device = next(modules.parameters()).device
     with passed_over(modules) as record:

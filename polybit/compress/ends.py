@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from polybit.compress.rows import is_large, matrix_of, round_rows
+from polybit.compress.source import IN_MEMORY, WeightSource
 from polybit.core.affine import Grid
 from polybit.core.plan import Plan
-from polybit.core.planes import pack
+from polybit.core.planes import Planes, pack
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
-from polybit.nn.convert import Target, convert, targets
+from polybit.nn.convert import Target, targets
 from polybit.nn.switch import presets, set_presets
 from polybit.quant.rtn import rtn
 
 BITS = 8  # at which rounding the ends costs less than anything else that is measured (docs/results/rounded-inputs.md)
+Keep = Callable[[str, Mapping[str, Planes]], None]
 LARGE = 1 << 22  # weights of a head from which a float one costs more time per token than it is worth
 
 
@@ -31,14 +35,32 @@ def end_targets(model: Any) -> list[Target]:
     return [t for t in targets(model, include_embeddings=True) if t.kind in ("embedding", "head")]
 
 
-def quantize_ends(model: Any, bits: int, group_size: int) -> list[str]:
-    """Round the ends of `model` in place, to the nearest and with a zero point; their names."""
+def quantize_ends(
+    model: Any, bits: int, group_size: int, *, source: WeightSource = IN_MEMORY, keep: Keep | None = None
+) -> list[str]:
+    """Round the ends of `model` in place, to the nearest and with a zero point; their names.
+
+    source: what lends their weights, large ones by rows
+    keep: called with what is stored of each, where the model itself does not hold it
+    """
     if bits == FLOAT:
         return []
     chosen = end_targets(model)
     for target in chosen:
-        convert(model, {target.name: pack(rtn(target.weight_OI(model), None, Grid(bits, group_size, "group")))})
+        planes = rounded(model, target, Grid(bits, group_size, "group"), source)
+        if keep is not None:
+            keep(target.name, {target.name: planes})
+        source.place(model, {target.name: planes})
     return [target.name for target in chosen]
+
+
+def rounded(model: Any, target: Target, grid: Grid, source: WeightSource) -> Planes:
+    """One end as it is stored."""
+    matrix = matrix_of(target, source)
+    if matrix is not None and is_large(matrix):
+        return round_rows(matrix, grid)
+    with source.lend(target.module_name):
+        return pack(rtn(target.weight_OI(model), None, grid))
 
 
 def hold_ends(model: Any, names: list[str], bits: int, widths: tuple[int, ...]) -> None:

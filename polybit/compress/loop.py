@@ -5,12 +5,13 @@
 
 `compress` visits a model block by block and yields the codes of each; what becomes of them is the caller's: measure
 them and let them go, or put them in the place of the weights at once (`compress_in_place`). No block is read again
-after it was yielded, so memory grows by one block's statistics and hidden states, not with depth.
+after it was yielded, so memory grows by one block's statistics and hidden states, not with depth. Where the weights
+come from is the source's: a model in memory, or files that lend one block at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Protocol
@@ -21,12 +22,16 @@ from polybit.compress.blocks import VisitedBlock, find_blocks, outside, run_bloc
 from polybit.compress.recipe import PLAN, Recipe
 from polybit.compress.refine import BLOCK, finish_model, refine_block
 from polybit.compress.refine import FINISH as FINISH_TUNING
+from polybit.compress.rows import is_large, matrix_of, parts_of, q_rows, round_rows
+from polybit.compress.settled import ROOM as SETTLED
 from polybit.compress.settled import SettledOutputs
+from polybit.compress.source import IN_MEMORY, WeightSource
+from polybit.compress.states import Room
 from polybit.core.affine import Grid, QWeight
-from polybit.core.planes import pack
+from polybit.core.planes import pack, unpack
 from polybit.core.records import LayerStats
 from polybit.core.runtime import track
-from polybit.nn.convert import Target, convert
+from polybit.nn.convert import Target
 from polybit.quant.problem import layer_loss
 from polybit.quant.rtn import rtn
 
@@ -59,7 +64,14 @@ class Nowhere:
 
 
 def compress_in_place(
-    model: nn.Module, targets: Sequence[Target], batches: Sequence[Tensor], recipe: Recipe, finished: FinishedBlocks
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Sequence[Tensor],
+    recipe: Recipe,
+    finished: FinishedBlocks,
+    *,
+    source: WeightSource = IN_MEMORY,
+    room: Room | None = None,
 ) -> dict[str, dict[str, float]]:
     """Quantize `model` itself, each block's float weights going as its codes come.
 
@@ -67,10 +79,10 @@ def compress_in_place(
     """
     by_name = {target.name: target for target in targets}
     errors = {}
-    for codes in compress(model, targets, batches, recipe, finished):
+    for codes in compress(model, targets, batches, recipe, finished, source=source, room=room):
         for name, q in codes.items():
-            errors[name] = relative_errors(by_name[name].weight_OI(model), q, recipe)
-        convert(model, {name: pack(q) for name, q in codes.items()})
+            errors[name] = relative_errors(rows_of_target(model, by_name[name], source), q, recipe)
+        source.place(model, {name: pack(q) for name, q in codes.items()})
     return errors
 
 
@@ -80,11 +92,16 @@ def compress(
     batches: Sequence[Tensor],
     recipe: Recipe,
     finished: FinishedBlocks | None = None,
+    *,
+    source: WeightSource = IN_MEMORY,
+    room: Room | None = None,
 ) -> Iterator[Codes]:
     """Codes of every target, a block at a time, then of what lies outside the blocks.
 
     batches: token ids [B, T], the calibration text; may be empty for a recipe that reads none
     finished: what is found there is not computed again, with the same result (default: Nowhere)
+    source: what lends the weights, a block at a time and until the next one is asked for
+    room: how much of the hidden states may be in memory (default: all)
 
     A block that was yielded is not read again, so the caller may replace its float weights at once. The finish trains
     all weights together and is the exception: with it, everything comes at the end and the float weights must stay
@@ -94,10 +111,11 @@ def compress(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     everything: Codes = {}
-    for name, block in track(visited(model, targets, batches, recipe), "quantizing", total=visits(model, targets)):
+    walk = visited(model, targets, batches, recipe, source, room)
+    for name, block in track(walk, "quantizing", total=visits(model, targets)):
         codes = finished.read(name)
         if codes is None:
-            codes = outside_codes(model, targets, recipe) if block is None else block_codes(block, recipe)
+            codes = outside_codes(model, targets, recipe, source) if block is None else block_codes(block, recipe)
             finished.write(name, codes)
         if block is not None:
             block.finish(handed_on(codes, recipe))
@@ -114,14 +132,20 @@ def compress(
 
 
 def visited(
-    model: nn.Module, targets: Sequence[Target], batches: Sequence[Tensor], recipe: Recipe
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Sequence[Tensor],
+    recipe: Recipe,
+    source: WeightSource,
+    room: Room | None,
 ) -> Iterator[tuple[str, VisitedBlock | None]]:
     """(name, block) of every decoder block in order, on the calibration text where the recipe reads it; the targets
     outside the blocks come last and as one, with no block."""
     if recipe.reads_text:
-        blocks = run_blocks(model, batches, targets, references=bool(recipe.block_steps))
+        references = bool(recipe.block_steps)
+        blocks = run_blocks(model, batches, targets, references=references, source=source, room=room)
     else:
-        blocks = visit_blocks(model, targets)
+        blocks = visit_blocks(model, targets, source=source)
     rest = [(OUTSIDE, None)] if outside(model, targets) else []
     yield from chain(((block.name, block) for block in blocks), rest)
 
@@ -140,7 +164,7 @@ def block_codes(block: VisitedBlock, recipe: Recipe) -> Codes:
     at_once = recipe.is_nested and recipe.layerwise.needs_stats and not recipe.block_steps
     everything = block.stats_and_outputs() if at_once else {}
     if recipe.layerwise.needs_stats and not recipe.is_nested and not recipe.block_steps:
-        block.settled = SettledOutputs(block.module, block.name, block.targets)
+        block.settled = SettledOutputs(block.module, block.name, block.targets, most=settled_bytes(block.room))
     for stage in block.stages():
         stats = everything
         if recipe.layerwise.needs_stats and not at_once:
@@ -152,6 +176,11 @@ def block_codes(block: VisitedBlock, recipe: Recipe) -> Codes:
     if recipe.block_steps:
         codes = refine_block(block, codes, tuning=replace(BLOCK, steps=recipe.block_steps, seed=recipe.seed))
     return codes
+
+
+def settled_bytes(room: Room | None) -> int:
+    """How much of what settled layers gave may be kept; with a room for hidden states a part of its size."""
+    return SETTLED if room is None or room.limit is None else min(SETTLED, room.limit // 4)
 
 
 def quantize_layer(weight_OI: Tensor, stats: LayerStats | None, recipe: Recipe, grid: Grid | None = None) -> QWeight:
@@ -168,9 +197,20 @@ def handed_on(codes: Codes, recipe: Recipe) -> dict[str, Tensor]:
     return {} if recipe.is_nested else {name: q.dequantize() for name, q in codes.items()}
 
 
-def outside_codes(model: nn.Module, targets: Sequence[Target], recipe: Recipe) -> Codes:
+def outside_codes(
+    model: nn.Module, targets: Sequence[Target], recipe: Recipe, source: WeightSource = IN_MEMORY
+) -> Codes:
     """The embedding and the head: rounded to nearest, since no statistics are taken there."""
-    return {t.name: rtn(t.weight_OI(model), None, recipe.grid_of(t.name, t.columns)) for t in outside(model, targets)}
+    found = {}
+    for target in outside(model, targets):
+        grid = recipe.grid_of(target.name, target.columns)
+        matrix = matrix_of(target, source)
+        if matrix is not None and is_large(matrix):
+            found[target.name] = unpack(round_rows(matrix, grid))
+        else:
+            with source.lend(target.module_name):
+                found[target.name] = rtn(target.weight_OI(model), None, grid)
+    return found
 
 
 def finish_codes(
@@ -182,9 +222,25 @@ def finish_codes(
     return finish_model(model, batches, targets, codes, widths=widths, tuning=tuning)
 
 
-def relative_errors(weight_OI: Tensor, q: QWeight, recipe: Recipe) -> dict[str, float]:
+def rows_of_target(model: nn.Module, target: Target, source: WeightSource) -> Iterator[tuple[slice, Tensor]]:
+    """The float weight of a target in blocks of rows."""
+    matrix = matrix_of(target, source) if target.parameter(model).is_meta else None
+    if matrix is not None:
+        yield from ((part, matrix.rows(part.start, part.stop)) for part in parts_of(target.rows, target.columns))
+        return
+    with source.lend(target.module_name):
+        weight_OI = target.weight_OI(model)
+        yield from ((part, weight_OI[part]) for part in parts_of(target.rows, target.columns))
+
+
+def relative_errors(rows: Iterable[tuple[slice, Tensor]], q: QWeight, recipe: Recipe) -> dict[str, float]:
     """Squared error of a weight at every width over its squared size, for the report."""
-    whole = float(weight_OI.pow(2).sum()) or 1.0
-    if recipe.plan is not None and not recipe.is_nested:
-        return {PLAN: layer_loss(weight_OI, q, None) / whole}
-    return {f"w{b}": layer_loss(weight_OI, q, None, b) / whole for b in recipe.widths}
+    fixed = recipe.plan is not None and not recipe.is_nested
+    widths = {PLAN: None} if fixed else {f"w{b}": b for b in recipe.widths}
+    whole, lost = 0.0, dict.fromkeys(widths, 0.0)
+    for part, weight_PI in rows:
+        whole += float(weight_PI.pow(2).sum())
+        cut = q_rows(q, part)
+        for name, width in widths.items():
+            lost[name] += layer_loss(weight_PI, cut, None, width)
+    return {name: value / (whole or 1.0) for name, value in lost.items()}

@@ -34,13 +34,12 @@ def refine_block(block: VisitedBlock, start: Mapping[str, QWeight], *, tuning: T
 
     The loss is the mean squared difference over its mean square at the start of the block's own update.
     """
-    reference = [block.wanted(index) for index in range(block.batches)]
     with torch.no_grad():
-        updates = [(wanted - block.references[i]).square().mean() for i, wanted in enumerate(reference)]
+        updates = [(block.wanted(i) - block.references[i]).square().mean() for i in range(block.batches)]
         level = float(torch.stack(updates).mean()) or 1.0
 
     def loss(weights: Mapping[str, Tensor], index: int) -> Tensor:
-        return (block.forward(weights, index) - reference[index]).square().mean() / level
+        return (block.forward(weights, index) - block.wanted(index)).square().mean() / level
 
     return refine(start, block.weights(), loss, block.batches, tuning=tuning)
 

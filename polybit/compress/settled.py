@@ -21,9 +21,9 @@ class SettledOutputs:
     more than once in a pass, or gives more than one tensor, is run again every time.
     """
 
-    def __init__(self, block: nn.Module, name: str, targets: Sequence[Target]) -> None:
+    def __init__(self, block: nn.Module, name: str, targets: Sequence[Target], *, most: int = ROOM) -> None:
         self.kept: dict[tuple[str, int], Any] = {}
-        self.bytes = 0
+        self.bytes, self.most = 0, most
         self.layers = {t.name: block.get_submodule(t.module_name[len(name) + 1 :]) for t in targets if t.kind in KEPT}
         self.parts: dict[str, tuple[nn.Module, frozenset[str]]] = {}
         for child, module in block.named_children():
@@ -69,7 +69,7 @@ class SettledOutputs:
                 for inside in self.parts[name][1]:
                     self.drop(inside, batch)
             size = first.numel() * first.element_size()
-            if self.bytes + size <= ROOM:
+            if self.bytes + size <= self.most:
                 self.bytes += size
                 self.kept[name, batch] = copied(output)
 

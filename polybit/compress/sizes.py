@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from polybit.core.affine import group_lengths
-from polybit.core.planes import Planes, read_widths, unpack
+from polybit.core.planes import Planes, read_widths
 from polybit.nn.linear import QuantWeight
 from polybit.nn.switch import at
 from polybit.nn.switch import presets as presets_of
@@ -112,8 +114,22 @@ def effective_bits(planes: Planes, reading: int | Sequence[int]) -> float:
     return rows * (codes + 16 * len(read_G) + zeros + ratios) + column_scale + widths
 
 
+def stored_bits(planes: Planes) -> float:
+    """Effective bits of all that is stored of one weight, as QWeight.bits_per_weight counts them."""
+    rows, columns = planes.shape
+    groups = planes.scale.shape[1]
+    stored_G = planes.bits_G or (planes.bits,) * groups
+    codes = sum(b * n for b, n in zip(stored_G, group_lengths(columns, planes.group_size).tolist(), strict=True))
+    indexed = [table.index is not None for table in planes.ratios.values()]
+    per_row = 16 * groups + (sum(stored_G) if isinstance(planes.zero, Tensor) else 0) + 4 * groups * sum(indexed)
+    per_layer = sum(64 if each else 32 for each in indexed)
+    per_layer += 0 if planes.column_scale is None else 16 * columns
+    per_layer += 0 if planes.bits_G is None else 8 * groups
+    return rows * (codes + per_row) + per_layer
+
+
 def stored_bits_per_weight(model) -> float:
     """Effective bits per weight of all that is stored."""
     layers = quantized_layers(model)
-    bits = sum(unpack(layer.planes).bits_per_weight() * layer.rows * layer.columns for layer in layers.values())
+    bits = sum(stored_bits(layer.planes) for layer in layers.values())
     return bits / max(sum(layer.rows * layer.columns for layer in layers.values()), 1)

@@ -1,9 +1,12 @@
-"""Where weights lie in main memory: large pages, which a processor reads 15 to 25 % faster than small ones."""
+"""Main memory: how much of it there is, and large pages, which a processor reads 15 to 25 % faster than small ones."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import resource
 import sys
+from pathlib import Path
 
 from torch import Tensor
 
@@ -23,3 +26,29 @@ def collapse(tensor: Tensor) -> bool:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return madvise(start, size, USE_LARGE) == 0 and madvise(start, size, MAKE_LARGE) == 0
+
+
+def most_bytes() -> int:
+    """Memory this process may ever have: the machine's, or less where a container or a limit of the shell says so."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), resource.getrlimit(resource.RLIMIT_AS)[0]]
+    limits += [number(Path("/sys/fs/cgroup/memory.max")), number(Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))]
+    return min(limit for limit in limits if limit > 0)
+
+
+def free_bytes() -> int:
+    """Memory that can be had now without anything being pushed out."""
+    found = most_bytes()
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found = min(found, int(line.split()[1]) * 1024)
+    return found
+
+
+def number(path: Path) -> int:
+    """The number in a file of the system, -1 where there is none."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return -1

@@ -22,6 +22,7 @@ from polybit.core.records import Rotation
 from polybit.core.runtime import PolybitError, write_json
 from polybit.hub.directory import absolute, check_manifest, restore, staged_directory
 from polybit.hub.files import Header, check_sizes, read_headers, read_json, shards_of
+from polybit.hub.pieces import NAMES, Pieces, checked, read_places, same_pieces, write_pieces
 from polybit.nn.board import panel
 from polybit.nn.convert import is_kind
 from polybit.nn.fields import Fields, check_columns, is_integer
@@ -31,17 +32,6 @@ METHOD, VERSION = "polybit", 1
 SINGLE, INDEX = "polybit.safetensors", "polybit.safetensors.index.json"
 KEYS = {"quant_method", "format_version", "polybit_version", "weights", "widths", "presets", "layers", "notes"}
 LARGEST_MODEL = 1_000_000  # layers; more cannot be meant
-DTYPES = {
-    torch.uint8: "U8",
-    torch.int16: "I16",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float64: "F64",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-}
 SHARD_BYTES = 4 << 30
 
 
@@ -175,19 +165,22 @@ def save(
     files: Mapping[str, str] | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    pieces: Pieces | None = None,
 ) -> Path:
     """Write a quantized model as a directory that plain transformers loads when polybit is installed; returns its path.
 
     The model's presets (`set_presets`) are stored with it. files: further text files (a model card, a plan), name ->
-    content. The directory appears whole or not at all; an existing checkpoint is replaced only with `overwrite`.
+    content. pieces: where the values of a model come from that is only a skeleton. The directory appears whole or not
+    at all; an existing checkpoint is replaced only with `overwrite`.
     Raises PolybitError for an output that cannot be written, a full disk, or a weight that is not finite.
     """
     tensors = dict(stored_tensors(model))
-    check_finite(tensors)
+    if pieces is None:
+        check_finite(tensors)
     groups = split_shards(tensors, shard_bytes)
     description = describe(model, weights=SINGLE if len(groups) == 1 else INDEX, widths=widths, notes=notes)
     with staged_directory(Path(out), overwrite=overwrite) as stage:
-        write_weights(stage, groups, tensors)
+        write_weights(stage, groups, tensors, pieces)
         write_configuration(stage, model, description)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
@@ -229,15 +222,21 @@ def split_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[s
     return groups
 
 
-def write_weights(stage: Path, groups: list[list[str]], tensors: Mapping[str, Tensor]) -> None:
+def write_weights(
+    stage: Path, groups: list[list[str]], tensors: Mapping[str, Tensor], pieces: Pieces | None = None
+) -> None:
     """The safetensors files, and their index when there are several."""
     from safetensors.torch import save_file
 
     table: dict[str, str] = {}
     for number, names in enumerate(groups, 1):
         file = SINGLE if len(groups) == 1 else f"polybit-{number:05d}-of-{len(groups):05d}.safetensors"
-        part = {name: tensors[name].cpu().contiguous() for name in names}
-        save_file(part, stage / file, metadata={"format": "pt"})
+        if pieces is not None:
+            shapes = {name: tensors[name] for name in names}
+            write_pieces(stage / file, shapes, checked(pieces, check_finite), {"format": "pt"})
+        else:
+            part = {name: tensors[name].cpu().contiguous() for name in names}
+            save_file(part, stage / file, metadata={"format": "pt"})
         table |= dict.fromkeys(names, file)
     if len(groups) > 1:
         total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -309,7 +308,7 @@ def check_tensors(description: Description, header: Header) -> None:
 def declared_tensors(description: Description) -> Header:
     """Name -> (dtype, shape) of every quantized tensor the configuration declares."""
     return {
-        f"{layer}.{leaf}": (DTYPES[dtype], shape)
+        f"{layer}.{leaf}": (NAMES[dtype], shape)
         for layer, fields in description.layers.items()
         for leaf, (shape, dtype) in fields.tensors().items()
     }
@@ -325,27 +324,21 @@ def check_scales(description: Description, shards: list[Path]) -> None:
             check_finite({name: opened.get_tensor(name) for name in opened.keys() if name in names})  # noqa: SIM118
 
 
-def verify(directory: str | Path, model: nn.Module) -> Description:
-    """Read a saved checkpoint back and compare every tensor with the model in memory, bit for bit, one at a time."""
-    from safetensors import safe_open
+def verify(directory: str | Path, model: nn.Module, *, pieces: Pieces | None = None) -> Description:
+    """Read a saved checkpoint back and compare every tensor with what was saved, bit for bit, a piece at a time.
 
+    pieces: where the values of a model come from that is only a skeleton
+    """
     description = validate(directory)
     if description.layers != describe(model).layers:
         raise PolybitError(f"{directory} does not describe the layers of the model that was saved: save it again")
     expected = dict(stored_tensors(model))
-    for path in weight_files(absolute(Path(directory)), description):
-        with safe_open(str(path), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                ours = expected.pop(name, None)
-                if ours is None or not torch.equal(bits_of(opened.get_tensor(name)), bits_of(ours.cpu())):
-                    raise PolybitError(
-                        f"{path} does not hold the {name!r:.120} that was saved: the disk may be failing"
-                    )
+    places = read_places(weight_files(absolute(Path(directory)), description)) or {}
+    for name, place in places.items():
+        ours = expected.pop(name, None)
+        unlike = ours is None or (ours.dtype, tuple(ours.shape)) != (place.dtype, place.shape)
+        if ours is None or unlike or not same_pieces(place.pieces(), pieces(name) if pieces else iter([ours.cpu()])):
+            raise PolybitError(f"{place.path} does not hold the {name!r:.120} that was saved: the disk may be failing")
     if expected:
         raise PolybitError(f"{directory} lacks {next(iter(expected))!r:.120}, which was saved: the disk may be failing")
     return description
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """The tensor's bytes, so that -0.0 and 0.0 differ and types are compared too."""
-    return tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)

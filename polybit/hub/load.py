@@ -111,6 +111,12 @@ def open_model(name: str, *, dtype: torch.dtype, trust_remote_code: bool) -> nn.
         raise PolybitError(
             f"the weights of {name} could not be loaded ({first_line(error)}): check that its files are complete"
         ) from error
+    check_report(name, report)
+    return model.eval()
+
+
+def check_report(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse a model of which any weight did not come from the files, or whose files hold more."""
     for key, fault in (
         ("missing_keys", "does not hold the weight"),
         ("mismatched_keys", "holds in another shape the weight"),
@@ -122,7 +128,6 @@ def open_model(name: str, *, dtype: torch.dtype, trust_remote_code: bool) -> nn.
                 f"{name} {fault} {names[0]!r:.120} ({len(names)} in all): its configuration and weights do not belong "
                 "together, fetch it again"
             )
-    return model.eval()
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from polybit.hub.load import check_architecture, load_config
 
 
-def load_skeleton(name_or_path: str, *, trust_remote_code: bool = False) -> nn.Module:
+def load_skeleton(name_or_path: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:
     """The causal LM of a local path or hub id on the meta device: no weight is read, no memory is used.
 
+    dtype: of the weights that are not there (default: as the configuration says)
     Raises PolybitError when there is no configuration or it does not describe a causal language model.
     """
     from transformers import AutoModelForCausalLM
@@ -20,6 +23,8 @@ def load_skeleton(name_or_path: str, *, trust_remote_code: bool = False) -> nn.M
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the plan is about the float model behind a checkpoint
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        build: Any = AutoModelForCausalLM.from_config
+        more = {} if dtype is None else {"dtype": dtype}
+        model = build(config, trust_remote_code=trust_remote_code, **more)
     model.tie_weights()
     return model.eval()

@@ -16,10 +16,11 @@ import torch
 
 import polybit
 from polybit.core.affine import QWeight
-from polybit.core.planes import pack, unpack
+from polybit.core.planes import Planes, pack, unpack
 from polybit.core.runtime import PolybitError, atomic_path, write_json
 from polybit.hub.directory import absolute, disk_errors, output_lock
 from polybit.hub.files import read_json
+from polybit.hub.pieces import Place, read_places
 from polybit.nn.fields import Fields, tensors_of
 
 FINGERPRINT = "fingerprint.json"
@@ -65,9 +66,12 @@ class Workspace:
 
     def write(self, block: str, weights: Mapping[str, QWeight]) -> None:
         """Keep the finished weights of a block; `read` gives them back exactly."""
+        self.write_planes(block, {name: pack(weight) for name, weight in weights.items()})
+
+    def write_planes(self, block: str, packed: Mapping[str, Planes]) -> None:
+        """Keep weights that are packed already."""
         from safetensors.torch import save_file
 
-        packed = {name: pack(weight) for name, weight in weights.items()}
         tensors = {f"{name}.{leaf}": t.contiguous() for name, p in packed.items() for leaf, t in tensors_of(p).items()}
         numbers = {name: Fields.of(planes).to_json() for name, planes in packed.items()}
         with disk_errors(self.path), atomic_path(self.file(block)) as staged:
@@ -94,6 +98,10 @@ class Workspace:
             raise PolybitError(
                 f"{path} of an interrupted run cannot be read ({error!s:.100}): start again with --restart"
             ) from error
+
+    def places(self) -> dict[str, Place]:
+        """Where every stored tensor of the finished blocks lies, by the name a checkpoint gives it."""
+        return read_places(sorted(self.path.glob("*.safetensors"))) or {}
 
     def discard(self) -> None:
         """Remove the finished blocks, once the artefact is complete, and let the output path go."""

@@ -115,6 +115,9 @@ class QuantizeOptions(CodeOptions):
     """Seed of everything that is drawn."""
     measure: bool = True
     """Measure the new checkpoint on held-out windows for its model card."""
+    memory: float | None = None
+    """Gigabytes of memory the run should keep to: hidden states beyond a part of it go to a file, and what needs the
+    whole model at once is refused or left out (default: as this machine has)."""
     overwrite: bool = False
     """Replace an existing checkpoint at --out."""
     restart: bool = False
@@ -128,6 +131,8 @@ class QuantizeOptions(CodeOptions):
             raise PolybitError("--plan and --bits exclude each other: the plan says the width of every layer")
         if self.mix is not None and self.calibration != "auto":
             raise PolybitError("--mix and --calibration exclude each other: name all texts in --mix")
+        if self.memory is not None and not 0 < self.memory < 1e6:
+            raise PolybitError(f"--memory {self.memory} is not possible: give gigabytes, such as 4")
         super().__post_init__()
 
     @property
