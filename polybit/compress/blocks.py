@@ -176,7 +176,7 @@ class VisitedBlock:
         if self.room is None:
             return [output(index) for index in range(self.batches)]
         for index in range(self.batches):
-            self.inputs[index] = output(index)  # type: ignore[index]
+            self.inputs[index] = output(index)
         return self.inputs
 
     def leave(self) -> None:
