@@ -23,7 +23,8 @@ class Exporter:
     write, decode: dotted paths · summary: half a sentence for `--help` · engines: who runs it · file: what the engine
     reads · run: one line that runs it, with {path} · dtypes: float types of scales and of
     weights without codes, the format's own first ·
-    widths: bits of the codes it can hold, none = it holds decoded weights · groups: group sizes, none = any · zero:
+    widths: bits of the codes it can hold, none = it holds decoded weights · groups: group sizes, none = any · rows:
+    whether it holds one group per row · zero:
     which zero points it can hold · kinds: the kinds of layer it holds as codes, the others are decoded · fused: engines
     multiply q, k, v together and gate with up, so that these must share a width and a group size · else_decoded: what
     it cannot hold as codes is decoded, where the other formats refuse · whole: the file holds the tokenizer too.
@@ -38,6 +39,7 @@ class Exporter:
     dtypes: tuple[Dtype, ...] = ("fp16", "bf16")
     widths: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
+    rows: bool = False
     zero: Literal["any", "integer"] = "any"
     kinds: tuple[str, ...] = ("linear",)
     fused: bool = False
@@ -96,6 +98,34 @@ EXPORTERS: dict[str, Exporter] = {
         kinds=("linear", "embedding", "head"),
         else_decoded=True,
         whole=True,
+    ),
+    "compressed-tensors": Exporter(
+        "polybit.export.compressed:write",
+        "polybit.export.compressed:decode",
+        "packed codes with whole zero points, for files made with --bits",
+        "vLLM, SGLang, transformers with compressed-tensors",
+        "model.safetensors",
+        "vllm serve {path}",
+        dtypes=("fp16", "bf16", "fp32"),
+        widths=(2, 3, 4, 5, 6, 7, 8),
+        groups=(32, 64, 128),
+        rows=True,
+        zero="integer",
+        fused=True,
+    ),
+    "gptq": Exporter(
+        "polybit.export.gptq:write",
+        "polybit.export.gptq:decode",
+        "the layout of GPTQ, for files made with --bits 4 or 8",
+        "vLLM, SGLang, GPTQModel, ExLlama",
+        "model.safetensors",
+        "vllm serve {path}",
+        dtypes=("fp16",),
+        widths=(4, 8),
+        groups=(32, 64, 128),
+        rows=True,
+        zero="integer",
+        fused=True,
     ),
 }
 

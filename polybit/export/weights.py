@@ -110,7 +110,7 @@ class Material:
         for width, ratio in q.ratios.items():
             unit_OG = torch.where((read_G == width) & (shift_G > 0), unit_OG * ratio.double(), unit_OG)
         offset_OG = tops(stored_G).double() / 2 - zero_points(q.zero, q.bits, q.bits_G).double()
-        zero_OG = tops(read_G).double() / 2 - offset_OG / unit_OG
+        zero_OG = (tops(read_G).double() / 2 - offset_OG / unit_OG).expand_as(q.scale_OG)
         size = q.group_size or q.shape[1]
         bits = int(read_G.max())
         return ReadWeight(name, layer.kind, bits, bits, size, codes_OI, q.scale_OG.double() * unit_OG, zero_OG)
@@ -160,7 +160,7 @@ class Material:
                 f"layer {name!r:.120} is read at {layer.width} bits, --to {label} holds up to {max(exporter.widths)}: "
                 f"give --precision w{max(exporter.widths)} or less, or use --to dense"
             )
-        if group_within(columns, size, exporter.groups) is None:
+        if group_within(columns, size, exporter) is None:
             return (
                 f"layer {name!r:.120} has {columns} columns in groups of {size or 'a whole row'}, --to {label} holds "
                 f"groups of {', '.join(map(str, exporter.groups))}: quantize with --group-size {exporter.groups[0]}, "
@@ -169,19 +169,19 @@ class Material:
         return None
 
 
-def group_within(columns: int, size: int, allowed: tuple[int, ...]) -> int | None:
-    """The largest allowed group that cuts groups of `size` (0 = a whole row) evenly, None where there is none."""
+def group_within(columns: int, size: int, exporter: Exporter) -> int | None:
+    """The largest group of a format that cuts groups of `size` (0 = a whole row) evenly, None where there is none."""
     size = size or columns
-    if not allowed:
+    if not exporter.groups or (exporter.rows and size == columns):
         return size
-    fitting = [group for group in allowed if columns % group == 0 and (size % group == 0)]
+    fitting = [group for group in exporter.groups if columns % group == 0 and size % group == 0]
     return max(fitting, default=None)
 
 
 def regrouped(weight: ReadWeight, exporter: Exporter) -> ReadWeight:
     """The same weight in the largest groups that the format holds; wider ones are cut."""
     columns = weight.codes_OI.shape[1]
-    size = group_within(columns, weight.group_size, exporter.groups)
+    size = group_within(columns, weight.group_size, exporter)
     assert size is not None  # misfit was asked
     if size == weight.group_size:
         return weight

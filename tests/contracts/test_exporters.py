@@ -185,3 +185,37 @@ def test_mlx_runs_the_export_and_says_the_same(nested, tmp_path):
     with torch.inference_mode():
         expected = use(loaded, "w4")(torch.tensor(ids)).logits
     torch.testing.assert_close(torch.from_numpy(np.array(model(mx.array(ids)))), expected, atol=1e-3, rtol=1e-3)
+
+
+INTEGER = [(name, bits) for name, part in EXPORTERS.items() if part.zero == "integer" for bits in part.widths]
+
+
+@pytest.mark.parametrize("zero", ["level", "group"])
+@pytest.mark.parametrize(("name", "bits"), INTEGER)
+def test_fixed_files_come_out_bit_for_bit(name, bits, zero, tmp_path):
+    fixed = checkpoint(tmp_path / "fixed", bits=bits, zero=zero, nested=False, group_size=64)
+    numbers = run(fixed, tmp_path / "out", to=name)
+    assert numbers["difference"]["differing"] == 0
+    layer = "model.layers.1.mlp.down_proj"
+    assert torch.equal(ORACLES[name](tmp_path / "out", layer, 192), ours(fixed)[layer])
+
+
+def test_compressed_tensors_are_loaded_by_plain_transformers(tmp_path):
+    """A width of its own for one layer, one group per row; transformers 5.23 cannot load zero points (docs/export.md)."""
+    from transformers import AutoModelForCausalLM
+
+    widths = {"model.layers.0.mlp.down_proj": 6}
+    fixed = checkpoint(tmp_path / "fixed", bits=3, zero="level", nested=False, group_size=0, widths=widths)
+    run(fixed, tmp_path / "out", to="compressed-tensors", dtype="fp32")
+    plain, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    model, _ = load_quantized(fixed)
+    ids = torch.tensor([[1, 5, 77, 300, 12]])
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(ids).logits, model(ids).logits, atol=2e-3, rtol=2e-3)
+
+
+def test_a_gptq_file_has_one_width(tmp_path):
+    fixed = checkpoint(tmp_path / "fixed", bits=4, nested=False, widths={"model.layers.0.mlp.down_proj": 8})
+    with pytest.raises(PolybitError, match="one width and one group size"):
+        run(fixed, tmp_path / "out", to="gptq")

@@ -33,4 +33,31 @@ def gguf(directory, name, _columns):
     return model.get_submodule(name).weight.detach()
 
 
-ORACLES = {"dense": dense, "mlx": mlx, "gguf": gguf}
+def compressed_tensors(directory, name, _columns):
+    """By the package compressed-tensors itself."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    tensors = load_file(directory / "model.safetensors")
+    groups = json.loads((directory / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    group = next(group for group in groups if name in group["targets"] or group["targets"] == ["Linear"])
+    own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    own["weight_scale"] = own["weight_scale"].float()
+    return PackedQuantizationCompressor.decompress(own, QuantizationScheme(**group))["weight"].float()
+
+
+def gptq(directory, name, columns):
+    """By the layout: word w of a column of qweight holds rows of 32 / bits inputs, lowest bits first."""
+    tensors = load_file(directory / "model.safetensors")
+    bits = json.loads((directory / "config.json").read_text())["quantization_config"]["bits"]
+    shifts, mask = torch.arange(0, 32, bits), (1 << bits) - 1
+    words = tensors[f"{name}.qweight"]
+    codes_IO = ((words[:, None, :] >> shifts[:, None]) & mask).reshape(columns, -1)
+    zeros = tensors[f"{name}.qzeros"]
+    zero_GO = (((zeros[..., None] >> shifts) & mask).flatten(1) + 1) & mask
+    group_I = tensors[f"{name}.g_idx"].long()
+    scale_GO = tensors[f"{name}.scales"].float()
+    return ((codes_IO - zero_GO[group_I]) * scale_GO[group_I]).T
+
+
+ORACLES = {"dense": dense, "mlx": mlx, "gguf": gguf, "compressed-tensors": compressed_tensors, "gptq": gptq}
