@@ -5,10 +5,15 @@ from __future__ import annotations
 import sys
 
 from polybit.core.records import Run
+from polybit.core.runtime import PolybitError
 from polybit.options.checks import names_of, plain
 from polybit.options.serve import ServeOptions
-from polybit.serve.loading import load_service
-from polybit.serve.server import run as run_server
+
+try:
+    from polybit.serve.loading import load_service
+    from polybit.serve.server import run as run_server
+except ModuleNotFoundError as error:
+    raise PolybitError(f"serve needs {error.name}: pip install 'polybit[serve]'") from None
 
 
 def serve(model: str, options: ServeOptions) -> Run:

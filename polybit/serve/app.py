@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 from sse_starlette import EventSourceResponse
+from sse_starlette.sse import AppStatus
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -186,6 +187,7 @@ def add_errors(app: FastAPI) -> None:
 
 def make_app(state: ServerState, *, origins: tuple[str, ...] = (), root: str = "") -> FastAPI:
     """The application; `state.service` may come later."""
+    AppStatus.disable_automatic_graceful_drain()  # it would cut streams off at a signal; the server drains them itself
     app = FastAPI(
         title="polybit", version=__version__, root_path=root, docs_url=None, redoc_url=None, responses=REFUSALS
     )

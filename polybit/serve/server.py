@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable
 
 import uvicorn
-from sse_starlette.sse import AppStatus
 
 from polybit.core.runtime import PolybitError
 from polybit.serve.app import ServerState, make_app
@@ -65,7 +64,6 @@ def run(
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_keep_alive=30, timeout_graceful_shutdown=5, lifespan="off"
     )
-    AppStatus.disable_automatic_graceful_drain()  # which would cut streams off at a signal; Server drains them itself
     server = Server(config, state, drain)
     told(f"listening at {address}, loading the model")
     threading.Thread(target=begin, name="polybit-loading", daemon=True).start()

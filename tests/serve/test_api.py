@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import httpx
 import pytest
@@ -570,3 +571,12 @@ def test_a_file_is_stronger_than_the_environment_and_a_flag_than_both(asked, tmp
     assert (found.port, found.slots, found.queue) == (9002, 6, 7)
     with pytest.raises(SystemExit):
         asked(PORT="no number")
+
+
+def test_without_its_libraries_serve_says_what_to_install(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith(("polybit.acts.serve", "polybit.serve.server"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit):
+        main(["serve", "tinychat"])
+    assert "serve needs uvicorn: pip install 'polybit[serve]'" in capsys.readouterr().err
