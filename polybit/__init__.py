@@ -17,6 +17,8 @@ _PUBLIC = {
     "mix": "polybit.library",
     "sweep": "polybit.library",
     "generate": "polybit.library",
+    "chat": "polybit.library",
+    "doctor": "polybit.library",
     "pairs": "polybit.library",
     "align": "polybit.library",
     "quantize": "polybit.library",

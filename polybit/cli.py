@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "columns": ("polybit.commands.columns:columns", QUANTIZE, "Search widths inside layers and write them as a plan."),
     "export": ("polybit.commands.export:export", QUANTIZE, "Write a checkpoint in the format of another engine."),
     "generate": ("polybit.commands.generate:generate", MEASURE, "Answer a prompt at a chosen width."),
+    "chat": ("polybit.commands.chat:chat", MEASURE, "Talk with a model, and change its width between turns."),
     "serve": ("polybit.commands.serve:serve", MEASURE, "Answer over HTTP, each request at its own precision."),
     "route": ("polybit.commands.route:route", MEASURE, "Learn which width a prompt needs, for the server's auto."),
     "eval": ("polybit.commands.evaluate:evaluate", MEASURE, "Measure what each width costs against the float model."),
@@ -27,6 +29,7 @@ COMMANDS = {
     "bench": ("polybit.commands.bench:bench", MEASURE, "Measure how fast this machine runs every width."),
     "cost": ("polybit.commands.cost:cost", MEASURE, "Say what a token costs: bit operations, bytes, milliseconds."),
     "report": ("polybit.commands.report:report", MEASURE, "Write one self-contained HTML page from measured numbers."),
+    "doctor": ("polybit.commands.doctor:doctor", MEASURE, "Look at versions, kernels, GPU, caches and disk."),
     "pairs": ("polybit.commands.pairs:pairs", TRAIN, "Answer prompts in float and quantized; keep where they part."),
     "align": ("polybit.commands.align:align", TRAIN, "Teach a quantized model to answer as its float self."),
     "train": ("polybit.commands.train:train", TRAIN, "Train one model to be good at several precisions."),
@@ -35,6 +38,7 @@ COMMANDS = {
     "attack": ("polybit.commands.attack:attack", STUDY, "Attack a checkpoint at each width and answer at every other."),
     "study": ("polybit.commands.study:study", STUDY, "Answer the questions about switchable precision for a model."),
 }
+TRACEBACK = "POLYBIT_TRACEBACK"  # set, an error nobody foresaw is raised as it is
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 
 
@@ -52,6 +56,9 @@ def build_app(config_file: Path | None = None) -> App:
     groups = {title: Group(title, sort_key=rank) for rank, title in enumerate((QUANTIZE, MEASURE, TRAIN, STUDY))}
     for rank, (name, (target, group, summary)) in enumerate(COMMANDS.items()):
         app.command(target, name=name, help=summary, group=groups[group], sort_key=rank)
+    app.register_install_completion_command(
+        name="--install-completion", help="Let this shell (bash, zsh or fish) complete verbs and flags."
+    )
     return app
 
 
@@ -63,7 +70,11 @@ def take_config(tokens: list[str]) -> tuple[list[str], Path | None]:
     if at + 1 == len(tokens):
         fail("--config needs the path of a TOML file, as in --config recipes/tiny/quantize.toml")
     path = Path(tokens[at + 1])
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    if not there:
         fail(f"--config {path}: there is no such file; give the path of a TOML file")
     return tokens[:at] + tokens[at + 2 :], path
 
@@ -88,9 +99,16 @@ def main(tokens: list[str] | None = None) -> None:
     except Exception as error:
         from polybit.core.runtime import PolybitError
 
-        if not isinstance(error, PolybitError):
+        if isinstance(error, PolybitError):
+            fail(str(error))
+        if os.environ.get(TRACEBACK):
             raise
-        fail(str(error))
+        said = " ".join(str(error).split())
+        fail(
+            f"{type(error).__name__}: {said[:200] or 'no further words'}; this is a fault of polybit, please report it "
+            f"with what is shown when {TRACEBACK}=1 is set",
+            1,
+        )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from polybit.options.align import AlignOptions
 from polybit.options.allocate import AllocateOptions
 from polybit.options.attack import AttackOptions
 from polybit.options.bench import BenchOptions
+from polybit.options.chat import ChatOptions
 from polybit.options.columns import ColumnsOptions
 from polybit.options.cost import CostOptions
+from polybit.options.doctor import DoctorOptions
 from polybit.options.evaluate import EvalOptions
 from polybit.options.export import ExportOptions
 from polybit.options.frontier import FrontierOptions
@@ -85,6 +87,7 @@ def explained(record: Callable[..., object]) -> str:
 pairs = act(PairsOptions, "polybit.acts.pairs:pairs", "Answer prompts in float and quantized; keep where they part.")
 align = act(AlignOptions, "polybit.acts.align:align", "Teach a quantized model to answer as its float self.")
 generate = act(GenerateOptions, "polybit.acts.generate:generate", "Answer a prompt with a model at a chosen width.")
+chat = act(ChatOptions, "polybit.acts.chat:chat", "Talk with a model, at a width that may change between turns.")
 quantize = act(QuantizeOptions, "polybit.acts.quantize:quantize", "Turn a model into one checkpoint of many widths.")
 plan = act(PlanOptions, "polybit.acts.plan:plan", "Say what quantizing would give and cost, before running it.")
 cost = act(CostOptions, "polybit.acts.cost:cost", "Say what a token costs at each precision: counted, read, measured.")
@@ -126,3 +129,14 @@ sweep = act(SweepOptions, "polybit.acts.sweep:sweep", "Quantize and measure unde
 serve = act(ServeOptions, "polybit.acts.serve:serve", "Answer over HTTP, each request at its own precision.")
 route = act(RouteOptions, "polybit.acts.route:route", "Learn which width a prompt needs, for the server's auto.")
 export = act(ExportOptions, "polybit.acts.export:export", "Write a checkpoint in the format of another engine.")
+
+
+def doctor(**options: Any) -> Run:
+    """Look at versions, compiled kernels, GPU, caches and free disk; what to do stands in the numbers.
+
+    {options}
+    """
+    return load("polybit.acts.doctor:doctor")(DoctorOptions(**with_paths(DoctorOptions, options)))
+
+
+doctor.__doc__ = str(doctor.__doc__).format(options=explained(DoctorOptions))

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from polybit.acts.streaming import Heard, Say
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
 from polybit.hub.decode import generate as write
@@ -20,8 +21,11 @@ from polybit.options.generate import GenerateOptions
 NARROW = 4  # bits up to which int8 adds less than 2 % to the KL the weights cost (docs/results/rounded-inputs.md)
 
 
-def generate(model: str, options: GenerateOptions) -> Run:
-    """Answer a prompt with MODEL (a polybit directory, any Hugging Face id or path, or tinychat)."""
+def generate(model: str, options: GenerateOptions, say: Say | None = None) -> Run:
+    """Answer a prompt with MODEL (a polybit directory, any Hugging Face id or path, or tinychat).
+
+    say: called with each piece of the answer as it is written.
+    """
     loaded, tokenizer = open_model(model, trust_remote_code=options.trust_remote_code)
     quantized = any(isinstance(module, QuantWeight) for module in loaded.modules())
     if options.precision is not None:
@@ -42,6 +46,7 @@ def generate(model: str, options: GenerateOptions) -> Run:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=min(options.max_tokens, (room or 1 << 30) - ids.shape[1]),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=None if say is None else Heard(tokenizer, ids[0].tolist(), say),
             **sampling,
         )
     seconds = time.perf_counter() - started

@@ -25,13 +25,19 @@ def report(model: str, options: ReportOptions) -> Run:
         evaluation = find_evaluation(path, made, options)
         others = read_others(options.before)
         runs = others | ({} if evaluation is None else {unused(path.name or "model", others): evaluation})
-        parts = alignment.parts(runs, judged, aligned)
         further = [each for each in (*others.values(), aligned, judged) if each]
-        if evaluation is None:
-            text = parts_page(path.name, parts, further)
-        else:
-            said = alignment.side_by_side(runs) if others else None
-            text = page(evaluation, made, parts=parts, said=said, others=further)
+        try:
+            parts = alignment.parts(runs, judged, aligned)
+            if evaluation is None:
+                text = parts_page(path.name, parts, further)
+            else:
+                said = alignment.side_by_side(runs) if others else None
+                text = page(evaluation, made, parts=parts, said=said, others=further)
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise PolybitError(
+                f"a JSON file of the report lacks numbers that it must have ({type(error).__name__}: {error!s:.80}): "
+                "it was cut or edited, measure again"
+            ) from error
         with atomic_path(options.out) as staged:
             staged.write_text(text, encoding="utf-8")
     run.numbers = {"quantize": made, "eval": evaluation, "before": others, "judge": judged, "align": aligned}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -14,6 +16,10 @@ def generate(model: str, /, *, options: Annotated[GenerateOptions, Parameter(nam
     """Answer a prompt with MODEL (a polybit directory, any Hugging Face id or path, or tinychat)."""
     from polybit.acts.generate import generate as act
 
-    run = act(model, options)
-    print(run.numbers["answer"])
+    if sys.stdout.isatty():
+        run = act(model, options, say=partial(print, end="", flush=True))
+        print()
+    else:
+        run = act(model, options)
+        print(run.numbers["answer"])
     keep(run, json)

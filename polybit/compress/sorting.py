@@ -12,6 +12,7 @@ from torch import Tensor
 from polybit.compress.stats import collect
 from polybit.core.runtime import PolybitError
 from polybit.hub.directory import check_output, staged_directory
+from polybit.hub.quiet import quiet
 from polybit.nn.convert import Target
 from polybit.nn.sorting import feed_forwards, sort_units
 from polybit.quant.salience import column_salience
@@ -37,5 +38,6 @@ def sort_model(model: Any, tokenizer: Any, chosen: Sequence[Target], batches: Se
             "than their names say: leave --sort out"
         )
     with staged_directory(out, overwrite=False) as stage:
-        model.save_pretrained(stage)
+        with quiet():
+            model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)

@@ -99,9 +99,16 @@ def read_run(path: Path, verb: str) -> Mapping[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PolybitError(f"{path} does not exist: write it with `polybit {verb} ... --json {path}`") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PolybitError(f"{path} cannot be read as JSON ({error}): write it with `polybit {verb} --json`") from None
-    if not isinstance(value, dict) or value.get("verb") != verb or "numbers" not in value:
+    except (OSError, ValueError, RecursionError) as error:
+        raise PolybitError(
+            f"{path} cannot be read as JSON ({error!s:.120}): write it with `polybit {verb} --json`"
+        ) from None
+    parts = ("numbers", "config", "machine")
+    if (
+        not isinstance(value, dict)
+        or value.get("verb") != verb
+        or not all(isinstance(value.get(p), dict) for p in parts)
+    ):
         raise PolybitError(f"{path} is not what `polybit {verb} --json` writes: give that file")
     return value
 

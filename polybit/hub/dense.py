@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polybit.core.runtime import PolybitError
+from polybit.hub.quiet import quiet
 from polybit.nn.convert import Target, targets
 
 
@@ -69,13 +70,6 @@ def own_layout(target: Target, weight_OI: Tensor, plain: nn.Module) -> Tensor:
 
 def save_plain(plain: nn.Module, stage: Path) -> None:
     """Write a plain model as transformers writes it, with the names that its own files have."""
-    from transformers.utils import logging
-
     save: Any = plain.save_pretrained
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quiet():
         save(stage, max_shard_size="4GB")
-    finally:
-        if shown:
-            logging.enable_progress_bar()

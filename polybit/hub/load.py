@@ -15,6 +15,7 @@ from polybit.hub.checkpoint import METHOD
 from polybit.hub.directory import restore
 from polybit.hub.files import check_sizes, read_headers, read_json, shards_of
 from polybit.hub.gguf_file import is_gguf, open_gguf
+from polybit.hub.quiet import quiet
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -98,13 +99,14 @@ def open_model(name: str, *, dtype: torch.dtype, trust_remote_code: bool) -> nn.
     check_architecture(name, trust_remote_code=trust_remote_code)
     open_pretrained: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, report = open_pretrained(
-            name,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with quiet(name):
+            model, report = open_pretrained(
+                name,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except PolybitError:
         raise
     except Exception as error:

@@ -22,6 +22,7 @@ from polybit.hub.load import (
     load_tokenizer,
     quantization_of,
 )
+from polybit.hub.quiet import quiet
 from polybit.nn import switch
 
 
@@ -42,9 +43,10 @@ def load_span(name_or_path: str | Path, *, new_head: bool = False) -> tuple[nn.M
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # what is missing is said in one sentence below
     try:
-        model, report = AutoModelForQuestionAnswering.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        with quiet(name):
+            model, report = AutoModelForQuestionAnswering.from_pretrained(
+                name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
     except PolybitError:
         raise
     except Exception as error:
