@@ -114,6 +114,18 @@ def test_a_plan_with_a_width_of_its_own_for_every_layer(nested, tmp_path):
     assert numbers["difference"]["moved"] == 0
 
 
+def test_humming_asks_for_fused_layers_by_their_own_names(nested, tmp_path):
+    """As vLLM's HummingConfig does: the first expression that matches the fused name wins."""
+    plan = {"default": "w4", "layers": {f"model.layers.1.self_attn.{x}_proj": "w6" for x in "qkv"}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    numbers = run(nested, tmp_path / "out", to="humming", precision=str(tmp_path / "plan.json"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    found = [own for key, own in config["dynamic"].items() if re.match(key[2:], "model.layers.1.self_attn.qkv_proj")]
+    assert config["b_dtype"] == "uint4" and found[0]["b_dtype"] == "uint6"
+    assert not [key for key in config["dynamic"] if re.match(key[2:], "model.layers.11.self_attn.qkv_proj")]
+    assert numbers["difference"]["moved"] == 0
+
+
 def test_fused_layers_share_a_width_or_are_refused(nested, tmp_path):
     from polybit.export.fused import check_fused
 
@@ -201,7 +213,7 @@ def test_fixed_files_come_out_bit_for_bit(name, bits, zero, tmp_path):
 
 
 def test_compressed_tensors_are_loaded_by_plain_transformers(tmp_path):
-    """A width of its own for one layer, one group per row; transformers 5.23 cannot load zero points (docs/export.md)."""
+    """A width of its own for one layer, a group per row; transformers 5.23 loads no zero points (docs/export.md)."""
     from transformers import AutoModelForCausalLM
 
     widths = {"model.layers.0.mlp.down_proj": 6}

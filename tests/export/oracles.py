@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import torch
@@ -60,4 +61,36 @@ def gptq(directory, name, columns):
     return ((codes_IO - zero_GO[group_I]) * scale_GO[group_I]).T
 
 
-ORACLES = {"dense": dense, "mlx": mlx, "gguf": gguf, "compressed-tensors": compressed_tensors, "gptq": gptq}
+def humming(directory, name, columns):
+    """By humming's pack_weight: element i of 32 lies at bit i * bits of as many words as a code has bits."""
+    tensors = load_file(directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    for key, own in config["dynamic"].items():
+        if key.startswith("+:") and re.match(key[2:], name):
+            config = config | own
+            break
+    bits = int(config["b_dtype"][4:])
+    words = tensors[f"{name}.weight"].numpy().view(np.uint32).astype(np.uint64).reshape(-1, columns // 32, bits)
+    codes = []
+    for i in range(32):
+        word, offset = divmod(i * bits, 32)
+        value = words[..., word] >> np.uint64(offset)
+        if offset + bits > 32:
+            value |= words[..., word + 1] << np.uint64(32 - offset)
+        codes.append(value & np.uint64((1 << bits) - 1))
+    codes_OI = torch.from_numpy(np.stack(codes, -1).reshape(-1, columns).astype(np.float32))
+    size = config["weight_scale_group_size"] or columns
+    scale, zero = (
+        tensors[f"{name}.{key}"].float().repeat_interleave(size, 1) for key in ("weight_scale", "zero_point")
+    )
+    return (codes_OI - spread("zero_point")) * spread("weight_scale")
+
+
+ORACLES = {
+    "dense": dense,
+    "mlx": mlx,
+    "gguf": gguf,
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq,
+    "humming": humming,
+}
