@@ -101,18 +101,7 @@ def nested(
     levels, found = relevel(levels, levels.ratio_BOG, tables)
     at = Walked(compensate(problem, factor_II, levels), even_ratios(levels, tables))
     ratios = LayerRatios(problem, at.levels, tables)
-    before = torch.inf
-    for index in range(rounds):
-        if index < 2:
-            at = known(problem, at)
-            levels, found = relevel(at.levels, wanted_ratios(problem, at), tables)
-            at = relevelled(problem, at, levels)
-        at = ratios.fit(at)
-        freedom = FitFreedom(scale_gain(at.levels.scale_OG), grid.zero == "group", found)
-        at = walk(problem, at, sweeps=sweeps, freedom=freedom)
-        before, last = sampled_loss(problem, at), before
-        if before > LAST * last:
-            break
+    at, found = descend_in_rounds(problem, (at, found), ratios, grid.zero == "group", rounds, sweeps)
     at = ratios.fit(at)
     levels, stored = finish(at.levels, found)
     at = walk(problem, relevelled(problem, at, levels), sweeps=1, freedom=None)
@@ -121,6 +110,34 @@ def nested(
     fixed = grid.fixed_zero()
     zero = at.levels.zero_OG if fixed is None else torch.tensor(fixed, device=at.codes_OI.device)
     return as_qweight(at.codes_OI, at.levels, problem.gain, zero, stored)
+
+
+def descend_in_rounds(
+    problem: Problem,
+    start: tuple[Walked, dict[int, Tensor]],
+    ratios: LayerRatios,
+    zero: bool,
+    rounds: int,
+    sweeps: int,
+) -> tuple[Walked, dict[int, Tensor]]:
+    """Walks with refits until one gains little; where it ends, and the tables of ratios by width.
+
+    start: where to start, and the tables there · zero: zero points are free.
+    """
+    at, found = start
+    before = torch.inf
+    for index in range(rounds):
+        if index < 2:
+            at = known(problem, at)
+            levels, found = relevel(at.levels, wanted_ratios(problem, at), ratios.tables)
+            at = relevelled(problem, at, levels)
+        at = ratios.fit(at)
+        freedom = FitFreedom(scale_gain(at.levels.scale_OG), zero, found)
+        at = walk(problem, at, sweeps=sweeps, freedom=freedom)
+        before, last = sampled_loss(problem, at), before
+        if before > LAST * last:
+            break
+    return at, found
 
 
 def weighted(levels: Levels, problem: Problem, factor_II: Tensor, emphasis: Mapping[int, float]) -> Levels:
@@ -236,7 +253,7 @@ class LayerRatios:
     """The ratios of the widths that have one for the whole layer: the best under H, as 32-bit floats."""
 
     def __init__(self, problem: Problem, levels: Levels, tables: Sequence[int]) -> None:
-        self.problem = problem
+        self.problem, self.tables = problem, tables
         self.free = [i for i, b in enumerate(levels.widths) if b not in tables and b != levels.bits]
         self.pushed_OI = problem.weight_OI @ problem.hessian_II if self.free else None
         columns = problem.weight_OI.shape[1]
