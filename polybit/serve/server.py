@@ -75,7 +75,8 @@ def run(
 def open_socket(host: str, port: int) -> socket.socket:
     """A listening socket, or the sentence that says why not."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    opened = socket.socket(family, socket.SOCK_STREAM)
+    # named, not 0: asyncio sends small pieces at once (TCP_NODELAY) only where it sees that this is TCP
+    opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         opened.bind((host, port))

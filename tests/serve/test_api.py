@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 import sys
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 from polybit.cli import main
 from polybit.options.serve import ServeOptions
 from polybit.serve.app import ServerState
+from polybit.serve.server import open_socket
 from polybit.serve.tools import call_schema
 from tests.serve.conftest import WIDTHS, idle, make_service, serving
 
@@ -580,3 +582,9 @@ def test_without_its_libraries_serve_says_what_to_install(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["serve", "tinychat"])
     assert "serve needs uvicorn: pip install 'polybit[serve]'" in capsys.readouterr().err
+
+
+def test_pieces_are_sent_at_once():
+    """asyncio switches Nagle's algorithm off only for sockets that say that they are TCP: without, 40 ms a piece."""
+    with open_socket("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        assert listening.proto == socket.IPPROTO_TCP
