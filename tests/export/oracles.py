@@ -80,9 +80,7 @@ def humming(directory, name, columns):
         codes.append(value & np.uint64((1 << bits) - 1))
     codes_OI = torch.from_numpy(np.stack(codes, -1).reshape(-1, columns).astype(np.float32))
     size = config["weight_scale_group_size"] or columns
-    scale, zero = (
-        tensors[f"{name}.{key}"].float().repeat_interleave(size, 1) for key in ("weight_scale", "zero_point")
-    )
+    spread = lambda key: tensors[f"{name}.{key}"].float().repeat_interleave(size, 1)  # noqa: E731
     return (codes_OI - spread("zero_point")) * spread("weight_scale")
 
 
