@@ -9,6 +9,8 @@ import torch
 from polybit.acts.streaming import Heard, Say
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
+from polybit.data.files import mend
+from polybit.data.text import in_template
 from polybit.hub.decode import generate as write
 from polybit.hub.lm import longest_input
 from polybit.hub.models import open_model
@@ -72,9 +74,6 @@ def choose_arithmetic(model, asked: str) -> None:
 def prompt_ids(tokenizer, prompt: str, *, raw: bool):
     """Token ids [1, T] of a prompt, through the chat template when the model has one."""
     if tokenizer.chat_template and not raw:
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        return encoded["input_ids"]
-    return tokenizer(prompt, return_tensors="pt")["input_ids"]
+        text = in_template(tokenizer, [{"role": "user", "content": mend(prompt)}], add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return tokenizer(mend(prompt), return_tensors="pt")["input_ids"]

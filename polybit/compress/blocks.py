@@ -26,6 +26,7 @@ from polybit.compress.settled import SettledOutputs
 from polybit.compress.source import IN_MEMORY, WeightSource
 from polybit.compress.states import HiddenStates, Room
 from polybit.compress.stats import Enough, plain_experts, watch
+from polybit.compress.unlike import Captured, in_words, not_in_a_row
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
 from polybit.nn.convert import Target
@@ -299,10 +300,6 @@ def find_blocks(model: nn.Module, targets: Sequence[Target]) -> tuple[str, nn.Mo
     return best[1], best[2]
 
 
-class Captured(Exception):
-    """Raised to leave the model's forward once the last block was called."""
-
-
 @torch.no_grad()
 def enter_blocks(
     model: nn.Module, modules: nn.ModuleList, batches: Sequence[Tensor], hidden: States
@@ -318,29 +315,15 @@ def enter_blocks(
     with passed_over(modules) as record:
         for ids_BT in batches:
             record.clear()
-            try:
+            with suppress(Captured), in_words(model):
                 model(input_ids=ids_BT.to(device), use_cache=False)
-            except Captured:
-                pass
-            except PolybitError:
-                raise
-            except Exception as error:
-                raise unlike_others(model, f"{type(error).__name__}: {error!s:.120}") from error
             if len(record) != len(modules):
-                raise unlike_others(model, f"{len(record)} calls of {len(modules)} blocks")
+                raise not_in_a_row(model, f"{len(record)} calls of {len(modules)} blocks")
             hidden.append(record[0][0])
             for index, (_, call) in enumerate(record):
                 earlier = [calls[index - 1][-1]] if index else []
                 calls[index].append(shared(call, earlier + calls[index][-1:]))
     return hidden, calls
-
-
-def unlike_others(model: nn.Module, what: str) -> PolybitError:
-    """The refusal of an architecture whose blocks do not simply follow one another."""
-    return PolybitError(
-        f"{type(model).__name__} does not hand hidden states from each of its blocks to the next ({what}): "
-        "polybit cannot calibrate it, choose --method rtn, which reads no text"
-    )
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def read_plan(path: Path) -> Plan:
         raise PolybitError(f"--plan {path}: there is no such file; give the JSON file of a plan")
     try:
         value = json.loads(read_utf8(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise PolybitError(f"--plan {path} cannot be read as JSON ({error}): mend it at that place") from None
     inner = value.get("plan", value) if isinstance(value, Mapping) else value
     try:

@@ -19,7 +19,13 @@ from polybit.hub.files import read_json
 
 MANIFEST = "manifest.json"
 FREE = ("README.md", MANIFEST)  # files that may change without making the artefact another one
-WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin")
+TEMPLATES = "additional_chat_templates"  # the one folder a tokenizer may write
+# what transformers reads wherever it lies beside the weights: weights, adapters, tokenizers, templates, settings, code
+HONOURED = re.compile(
+    r".*\.(safetensors(\.index\.json)?|bin|py|model|tiktoken|jinja)|(config|generation_config|adapter_config|"
+    r"added_tokens|special_tokens_map|chat_template|tokenizer.*|vocab|merges|preprocessor_config|processor_config|"
+    rf"video_preprocessor_config)\.(json|txt|jsonl)|{TEMPLATES}(/.*)?"
+)
 HELD: dict[Path, int] = {}  # locks of this process, so that a run may hold its output while saving into it
 
 
@@ -79,7 +85,7 @@ def staged_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             stage.mkdir()
             yield stage
             write_manifest(stage)
-            for path in stage.iterdir():  # safetensors makes files only their owner may read
+            for path in files_of(stage).values():  # safetensors makes files only their owner may read
                 shutil.copymode(stage / MANIFEST, path)
             fsync_tree(stage)
             publish(stage, out)
@@ -164,11 +170,9 @@ def fsync_tree(directory: Path) -> None:
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
     """Say in one sentence that the disk is full or the place is not writable."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # compiled libraries (safetensors, tokenizers) raise kinds of their own
         number = error.errno if isinstance(error, OSError) else None
         spelled = re.search(r"os error (\d+)", str(error))
         number = int(spelled[1]) if spelled else number
@@ -195,9 +199,9 @@ def disk_errors(out: Path) -> Iterator[None]:
 def write_manifest(directory: Path) -> None:
     """Size and sha256 of every file, written last: a directory without it is unfinished."""
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(directory.iterdir())
-        if path.name not in FREE
+        name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for name, path in files_of(directory).items()
+        if name not in FREE
     }
     write_json(directory / MANIFEST, {"version": 1, "files": files})
 
@@ -211,16 +215,31 @@ def check_manifest(directory: Path) -> list[str]:
         raise PolybitError(f"{directory / MANIFEST} lists no files: it is damaged, make the checkpoint again")
     for name, entry in sorted(files.items()):
         check_file(directory, name, entry)
-    extra = sorted(p.name for p in directory.iterdir() if p.name not in files and WEIGHTS.fullmatch(p.name))
+    extra = sorted(name for name in files_of(directory) if name not in files and HONOURED.fullmatch(name))
     if extra:
-        raise PolybitError(f"{directory / extra[0]} is not part of the checkpoint: remove the stray weights")
+        raise PolybitError(
+            f"{directory / extra[0]} is not part of the checkpoint, and transformers would read it: remove it, or save "
+            "the checkpoint anew with it"
+        )
     return list(files)
+
+
+def files_of(directory: Path) -> dict[str, Path]:
+    """The files of a checkpoint by the names of its manifest; folders but that of chat templates are passed by."""
+    found = {path.name: path for path in directory.iterdir() if not path.is_dir()}
+    folder = directory / TEMPLATES
+    inside = {f"{TEMPLATES}/{path.name}": path for path in folder.iterdir()} if folder.is_dir() else {}
+    return dict(sorted({**found, **inside}.items()))
 
 
 def check_file(directory: Path, name: str, entry: Any) -> None:
     """One line of the manifest against the file it speaks of."""
     path = directory / name
-    if Path(name).name != name or not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
+    if (
+        Path(name).name != name.removeprefix(f"{TEMPLATES}/")
+        or not isinstance(entry, dict)
+        or set(entry) != {"bytes", "sha256"}
+    ):
         raise PolybitError(f"{directory / MANIFEST} has a malformed entry {name!r:.80}: make the checkpoint again")
     if not path.is_file():
         raise PolybitError(f"{path} is missing, though the manifest lists it: fetch or make the checkpoint again")

@@ -143,9 +143,10 @@ class PolybitQuantizer(HfQuantizer):
 def validate_once(directory: Path) -> None:
     """Full validation of a directory, not repeated while its files have the same sizes and times."""
     from polybit.hub.checkpoint import validate
+    from polybit.hub.directory import files_of
 
     def signature() -> list[tuple[str, int, int]]:
-        found = ((path.name, path.stat()) for path in sorted(directory.iterdir()))
+        found = ((name, path.stat()) for name, path in files_of(directory).items())
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
     if not directory.is_dir() or SEEN.get(directory.resolve()) != signature():

@@ -85,7 +85,7 @@ def read_all(path: Path) -> dict[str, dict]:
     """Everything kept, by number of threads; empty when the file is not there or not readable."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from polybit.core.runtime import PolybitError, atomic_path
+from polybit.data.files import read_utf8
 from polybit.hub.files import read_json
 from polybit.hub.lm import LocalLM
 
@@ -124,12 +125,14 @@ def write_shard(path: Path, pairs: Sequence[Pair]) -> None:
 
 def read_shard(path: Path) -> Iterator[Pair]:
     """The pairs of one shard."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
         where = f"Line {number} of {path}"
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PolybitError(f"{where} is not JSON ({error.msg}): make the pairs again with polybit pairs") from error
+        except (ValueError, RecursionError) as error:
+            raise PolybitError(
+                f"{where} is not JSON ({error!s:.80}): make the pairs again with polybit pairs"
+            ) from error
         yield Pair.from_json(value, where)
 
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from polybit.core.plan import ColumnWidths, Plan
 from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
-from polybit.hub import directory
+from polybit.hub import directory, tiny
 from polybit.hub.checkpoint import describe, save, validate, verify
-from polybit.hub.directory import absolute, exchange, output_lock, publish, replaced, restore, staging
-from polybit.hub.load import load
+from polybit.hub.directory import absolute, exchange, files_of, output_lock, publish, replaced, restore, staging
+from polybit.hub.load import load, load_tokenizer
 from polybit.nn.linear import QuantLinear
 from polybit.nn.switch import set_presets, use
 from tests.families import quantized
@@ -247,6 +247,34 @@ def test_full_disk_is_one_sentence_and_leaves_the_old_artefact(tmp_path):
     assert (out / "manifest.json").read_text() == before
     validate(out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_full_disk_at_every_file_those_of_the_tokenizer_too(tmp_path):
+    """Each file in turn is the first that no longer fits; tokenizers raise errors of a kind of their own."""
+    model, tokenizer = quantized("llama"), load_tokenizer(str(tiny.path()))
+    tokenizer.chat_template = {"default": "x" * 30_000, "tool_use": "y" * 40_000}
+    out = save(model, tmp_path / "out", tokenizer=tokenizer)
+    sizes = {name: path.stat().st_size for name, path in files_of(out).items()}
+    assert {"tokenizer.json", "additional_chat_templates/tool_use.jinja"} <= set(sizes)
+    assert load_tokenizer(str(out)).chat_template == tokenizer.chat_template and validate(out)
+
+    def work():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        said = []
+        for size in sizes.values():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, resource.RLIM_INFINITY))
+            try:
+                save(model, out, tokenizer=tokenizer, overwrite=True)
+                said.append("saved")
+            except PolybitError as error:
+                said.append(str(error))
+        return said
+
+    child, pipe = in_child(work)
+    os.waitpid(child, 0)
+    said = json.loads(os.read(pipe, 100_000))
+    assert len(said) == len(sizes) and all("full" in line for line in said), said
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and validate(out)
 
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.link", "os.symlink")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polybit.core.runtime import PolybitError
-from polybit.hub.checkpoint import save
+from polybit.hub.checkpoint import save, validate
 from polybit.hub.directory import write_manifest
 from polybit.hub.load import load
 from tests.families import quantized
@@ -127,6 +127,35 @@ def test_stray_weights(name, whole, tmp_path):
     path = copied(whole, tmp_path)
     shutil.copy(path / WEIGHTS, path / name)
     refused(path, "is not part of the checkpoint")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "additional_chat_templates/evil.jinja",
+        "additional_chat_templates/default.jinja",
+        "chat_template.jinja",
+        "chat_template.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "adapter_config.json",
+        "modeling_evil.py",
+    ],
+)
+def test_stray_files_that_transformers_would_read(name, whole, tmp_path):
+    path = copied(whole, tmp_path)
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text("EVIL")
+    refused(path, "is not part of the checkpoint, and transformers would read it")
+
+
+def test_stray_files_that_nobody_reads_are_fine(whole, tmp_path):
+    path = copied(whole, tmp_path)
+    for name in ("notes.txt", "eval.json", "report.html", "figure.png", ".gitattributes"):
+        (path / name).write_text("mine")
+    validate(path)
 
 
 def set_layer(key, value):
