@@ -25,10 +25,9 @@ from polybit.hub.dense import plain_model
 from polybit.hub.directory import check_output, staged_directory
 from polybit.hub.files import read_json
 from polybit.hub.lm import LocalLM
-from polybit.hub.load import load_quantized
+from polybit.hub.load import load_quantized, quantization_of
 from polybit.hub.models import own_name, resolve
 from polybit.hub.peft import load_peft
-from polybit.nn.linear import QuantWeight
 from polybit.nn.switch import current, use
 from polybit.options.checks import plain
 from polybit.options.export import ExportOptions
@@ -62,9 +61,9 @@ def export(model: str, options: ExportOptions) -> Run:
 
 def material_of(model: str, options: ExportOptions) -> Material:
     """The checkpoint at the precision that was asked for."""
-    loaded, tokenizer = load_quantized(resolve(model), trust_remote_code=options.trust_remote_code)
-    if not any(isinstance(module, QuantWeight) for module in loaded.modules()):
+    if quantization_of(resolve(model), trust_remote_code=options.trust_remote_code) is None:
         raise PolybitError(f"{model} is a float model: quantize it first, with `polybit quantize {model} --out DIR`")
+    loaded, tokenizer = load_quantized(resolve(model), trust_remote_code=options.trust_remote_code)
     if options.precision is not None:
         path = Path(options.precision)
         use(loaded, read_plan(path) if path.suffix == ".json" else options.precision)

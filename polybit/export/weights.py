@@ -138,7 +138,7 @@ class Material:
                 return weight
             reason = (
                 f"layer {name!r:.120} is read at {weight.bits} bits around a zero point that is no whole number, which "
-                f"--to {label} cannot hold: choose --to {holders()}, or quantize with --bits and --zero group or level"
+                f"--to {label} cannot hold: choose --to {holders()}, or quantize with --bits and --asymmetric"
             )
         if exporter.else_decoded:
             return None

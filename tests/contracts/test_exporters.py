@@ -231,3 +231,8 @@ def test_a_gptq_file_has_one_width(tmp_path):
     fixed = checkpoint(tmp_path / "fixed", bits=4, nested=False, widths={"model.layers.0.mlp.down_proj": 8})
     with pytest.raises(PolybitError, match="one width and one group size"):
         run(fixed, tmp_path / "out", to="gptq")
+
+
+def test_a_float_model_is_told_to_be_quantized_first(tmp_path):
+    with pytest.raises(PolybitError, match="tinychat is a float model: quantize it first"):
+        run("tinychat", tmp_path / "out", to="dense")
