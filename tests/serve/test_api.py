@@ -7,8 +7,10 @@ import sys
 
 import httpx
 import pytest
+import torch
 
 from polybit.cli import main
+from polybit.nn.switch import at
 from polybit.options.serve import ServeOptions
 from polybit.serve.app import ServerState
 from polybit.serve.server import open_socket
@@ -588,3 +590,23 @@ def test_pieces_are_sent_at_once():
     """asyncio switches Nagle's algorithm off only for sockets that say that they are TCP: without, 40 ms a piece."""
     with open_socket("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
         assert listening.proto == socket.IPPROTO_TCP
+
+
+def test_the_way_lm_eval_reads_log_likelihoods(web, service):
+    """lm-eval's local-completions: token ids in, echo, one token too many, the sum over the continuation."""
+    context, continuation = "The capital of France is", " Paris and"
+    tokens = [service.tokenizer.encode(context)] * 2 + [service.tokenizer.encode(context + continuation)]
+    ask = {"model": "tinychat@w8", "prompt": [tokens[2], tokens[2]], "temperature": 0, "max_tokens": 1}
+    reply = web.post("/v1/completions", json=ask | {"logprobs": 1, "seed": 1234, "echo": True})
+    sums = []
+    for choice in sorted(reply.json()["choices"], key=lambda choice: choice["index"]):
+        kept = slice(len(tokens[0]), -1)
+        logprobs, top = choice["logprobs"]["token_logprobs"][kept], choice["logprobs"]["top_logprobs"][kept]
+        assert len(logprobs) == len(tokens[2]) - len(tokens[0]) > 0 and all(value < 0 for value in logprobs)
+        greedy = all(value == max(each.values()) for value, each in zip(logprobs, top, strict=True))
+        sums.append((sum(logprobs), greedy))
+    assert sums[0] == sums[1]
+    with torch.inference_mode(), at(service.engine.runner.decoder.model, "w8"):
+        logp_TV = service.engine.runner.decoder.model(torch.tensor([tokens[2]])).logits[0].float().log_softmax(-1)
+    places = range(len(tokens[0]) - 1, len(tokens[2]) - 1)
+    assert sums[0][0] == pytest.approx(sum(float(logp_TV[t, tokens[2][t + 1]]) for t in places), abs=0.05)
