@@ -32,6 +32,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     A reader therefore sees the old file or the new one, never a part of either.
     """
+    if not path.name or "\0" in str(path):
+        raise PolybitError(f"{str(path)!r} is no name of a file: give one to write to")
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}.staged")
     try:
