@@ -41,7 +41,14 @@ def commands(args: argparse.Namespace, port: int) -> dict[str, tuple[list[str], 
         command = [python, "-m", "polybit", "serve", args.polybit, "--port", str(port), *more]
         found["polybit"] = (command, f"model@{args.precision}")
     if args.gguf:
-        more = ["--n_ctx", "512", "--n_threads", str(os.cpu_count())]
+        more = [
+            "--interrupt_requests",
+            "false",
+            "--n_ctx",
+            "512",
+            "--n_threads",
+            os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
+        ]
         found["llama-cpp-python"] = (
             [python, "-m", "llama_cpp.server", "--model", args.gguf, "--port", str(port), *more],
             "model",
