@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from polybit.compress.blocks import find_blocks
 from polybit.compress.ends import end_bits, end_targets
 from polybit.compress.forecast import dry_run, expected_memory, expected_sizes
 from polybit.compress.recipe import choose
@@ -17,7 +18,7 @@ from polybit.core.records import Run
 from polybit.hub.families import FAMILIES
 from polybit.hub.models import resolve
 from polybit.hub.skeleton import load_skeleton
-from polybit.nn.convert import ends, left_in_float, targets
+from polybit.nn.convert import Target, ends, left_in_float, targets
 from polybit.options.checks import plain
 from polybit.options.plan import PlanOptions
 from polybit.speed.machine import PLAIN_BLOCK_SECONDS, recall
@@ -47,12 +48,23 @@ def plan(model: str, options: PlanOptions) -> Run:
                 [*chosen, *ends_held],
                 tokens=options.samples * window_length(skeleton, options.window),
                 hidden=int(getattr(skeleton.config.get_text_config(), "hidden_size", 0) or 0),
+                blocks=len(find_blocks(skeleton, chosen)[1]) if chosen else 1,
             ),
+            "disk": expected_disk(sizes, parameters, [*chosen, *ends_held], bits_of_ends),
             "speed": expected_speed(skeleton, sizes, bits_of_ends, options),
         }
         if options.dry_run and chosen:
             run.numbers["dry_run"] = dry_run(chosen, recipe)
     return run
+
+
+def expected_disk(
+    sizes: Mapping[str, Mapping[str, float]], parameters: int, held: Sequence[Target], bits_of_ends: int
+) -> int:
+    """Bytes of disk while quantizing: finished blocks and the checkpoint made of them lie side by side at the end."""
+    stored = max((row["bytes"] for row in sizes.values()), default=0.0)
+    at_ends = sum(t.size for t in held if t.kind in ("embedding", "head")) * bits_of_ends / 8
+    return int(2 * (stored + at_ends) + 4 * (parameters - sum(t.size for t in held)))
 
 
 def expected_speed(

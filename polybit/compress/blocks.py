@@ -24,7 +24,7 @@ from torch.func import functional_call
 
 from polybit.compress.settled import SettledOutputs
 from polybit.compress.source import IN_MEMORY, WeightSource
-from polybit.compress.states import HiddenStates, Room
+from polybit.compress.states import HiddenStates, Room, let_go
 from polybit.compress.stats import Enough, plain_experts, watch
 from polybit.compress.unlike import Captured, in_words, not_in_a_row
 from polybit.core.records import LayerStats
@@ -180,12 +180,6 @@ class VisitedBlock:
             self.inputs[index] = output(index)
         return self.inputs
 
-    def leave(self) -> None:
-        """Let hidden states go that the next block does not read."""
-        for states in (self.inputs, self.references):
-            if isinstance(states, HiddenStates) and states is not self.outputs and states is not self._wanted:
-                states.clear()
-
     def _device(self) -> torch.device:
         return next(self.module.parameters()).device
 
@@ -242,8 +236,7 @@ def run_blocks(
     batches: token ids [B, T], the calibration text · references: also take the float model's hidden states along, which
     `wanted` and reconstruction need and statistics do not; a third of the time without · source: what lends the weights
     of a block while it is visited · room: how much of the hidden states may be in memory (None: all of them).
-    Targets outside the blocks (embedding, output head) are not
-    visited: see `outside`, and `stats.collect` for their statistics.
+    Targets outside the blocks (embedding, output head) are not visited: see `outside`, and `stats.collect`.
     """
     if not batches:
         raise PolybitError("calibration has 0 batches: give at least one window of text")
@@ -258,7 +251,7 @@ def run_blocks(
             block = VisitedBlock(index, path, module, inside, model, calls[index], inputs, follow, references, room)
             yield block
         assert len(block.outputs) == len(batches), "block.finish was not called"
-        block.leave()
+        let_go((inputs, follow), (block.outputs, block._wanted))
         inputs, follow = block.outputs, block._wanted
         calls[index] = []
 

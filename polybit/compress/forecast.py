@@ -14,6 +14,8 @@ from polybit.core.records import LayerStats
 from polybit.nn.convert import Target
 
 STATISTICS_COPIES = 4  # Hessian, its damped copy, its factor, and one working copy live at the same time
+WORKING_BYTES = 16  # of a weight while its layer is quantized
+FIXED = 128 << 20  # bytes beside the weights: pieces of files, embeddings by rows, what the allocator keeps
 LARGEST_TRIED = 2048  # rows and columns; a larger layer would make the preview long
 
 
@@ -34,17 +36,24 @@ def expected_sizes(targets: Sequence[Target], recipe: Recipe) -> dict[str, dict[
     return found
 
 
-def expected_memory(parameters: int, targets: Sequence[Target], *, tokens: int, hidden: int) -> dict[str, int]:
-    """Bytes: the float model as loaded (float32), what quantizing adds at most, and the quantized model at rest.
+def expected_memory(
+    parameters: int, targets: Sequence[Target], *, tokens: int, hidden: int, blocks: int
+) -> dict[str, int]:
+    """Bytes: the float model as a whole (float32), what quantizing it block by block takes, and the model at rest.
 
     parameters: of the whole model
     tokens: of calibration text
     hidden: size of the hidden state
+    blocks: how many decoder blocks there are
     """
     widest = max((t.columns for t in targets), default=0)
+    largest = max((t.size for t in targets), default=0)
+    block = 4 * sum(t.size for t in targets if t.kind not in ("embedding", "head")) // max(blocks, 1)
+    states = 4 * tokens * hidden
     return {
         "float_model": 4 * parameters,
-        "quantizing_adds": STATISTICS_COPIES * 4 * widest**2 + 3 * 4 * tokens * hidden,
+        "quantizing": 2 * block + STATISTICS_COPIES * 8 * widest**2 + WORKING_BYTES * min(largest, block // 4) + FIXED,
+        "states": states,
         "float_part_at_rest": 4 * (parameters - sum(t.size for t in targets)),
     }
 

@@ -28,6 +28,7 @@ from polybit.compress.settled import SettledOutputs
 from polybit.compress.source import IN_MEMORY, WeightSource
 from polybit.compress.states import Room
 from polybit.core.affine import Grid, QWeight
+from polybit.core.memory import return_freed
 from polybit.core.planes import pack, unpack
 from polybit.core.records import LayerStats
 from polybit.core.runtime import track
@@ -173,6 +174,7 @@ def block_codes(block: VisitedBlock, recipe: Recipe) -> Codes:
             grid = recipe.grid_of(target.name, target.columns)
             weight_OI = target.weight_OI(block.model)
             codes[target.name] = quantize_layer(weight_OI, stats.get(target.name), recipe, grid)
+        return_freed()
     if recipe.block_steps:
         codes = refine_block(block, codes, tuning=replace(BLOCK, steps=recipe.block_steps, seed=recipe.seed))
     return codes

@@ -17,6 +17,8 @@ from polybit.quant.problem import SMALL
 from polybit.quant.rtn import rtn
 from polybit.quant.scales import settle, span_scale
 
+PART = max(SMALL, 1 << 22)  # weights of a part
+
 
 def matrix_of(target: Target, source: WeightSource) -> RowReader | None:
     """The weight of a target to read by rows; None when it is there, or has to be lent, as a whole."""
@@ -25,12 +27,12 @@ def matrix_of(target: Target, source: WeightSource) -> RowReader | None:
 
 def is_large(matrix: RowReader) -> bool:
     """Whether a matrix had better not be read as a whole."""
-    return matrix.shape[0] * matrix.shape[1] > 2 * SMALL
+    return matrix.shape[0] * matrix.shape[1] > 2 * PART
 
 
 def parts_of(rows: int, columns: int) -> Iterator[slice]:
-    """Blocks of rows of at most SMALL weights."""
-    size = max(1, SMALL // max(columns, 1))
+    """Blocks of rows of at most PART weights."""
+    size = max(1, PART // max(columns, 1))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
@@ -56,7 +58,7 @@ def round_rows(matrix: RowReader, grid: Grid) -> Planes:
     have more than SMALL weights, from where on rounding is done in float32.
     """
     rows, columns = matrix.shape
-    size = min(rows, -(-(SMALL + columns) // columns // ROWS) * ROWS + ROWS)
+    size = min(rows, -(-(PART + columns) // columns // ROWS) * ROWS + ROWS)
     along_AI = extreme_rows(matrix, grid, size)
     planes = torch.empty(0)
     scales, zeros = [], []

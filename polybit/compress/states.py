@@ -107,3 +107,10 @@ class HiddenStates(Sequence[Tensor]):
         if self.opened is not None:
             self.opened.close()
         self.kept, self.spots, self.opened, self.end = [], [], None, 0
+
+
+def let_go(states: Sequence[Sequence[Tensor]], needed: Sequence[Sequence[Tensor]]) -> None:
+    """Clear those hidden states that nobody needs any more."""
+    for each in states:
+        if isinstance(each, HiddenStates) and not any(each is one for one in needed):
+            each.clear()

@@ -28,6 +28,14 @@ def collapse(tensor: Tensor) -> bool:
     return madvise(start, size, USE_LARGE) == 0 and madvise(start, size, MAKE_LARGE) == 0
 
 
+def return_freed() -> None:
+    """Give the system back what was freed and the allocator keeps; glibc alone keeps any."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def most_bytes() -> int:
     """Memory this process may ever have: the machine's, or less where a container or a limit of the shell says so."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), resource.getrlimit(resource.RLIMIT_AS)[0]]

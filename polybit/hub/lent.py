@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polybit.core.memory import return_freed
 from polybit.core.planes import Planes
 from polybit.core.runtime import PolybitError
 from polybit.hub.files import shards_of
@@ -90,6 +91,7 @@ class LentModel:
         finally:
             self.held.discard(path)
             self._take_back(path)
+            return_freed()
 
     @contextmanager
     def entry(self, blocks: str, first: str) -> Iterator[None]:
@@ -156,6 +158,7 @@ class LentModel:
                         "quantizing it would spoil every answer"
                     )
                 digest.update(raw(piece))
+        return_freed()
         return digest.hexdigest()
 
     def _load(self, wanted: Callable[[str], bool]) -> None:

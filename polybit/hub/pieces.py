@@ -17,7 +17,7 @@ from torch import Tensor
 from polybit.core.runtime import PolybitError
 from polybit.hub.files import read_headers
 
-PIECE = 1 << 24  # bytes read at once
+PIECE = 1 << 22  # bytes read at once
 DTYPES = {  # spelling of safetensors, in the order in which it sorts a file's tensors, widest first
     "I64": torch.int64,
     "F64": torch.float64,

@@ -51,8 +51,9 @@ def foretold(model: str, numbers: Mapping[str, Any]) -> str:
     lines += [f"  {percent(row['share']):>7}  {row['name']} ({row['reason']})" for row in numbers["left_in_float"]]
     need = numbers["memory"]
     lines.append(
-        f"\nmemory to quantize: {size(need['float_model'])} for the float model, {size(need['quantizing_adds'])} more; "
-        f"to run: {size(need['float_part_at_rest'])} in float + the bytes stored"
+        f"\nmemory to quantize: {size(need['quantizing'])} block by block ({size(need['float_model'])} would hold the "
+        f"float model); up to {size(need['states'])} of hidden states, in a file where they are too many; disk: "
+        f"{size(numbers['disk'])}; to run: {size(need['float_part_at_rest'])} in float + the bytes stored"
     )
     if "dry_run" in numbers:
         preview = numbers["dry_run"]

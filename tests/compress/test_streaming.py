@@ -193,9 +193,8 @@ class Rows:
 @pytest.mark.parametrize("zero", ["group", "centre", "level"])
 @pytest.mark.parametrize("rows", [101, 160])
 def test_rounding_by_rows_is_rounding_as_a_whole(zero, rows, monkeypatch):
-    for place in ("problem", "rtn"):
-        monkeypatch.setattr(f"polybit.quant.{place}.SMALL", 1000, raising=False)
-    monkeypatch.setattr("polybit.compress.rows.SMALL", 1000)
+    monkeypatch.setattr("polybit.quant.problem.SMALL", 1000)
+    monkeypatch.setattr("polybit.compress.rows.PART", 1000)
     weight_OI = 0.02 * torch.randn(rows, 72, generator=torch.Generator().manual_seed(0))
     weight_OI[10], weight_OI[20] = 0, 1e-30
     weight_OI[30] *= 1e-9
