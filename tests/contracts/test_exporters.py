@@ -17,7 +17,12 @@ from tests.export.checkpoints import checkpoint
 from tests.export.oracles import ORACLES
 
 NESTED = [name for name, part in EXPORTERS.items() if part.zero == "any"]
-CASES = [(name, width) for name in NESTED for width in (EXPORTERS[name].widths or (8, 3)) if width <= 8]
+SOON = {8, 4, 2}  # widths that every run of the tests looks at; the others are for `-m slow`
+CASES = [
+    pytest.param(name, width, marks=() if width in SOON else pytest.mark.slow)
+    for name in NESTED
+    for width in (EXPORTERS[name].widths or (8, 3))
+]
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +155,10 @@ def test_column_scales_are_decoded_or_refused(tmp_path):
         run(saved, tmp_path / "mlx", to="mlx")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe", "llama-tied", "gemma"])
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", "mixtral", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen3_moe", "llama-tied", "gemma"))],
+)
 def test_dense_is_what_plain_transformers_loads(family, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -199,10 +207,15 @@ def test_mlx_runs_the_export_and_says_the_same(nested, tmp_path):
     torch.testing.assert_close(torch.from_numpy(np.array(model(mx.array(ids)))), expected, atol=1e-3, rtol=1e-3)
 
 
-INTEGER = [(name, bits) for name, part in EXPORTERS.items() if part.zero == "integer" for bits in part.widths]
+INTEGER = [
+    pytest.param(name, bits, marks=() if bits in SOON else pytest.mark.slow)
+    for name, part in EXPORTERS.items()
+    if part.zero == "integer"
+    for bits in part.widths
+]
 
 
-@pytest.mark.parametrize("zero", ["level", "group"])
+@pytest.mark.parametrize("zero", [pytest.param("level", marks=pytest.mark.slow), "group"])
 @pytest.mark.parametrize(("name", "bits"), INTEGER)
 def test_fixed_files_come_out_bit_for_bit(name, bits, zero, tmp_path):
     fixed = checkpoint(tmp_path / "fixed", bits=bits, zero=zero, nested=False, group_size=64)
