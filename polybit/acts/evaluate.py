@@ -45,7 +45,7 @@ def open_pair(target: str, options: EvalOptions) -> tuple[EvalPair, str]:
         if widths is not None:
             raise PolybitError(f"{target} does not say which model it was made from: name it with --reference")
         named = target
-    asked = names_of(options.precision)
+    asked = list(dict.fromkeys(names_of(options.precision)))  # one that is named twice is measured once
     if widths is None and asked:
         raise PolybitError(
             f"--precision {options.precision}: {target} is a float model without stored widths; quantize it first"

@@ -63,9 +63,13 @@ def stored_widths(model) -> tuple[int, ...] | None:
 
 
 def default_presets(model) -> list[str]:
-    """What a checkpoint is measured at unless told otherwise: its widths where every layer has them, and its plans."""
+    """What a checkpoint is measured at unless told otherwise: its widths where every layer has them, and its plans.
+
+    Each once: where the ends keep bits of their own, the plain widths are plans too.
+    """
     least = min(layer.bits for layer in quantized_layers(model).values())
-    return [*(f"w{b}" for b in stored_widths(model) or () if b <= least), *presets_of(model)]
+    plain = [f"w{b}" for b in stored_widths(model) or () if b <= least]
+    return list(dict.fromkeys([*plain, *presets_of(model)]))
 
 
 def base_model(model) -> str | None:

@@ -1,9 +1,12 @@
 """The ends keep their own width: rounded, held by the presets, through a file and back."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from polybit.cli import main
 from polybit.compress.ends import LARGE, end_bits, end_targets, hold_ends, quantize_ends
 from polybit.core.runtime import PolybitError
 from polybit.hub.checkpoint import save
@@ -51,3 +54,14 @@ def test_small_heads_stay_in_float_unless_asked():
     with pytest.raises(PolybitError, match="--ends 9"):
         end_bits(model, 9)
     assert quantize_ends(model, 16, 32) == [] and end_targets(model)[0].size != 0
+
+
+def test_a_file_with_ends_of_their_own_is_measured_once_at_each_width(tiny_llama, tmp_path):
+    """Its plain widths are plans too, and stand among both."""
+    out, record = str(tmp_path / "out"), tmp_path / "eval.json"
+    main(["quantize", str(tiny_llama), "--out", out, "--method", "rtn", "--bits", "3", "--ends", "8", "--no-measure"])
+    flags = ["--windows", "2", "--window", "32", "--answers", "0", "--json", str(record)]
+    main(["eval", out, "--reference", str(tiny_llama), "--precision", "w3,w3", *flags])
+    main(["eval", out, "--reference", str(tiny_llama), *flags])
+    numbers = json.loads(record.read_text())["numbers"]
+    assert list(numbers["presets"]) == ["w3"] and numbers["presets"]["w3"]["kl"]["n"] == 2
