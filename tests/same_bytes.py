@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from apart import instead_of_installed
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--samples", "8", "--window", "64", "--no-measure", "--seed", "3"]
 TRAIN = ["--steps", "4", "--batch", "2", "--seed", "3"]
@@ -105,7 +107,8 @@ def digests(tree: Path, commands: list[list[str]], folder: Path) -> dict[str, st
     folder.mkdir(parents=True)
     for name, text in {**TEXTS, "plan.json": PLAN}.items():
         (folder / name).write_text(text)
-    environment = {**os.environ, "PYTHONPATH": str(tree), "XDG_CACHE_HOME": str(folder / "cache")}
+    path = instead_of_installed(tree, folder / "start")
+    environment = {**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(folder / "cache")}
     for command in commands:
         words = [sys.executable, "-m", "polybit", *command]
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import polybit
+from tests.apart import instead_of_installed
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -30,8 +31,10 @@ def grow(folder: Path, files: Mapping[str, str], lines: Mapping[str, tuple[str, 
         (home / name).unlink()
         (home / name).write_text(text.replace(before, before + line))
 
+    path = instead_of_installed(folder, folder / "start")
+
     def run(*words: object, cwd: Path = folder) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(folder), "XDG_CACHE_HOME": str(folder / "cache")}
+        environment = {**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(folder / "cache")}
         command = [sys.executable, *map(str, words)]
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 

@@ -140,8 +140,13 @@ def test_names_that_are_no_models(name):
 
 
 def test_file_instead_of_a_directory(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"GGUF")
+    refused(tmp_path / "model.ckpt", "is a file")
+
+
+def test_a_gguf_file_that_is_cut(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    refused(tmp_path / "model.gguf", "is a file")
+    refused(tmp_path / "model.gguf", "cannot read")
 
 
 def test_code_beside_the_weights_is_not_executed(whole, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import httpx
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from polybit.cli import main
 from polybit.nn.switch import at
@@ -447,9 +448,12 @@ def test_tokens(web):
 def test_metrics(web, client):
     chat(client, model="tinychat@w3")
     text = web.get("/metrics").text
-    assert 'polybit_answers_total{chosen_by="request",width="w3"}' in text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    answers = [sample.labels for sample in samples if sample.name == "polybit_answers_total"]
+    assert {"chosen_by": "request", "width": "w3"} in answers
     assert "polybit_time_to_first_token_seconds_count" in text and "polybit_requests_processing" in text
-    assert 'polybit_requests_total{path="/v1/chat/completions",status="200"}' in text
+    requests = [sample.labels for sample in samples if sample.name == "polybit_requests_total"]
+    assert {"path": "/v1/chat/completions", "status": "200"} in requests
 
 
 def test_loading_and_failing():
