@@ -51,8 +51,10 @@ def serving(state, *, shared=False, **more):
     config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
     server = Server(config, state, 2.0)
     listening = open_socket("127.0.0.1", 0)
-    if state.service is not None:
-        state.service.note, state.service.first_seconds = state.metrics.note, state.metrics.first.observe
+    service, told = state.service, None
+    if service is not None:
+        told = service.note, service.first_seconds
+        service.note, service.first_seconds = state.metrics.note, state.metrics.first.observe
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:
@@ -60,6 +62,8 @@ def serving(state, *, shared=False, **more):
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
+        if service is not None and told is not None:
+            service.note, service.first_seconds = told  # of the server that has it too
         if shared:
             state.service = None
         server.should_exit = True
