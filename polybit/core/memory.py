@@ -38,7 +38,8 @@ def return_freed() -> None:
 
 def most_bytes() -> int:
     """Memory this process may ever have: the machine's, or less where a container or a limit of the shell says so."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), resource.getrlimit(resource.RLIMIT_AS)[0]]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits += [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     limits += [number(Path("/sys/fs/cgroup/memory.max")), number(Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))]
     return min(limit for limit in limits if limit > 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,9 +42,9 @@ def pose(weight_OI: Tensor, stats: LayerStats | None, *, damp: float = 0.01) -> 
     gain = scale_gain(weight)
     dtype = torch.float64 if weight.numel() <= SMALL else torch.float32
     columns = weight.shape[1]
-    eye = torch.eye(columns, dtype=dtype, device=weight.device)
+    plain = partial(torch.eye, columns, dtype=dtype, device=weight.device)
     if stats is None:
-        return Problem(weight.to(dtype) / gain, eye, gain)
+        return Problem(weight.to(dtype) / gain, plain(), gain)
     if stats.hessian_II.shape != (columns, columns):
         raise PolybitError(
             f"calibration statistics are for {stats.hessian_II.shape[0]} input columns but the weight has {columns}: "
@@ -54,12 +55,17 @@ def pose(weight_OI: Tensor, stats: LayerStats | None, *, damp: float = 0.01) -> 
             "calibration statistics hold NaN or infinite values where finite numbers are needed: "
             "calibrate with other text or in float32"
         )
-    hessian = stats.hessian_II.to(device=weight.device, dtype=torch.float64)
-    level = float(hessian.diagonal().mean())
+    level = float(stats.hessian_II.diagonal().double().mean())
     if level <= 0.0:
-        return Problem(weight.to(dtype) / gain, eye, gain)
-    hessian = ((hessian + hessian.T) / (2 * level)).to(dtype)
-    return Problem(weight.to(dtype) / gain, hessian + damp * eye, gain)
+        return Problem(weight.to(dtype) / gain, plain(), gain)
+    hessian = torch.empty(columns, columns, dtype=dtype, device=weight.device)
+    for part in row_chunks(columns, columns, limit=1 << 22):  # a float64 copy of it all would be twice its size
+        both = (
+            stats.hessian_II[part].to(weight.device).double() + stats.hessian_II[:, part].to(weight.device).double().T
+        )
+        hessian[part] = both / (2 * level)
+    hessian.diagonal().add_(damp)
+    return Problem(weight.to(dtype) / gain, hessian, gain)
 
 
 def check_weight(weight_OI: Tensor) -> Tensor:
@@ -79,15 +85,20 @@ def inverse_factor(hessian_II: Tensor) -> Tensor:
 
     Computed in float64. When rounding has made H indefinite the damping is raised tenfold until it is not.
     """
-    hessian = hessian_II.double()
     extra = 0.0
-    while True:
-        damped = hessian + extra * torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+    while True:  # never more than two matrices in float64 at once
+        damped = hessian_II.double() if hessian_II.dtype != torch.float64 else hessian_II.clone()
+        damped.diagonal().add_(extra)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            del inverse
             if not int(failed) and bool(torch.isfinite(upper).all()):
                 return upper.to(hessian_II.dtype)
+            del upper
         extra = max(10 * extra, 1e-6)
 
 
