@@ -7,16 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from polybit.acts.evaluate_blockwise import BlockwiseLM, loaded_bytes, noted_base, of_text_alone, open_blockwise
 from polybit.acts.evaluate_material import gather_material
 from polybit.acts.evaluate_suites import EvalPair, span_numbers
 from polybit.compress.sizes import base_model, default_presets, preset_sizes, stored_widths
+from polybit.core.memory import fits
 from polybit.core.parts import load
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
 from polybit.evals.compare import compare
 from polybit.evals.table import SUITES
 from polybit.hub.lm import LocalLM
-from polybit.hub.models import is_embedded, open_model
+from polybit.hub.models import device_of, is_embedded, open_model, resolve
 from polybit.options.checks import names_of, plain
 from polybit.options.evaluate import WINDOWS, EvalOptions
 
@@ -31,6 +33,9 @@ def evaluate(model: str, options: EvalOptions) -> Run:
             run.numbers = {"squad": span_numbers(model, options)}
         else:
             pair, reference_name = open_pair(model, options)
+            if isinstance(pair.quantized, BlockwiseLM):
+                run.config["blockwise"] = True
+                options = of_text_alone(model, options, embedded=is_embedded(reference_name))
             run.numbers, text_name = measure(pair, options, embedded=is_embedded(reference_name))
             run.config |= {"reference_name": Path(reference_name).name, "text_name": text_name}
     return run
@@ -38,7 +43,9 @@ def evaluate(model: str, options: EvalOptions) -> Run:
 
 def open_pair(target: str, options: EvalOptions) -> tuple[EvalPair, str]:
     """Both models, the precisions to measure, and the name of the reference."""
-    model, tokenizer = open_model(target, trust_remote_code=options.trust_remote_code, device=options.device)
+    blockwise = too_large(target, options)
+    ours = opened(target, options, blockwise=blockwise)
+    model = ours.model
     widths = stored_widths(model)
     named = options.reference or base_model(model)
     if named is None:
@@ -50,13 +57,31 @@ def open_pair(target: str, options: EvalOptions) -> tuple[EvalPair, str]:
         raise PolybitError(
             f"--precision {options.precision}: {target} is a float model without stored widths; quantize it first"
         )
-    float_model, float_tokenizer = open_model(named, trust_remote_code=options.trust_remote_code, device=options.device)
-    if stored_widths(float_model) is not None:
+    theirs = opened(named, options, blockwise=blockwise)
+    if stored_widths(theirs.model) is not None:
         raise PolybitError(f"the reference {named} is itself quantized: give the float model it was made from")
     presets: list[str | None] = list(asked or (default_presets(model) if widths else ())) or [None]
     sizes: Mapping[str, Any] = preset_sizes(model, [p for p in presets if p]) if widths else {}
-    pair = EvalPair(LocalLM(float_model, float_tokenizer), LocalLM(model, tokenizer), tuple(presets), sizes)
-    return pair, named
+    return EvalPair(theirs, ours, tuple(presets), sizes), named
+
+
+def too_large(target: str, options: EvalOptions) -> bool:
+    """Whether both models together do not fit into memory; never said of a GPU's."""
+    if device_of(options.device).type != "cpu":
+        return False
+    trust = options.trust_remote_code
+    named = options.reference or noted_base(target, trust_remote_code=trust) or target
+    return not fits(
+        sum(loaded_bytes(resolve(name), trust_remote_code=trust) for name in (target, named)), options.memory
+    )
+
+
+def opened(name: str, options: EvalOptions, *, blockwise: bool) -> LocalLM:
+    """A model with its tokenizer, in memory, or read from its files block by block where that is possible."""
+    found = open_blockwise(resolve(name), options) if blockwise else None
+    if found is not None:
+        return found
+    return LocalLM(*open_model(name, trust_remote_code=options.trust_remote_code, device=options.device))
 
 
 def measure(pair: EvalPair, options: EvalOptions, *, embedded: bool) -> tuple[dict[str, Any], str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from polybit.acts.quantize_source import FloatSource, fits, float_bytes, open_float, writer
+from polybit.acts.quantize_source import FloatSource, float_bytes, open_float, writer
 from polybit.compress.ends import end_bits, end_targets, hold_ends, quantize_ends
 from polybit.compress.loop import compress_in_place
 from polybit.compress.mix_files import gather_either
@@ -18,6 +18,7 @@ from polybit.compress.plan_files import check_document, check_plan, read_plan, s
 from polybit.compress.recipe import Recipe, choose, within_memory
 from polybit.compress.sizes import described, preset_sizes
 from polybit.compress.text import AUTO, BATCH, Calibration, auto_source, batches, window_length
+from polybit.core.memory import fits
 from polybit.core.precision import FLOAT
 from polybit.core.records import RUN_FILE, Run
 from polybit.core.runtime import PolybitError, atomic_path, warn, write_json
@@ -124,7 +125,7 @@ def filled(
 
 def may_measure(name: str, source: FloatSource, size: int, options: QuantizeOptions) -> bool:
     """Whether there is memory to compare with the float model; says so where there is none."""
-    if source.lent is None or fits(2 * size, options):
+    if source.lent is None or fits(2 * size, options.memory):
         return True
     warn(
         f"{name} is not measured: beside its checkpoint it would take up to {2 * size / 1e9:.1f} GB of memory; "

@@ -13,7 +13,7 @@ from polybit.compress.mix_files import read_mix
 from polybit.compress.source import IN_MEMORY, WeightSource
 from polybit.compress.states import Room
 from polybit.compress.text import AUTO, SELF, auto_source
-from polybit.core.memory import free_bytes, most_bytes
+from polybit.core.memory import allowed_bytes, fits
 from polybit.core.runtime import PolybitError
 from polybit.hub.gguf_file import is_gguf
 from polybit.hub.lent import LentModel, open_lent
@@ -24,7 +24,6 @@ from polybit.hub.workspace import Workspace, model_digest
 from polybit.options.quantize import QuantizeOptions
 
 FLOAT_BYTES = 4  # of a weight in memory
-FREE_SHARE = 0.75  # of what is free that a model may take as a whole
 STATES_SHARE = 32  # one part in so many of the memory allowed is for hidden states
 
 
@@ -68,7 +67,7 @@ class FloatSource:
 
 def open_float(name: str, options: QuantizeOptions, *, whole: bool) -> FloatSource:
     """The float model, lent block by block unless it is needed as a `whole` or its files cannot be read so."""
-    allowed = most_bytes() // 2 if options.memory is None else int(options.memory * 1e9)
+    allowed = allowed_bytes(options.memory)
     path = resolve(name)
     lent = None if whole or is_gguf(path) else open_lent(path, trust_remote_code=options.trust_remote_code)
     if lent is None:
@@ -81,11 +80,6 @@ def open_float(name: str, options: QuantizeOptions, *, whole: bool) -> FloatSour
 def float_bytes(model: nn.Module) -> int:
     """Bytes of the model in memory as a whole."""
     return FLOAT_BYTES * sum(parameter.numel() for parameter in model.parameters())
-
-
-def fits(size: int, options: QuantizeOptions) -> bool:
-    """Whether `size` bytes may be had at once: within --memory where it was given, else within what is free."""
-    return size <= (FREE_SHARE * free_bytes() if options.memory is None else options.memory * 1e9)
 
 
 def writes_its_text(name: str, options: QuantizeOptions) -> bool:
@@ -107,7 +101,7 @@ def writer(name: str, source: FloatSource, options: QuantizeOptions) -> Iterator
         yield source.model
         return
     size = float_bytes(source.model)
-    if not fits(size, options):
+    if not fits(size, options.memory):
         raise PolybitError(
             f"{name} is to write its own calibration text and needs {size / 1e9:.1f} GB for that, more than may be "
             "used: give --calibration with a text file or a named set, or more --memory"

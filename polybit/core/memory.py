@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 PAGE = 4096
+FREE_SHARE = 0.75  # of what is free that a model may take as a whole
 SMALLEST = 1 << 20  # bytes; a smaller tensor hardly holds one large page
 USE_LARGE, MAKE_LARGE = 14, 25  # MADV_HUGEPAGE, MADV_COLLAPSE of Linux
 
@@ -53,6 +54,16 @@ def free_bytes() -> int:
             if line.startswith("MemAvailable:"):
                 found = min(found, int(line.split()[1]) * 1024)
     return found
+
+
+def allowed_bytes(gigabytes: float | None) -> int:
+    """Bytes a run keeps to: as many as it was given, or half of what there may ever be."""
+    return most_bytes() // 2 if gigabytes is None else int(gigabytes * 1e9)
+
+
+def fits(size: int, gigabytes: float | None) -> bool:
+    """Whether `size` bytes may be had at once: within what the run was given, else within what is free."""
+    return size <= (FREE_SHARE * free_bytes() if gigabytes is None else gigabytes * 1e9)
 
 
 def number(path: Path) -> int:

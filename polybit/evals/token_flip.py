@@ -92,6 +92,9 @@ def measure_tokens(
     texts: list[Tensor] = []
     reference_parts: list[Tensor] = []
     parts: dict[str | None, list[Tensor]] = {preset: [] for preset in presets}
+    asked = [batch.ids_BT[:, :-1] for batch in batches]
+    reference.read_ahead(asked, [None])
+    quantized.read_ahead(asked, presets)
     for batch in track(batches, label):
         counted_BT = batch.mask_BT[:, 1:]
         target_BT = batch.ids_BT[:, 1:]

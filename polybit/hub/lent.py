@@ -272,12 +272,17 @@ def load_into(model: Any, tensors: Mapping[str, Any], mapping: Sequence[Any], *,
 def finish(model: Any, report: Any) -> None:
     """What from_pretrained does once all weights are there: buffers that no file holds are computed, weights tied."""
     model.mark_tied_weights_as_initialized(report)
+    compute_buffers(model)
+    model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(report)
+
+
+def compute_buffers(model: Any) -> None:
+    """Fill the buffers of a skeleton that no file holds: rotary frequencies, masks."""
     model._move_missing_keys_from_meta_to_device(set(), None, None, None)
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     model._initialize_missing_keys(False)
-    model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
-    model._adjust_missing_and_unexpected_keys(report)
 
 
 def tied_as_stored(model: Any, places: Mapping[str, Place]) -> bool:

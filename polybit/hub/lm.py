@@ -98,6 +98,9 @@ class LocalLM:
 
     # logits ---------------------------------------------------------------------------------------------------
 
+    def read_ahead(self, batches: Sequence[Tensor], presets: Sequence[str | None]) -> None:
+        """Told which batches of token ids `logits` will be asked for, and at which presets; nothing to do in memory."""
+
     @torch.inference_mode()
     def logits(self, ids_BT: Tensor) -> Tensor:
         """Logits of a batch of windows without padding, or padded on the right, float32 [B, T, V]."""

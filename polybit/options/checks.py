@@ -20,6 +20,12 @@ def at_least(options: Any, **least: int) -> None:
             raise PolybitError(f"--{name.replace('_', '-')} {value} is not possible: give {smallest} or more")
 
 
+def possible_memory(gigabytes: float | None) -> None:
+    """Refuse a --memory that no machine has."""
+    if gigabytes is not None and not 0 < gigabytes < 1e6:
+        raise PolybitError(f"--memory {gigabytes} is not possible: give gigabytes, such as 4")
+
+
 def plain(options: Any) -> dict[str, Any]:
     """The fields of a record as JSON knows them: paths as text."""
     found = {field.name: getattr(options, field.name) for field in fields(options)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from polybit.core.parts import listed
 from polybit.core.runtime import PolybitError
 from polybit.evals.table import CHOICE_FORMS, SQUAD_HEADS, SUITES, TASKS
-from polybit.options.checks import Device, at_least, names_of, squad_is_there
+from polybit.options.checks import Device, at_least, names_of, possible_memory, squad_is_there
 
 WINDOWS = 64
 
@@ -148,8 +148,14 @@ class EvalModelOptions:
     """Seed of intervals and of drawn text."""
     device: Device = "auto"
     """Where models run (auto: a GPU where there is one)."""
+    memory: float | None = None
+    """Gigabytes of memory the run should keep to: models that are larger together are read block by block, from their
+    files, for text alone (default: as this machine has)."""
     trust_remote_code: bool = False
     """Allow code that the model's repository brings."""
+
+    def __post_init__(self) -> None:
+        possible_memory(self.memory)
 
 
 PARTS = (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from polybit.core.parts import described, listed, pick
 from polybit.core.precision import FLOAT, check_width, parse_widths
 from polybit.core.runtime import PolybitError
-from polybit.options.checks import at_least
+from polybit.options.checks import at_least, possible_memory
 from polybit.quant.table import DEFAULT_FIXED, DEFAULT_NESTED, FIXED, NESTED, QUANTIZERS, Effort
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ class QuantizeOptions(CodeOptions):
             raise PolybitError("--plan and --bits exclude each other: the plan says the width of every layer")
         if self.mix is not None and self.calibration != "auto":
             raise PolybitError("--mix and --calibration exclude each other: name all texts in --mix")
-        if self.memory is not None and not 0 < self.memory < 1e6:
-            raise PolybitError(f"--memory {self.memory} is not possible: give gigabytes, such as 4")
+        possible_memory(self.memory)
         super().__post_init__()
 
     @property

@@ -1,0 +1,207 @@
+"""An LM for text alone whose weights stay in their files: all batches go through one block after another.
+
+lm.read_ahead(batches, presets)   # hidden states behind the last block, kept or spilled
+lm.logits(ids_BT)                 # what follows the blocks, the head by rows
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polybit.compress.blocks import find_blocks, run_blocks
+from polybit.compress.sizes import base_model
+from polybit.compress.source import RowReader
+from polybit.compress.states import HiddenStates, Room
+from polybit.core.memory import allowed_bytes
+from polybit.core.runtime import PolybitError, track, warn
+from polybit.evals.table import SUITES
+from polybit.hub.checkpoint import METHOD
+from polybit.hub.gguf_file import is_gguf
+from polybit.hub.lent import LentModel, open_lent
+from polybit.hub.lent_checkpoint import open_lent_checkpoint
+from polybit.hub.lm import LocalLM
+from polybit.hub.load import TOKENIZER_FILES, fetch, guarded, load_config, load_tokenizer, quantization_of
+from polybit.hub.models import resolve
+from polybit.hub.pieces import read_places
+from polybit.measure.sensitivity import entered
+from polybit.nn.convert import Target, ends, targets
+from polybit.options.evaluate import EvalOptions
+
+STATES_SHARE = 32  # one part in so many of the memory allowed is for hidden states
+HEAD_ROWS = 1 << 22  # weights of a head that are in memory at once
+
+
+class BlockwiseLM(LocalLM):
+    """Reads text as a `LocalLM` does, to rounding, with one block of weights in memory; it cannot write any.
+
+    targets: of the float model, which tell where its blocks are · memory: bytes that hidden states may take, those
+    beyond go to a file
+    """
+
+    def __init__(self, source: LentModel, tokenizer: Any, targets: Sequence[Target], memory: int) -> None:
+        super().__init__(source.model, tokenizer, keep_decoded=False)
+        self.source, self.targets = source, targets
+        self.path, self.modules = find_blocks(source.model, targets)
+        self.room = Room(memory, Path(tempfile.gettempdir()))
+        self.preset: str | None = None
+        self.known: dict[tuple[str | None, bytes], tuple[HiddenStates, int]] = {}
+        self.wraps = False
+        self.open = ExitStack()
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks are while they are lent."""
+        return torch.device("cpu")
+
+    @contextmanager
+    def at(self, preset: str | None) -> Iterator[LocalLM]:
+        """As in memory."""
+        before = self.preset
+        with super().at(preset):
+            self.preset = before if preset is None else preset
+            try:
+                yield self
+            finally:
+                self.preset = before
+
+    def read_ahead(self, batches: Sequence[Tensor], presets: Sequence[str | None]) -> None:
+        """Take batches of token ids [B, T] through all blocks at each preset, and forget earlier ones."""
+        self.open.close()
+        for states in {id(states): states for states, _ in self.known.values()}.values():
+            states.clear()
+        self.known = {}
+        for preset in presets:
+            with self.at(preset):
+                states = self.walked(batches)
+            for index, ids_BT in enumerate(batches):
+                self.known[preset, key_of(ids_BT)] = states, index
+
+    @torch.inference_mode()
+    def walked(self, batches: Sequence[Tensor]) -> HiddenStates:
+        """The hidden states behind the last block."""
+        walk = run_blocks(self.model, batches, self.targets, references=False, source=self.source, room=self.room)
+        block = None
+        for block in track(walk, "blocks", len(self.modules)):
+            if not block.index:
+                handle = block.module.register_forward_hook(self._hear)
+                block.finish()
+                handle.remove()
+            else:
+                block.finish()
+        assert block is not None and isinstance(block.outputs, HiddenStates)
+        return block.outputs
+
+    @torch.inference_mode()
+    def logits(self, ids_BT: Tensor) -> Tensor:
+        """Logits float32 [B, T, V] of a batch that was read ahead."""
+        states, index = self.known[self.preset, key_of(ids_BT)]
+        if not self.open._exit_callbacks:  # type: ignore[attr-defined]
+            self.open.enter_context(self.source.entry(self.path, f"{self.path}.0"))
+            self.open.enter_context(head_by_rows(self.model, self.source))
+        with entered(self.modules, len(self.modules), states[index], self.wraps):
+            return self._call(input_ids=ids_BT, use_cache=False).logits.float()
+
+    def _hear(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.wraps = isinstance(output, (tuple, list))
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise PolybitError(
+            f"{self.source.name} is read block by block, which is too slow to write answers or to score pairs of "
+            "texts: leave them out (--answers 0), or give more --memory"
+        )
+
+    generate = generate_tokens = loglik = loglik_tokens = _refuse
+
+
+def key_of(ids_BT: Tensor) -> bytes:
+    """A batch as the key of what was read ahead."""
+    return repr(tuple(ids_BT.shape)).encode() + ids_BT.contiguous().numpy().tobytes()
+
+
+@contextmanager
+def head_by_rows(model: nn.Module, source: LentModel) -> Iterator[None]:
+    """While inside, the output head multiplies; a float one is read some rows at a time and never there as a whole."""
+    _, head = ends(model)
+    name = next((path for path, module in model.named_modules() if module is head), "")
+    matrix = source.matrix(f"{name}.weight") if isinstance(head, nn.Linear) else None
+    if head is None or matrix is None:
+        with source.lend(name):
+            yield
+        return
+    head.forward = lambda x: multiplied(x, matrix, head.bias)
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def multiplied(x: Tensor, matrix: RowReader, bias: Any) -> Tensor:
+    """x W^T + bias, [..., O]."""
+    rows, columns = matrix.shape
+    size = max(1, HEAD_ROWS // columns)
+    y = x.new_empty(*x.shape[:-1], rows)
+    for start in range(0, rows, size):
+        part = slice(start, min(start + size, rows))
+        y[..., part] = nn.functional.linear(x, matrix.rows(part.start, part.stop))
+    return y if bias is None else y + bias
+
+
+def loaded_bytes(name: str, *, trust_remote_code: bool) -> int:
+    """Bytes of a model's weights in memory, by the headers of its files; 0 for one that is never read by blocks."""
+    if is_gguf(name):
+        return 0
+    quantization_of(name, trust_remote_code=trust_remote_code)  # refuses a name that is none
+    directory = Path(name) if Path(name).is_dir() else fetch(name)
+    places = read_places(sorted(directory.glob("*.safetensors"))) or {}
+    sizes = ((prod(p.shape), 4 if p.dtype.is_floating_point else p.dtype.itemsize) for p in places.values())
+    return sum(count * size for count, size in sizes)
+
+
+def noted_base(target: str, *, trust_remote_code: bool) -> str | None:
+    """The model a checkpoint says it was made from; None for a float model."""
+    name = resolve(target)
+    if is_gguf(name):
+        return None
+    return base_model(SimpleNamespace(config=load_config(name, trust_remote_code=trust_remote_code)))
+
+
+def open_blockwise(name: str, options: EvalOptions) -> BlockwiseLM | None:
+    """A float model or a polybit checkpoint that is read by blocks; None where only the whole can be loaded."""
+    trust, memory = options.trust_remote_code, allowed_bytes(options.memory) // STATES_SHARE
+    if quantization_of(name, trust_remote_code=trust) == METHOD:
+        checkpoint = open_lent_checkpoint(name, trust_remote_code=trust)
+        path = Path(name) if Path(name).is_dir() else fetch(name)
+        has_none = not any((path / file).is_file() for file in TOKENIZER_FILES)
+        tokenizer = None if has_none else load_tokenizer(name, trust_remote_code=trust)
+        guarded(checkpoint.model, tokenizer)
+        return BlockwiseLM(checkpoint, tokenizer, checkpoint.targets, memory)
+    lent = open_lent(name, trust_remote_code=trust)
+    if lent is None:
+        return None
+    tokenizer = load_tokenizer(name, trust_remote_code=trust)
+    guarded(lent.model, tokenizer)
+    return BlockwiseLM(lent, tokenizer, targets(lent.model), memory)
+
+
+def of_text_alone(target: str, options: EvalOptions, *, embedded: bool) -> EvalOptions:
+    """The options of a run by blocks: free answers are left out with a warning, what else needs them is refused."""
+    asked = ["--tasks"] if options.tasks else [f"--{SUITES[name].flag.replace('_', '-')}" for name in options.suites]
+    asked += ["--breakdown"] if options.breakdown else []
+    why = f"{target} and its reference do not fit into memory and are read block by block"
+    if asked:
+        raise PolybitError(f"{asked[0]} writes or scores answers, and {why}: leave it out, or give more --memory")
+    if options.text is None and not embedded:
+        raise PolybitError(f"{why}, which is too slow to write a text: give one with --text, or more --memory")
+    if options.answers:
+        warn(f"{why}: no free answers are written; --answers 0 leaves them out in silence")
+    return replace(options, answers=0)
