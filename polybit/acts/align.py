@@ -35,7 +35,7 @@ from polybit.train.answering import AskedModels, Asking, Hands, are_made, make_p
 from polybit.train.balance import Balance
 from polybit.train.fit import Course, Outcome
 from polybit.train.latent import freeze
-from polybit.train.material import AnswersRead, PairMaterial, read_material
+from polybit.train.material import AnswersRead, PairMaterial, largest_token, read_material
 from polybit.train.pairs import SUMMARY, summary
 from polybit.train.schedules import every, in_turn
 from polybit.train.table import AnswerKnobs
@@ -93,6 +93,16 @@ def asked_first(models: AskedModels, options: AlignOptions) -> Path:
     return directory
 
 
+def check_tokens(model: Any, pairs: Path, material: PairMaterial) -> None:
+    """Refuse pairs with tokens that the model does not have."""
+    rows, largest = model.get_input_embeddings().num_embeddings, largest_token(material)
+    if largest >= rows:
+        raise PolybitError(
+            f"{pairs} holds the token {largest}, and the model's embedding has {rows} rows: "
+            "make the pairs with this model"
+        )
+
+
 def align_with(
     name: str, models: AskedModels, pairs: Path, objective: AnswersRead, options: AlignOptions
 ) -> dict[str, Any]:
@@ -106,6 +116,7 @@ def align_with(
     store = Workspace(options.out, fingerprint(options, models, digest, widths), restart=options.restart)
     try:
         material = read_material(pairs, reference=digest, pad_token=tokenizer.pad_token_id or 0)
+        check_tokens(model, pairs, material)
         count = options.held_out or max(1, min(HELD_OUT_MOST, int(len(material) * HELD_OUT_SHARE)))
         halves = material.split(count)
         stats = statistics(model, halves[0]) if widths.settled else {}

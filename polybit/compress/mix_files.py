@@ -14,17 +14,13 @@ from polybit.compress.text import Calibration, gather
 from polybit.core.runtime import PolybitError
 from polybit.hub.files import read_json
 
+LARGEST_SHARE = 1e9  # shares are relative; the sum of all must stay a number
+
 
 def read_mix(spec: str) -> dict[str, float]:
     """Read `stories.txt=0.25,gsm8k.jsonl=0.75`, or the .json that `polybit mix --json` wrote, into shares by text."""
     if spec.endswith(".json"):
-        numbers = read_json(Path(spec)).get("numbers") if Path(spec).is_file() else None
-        best = numbers.get("mixture", {}).get("best", {}).get("weights") if isinstance(numbers, Mapping) else None
-        if not isinstance(best, Mapping):
-            raise PolybitError(
-                f"--mix {spec}: this is no file that polybit mix --json wrote; write FILE=SHARE,FILE=SHARE"
-            )
-        return {str(source): float(share) for source, share in best.items() if share > 0}
+        return read_found(Path(spec))
     shares: dict[str, float] = {}
     for part in filter(None, (piece.strip() for piece in spec.split(","))):
         source, sign, share = part.rpartition("=")
@@ -32,7 +28,7 @@ def read_mix(spec: str) -> dict[str, float]:
             value = float(share)
         except ValueError:
             value = -1.0
-        if not (sign and source) or source in shares or not 0 <= value < float("inf"):
+        if not (sign and source) or source in shares or not 0 <= value <= LARGEST_SHARE:
             raise PolybitError(
                 f"--mix {spec!r:.120} cannot be read at {part!r:.60}: give every text once with its share, as in "
                 "--mix stories.txt=0.25,gsm8k.jsonl=0.75"
@@ -41,6 +37,25 @@ def read_mix(spec: str) -> dict[str, float]:
     if sum(shares.values()) <= 0:
         raise PolybitError(f"--mix {spec!r:.120} gives no text a share: write as in stories.txt=0.25,gsm8k.jsonl=0.75")
     return {source: share for source, share in shares.items() if share > 0}
+
+
+def read_found(path: Path) -> dict[str, float]:
+    """The shares that `polybit mix` found, of the .json that it wrote."""
+    found: Any = read_json(path) if path.is_file() else None
+    for key in ("numbers", "mixture", "best", "weights"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping):
+        raise PolybitError(f"--mix {path}: this is no file that polybit mix --json wrote; write FILE=SHARE,FILE=SHARE")
+    for source, share in found.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= LARGEST_SHARE:
+            raise PolybitError(
+                f"--mix {path} gives {source!r:.120} the share {share!r:.40}: each is a number from 0 to "
+                f"{LARGEST_SHARE:g}"
+            )
+    shares = {source: float(share) for source, share in found.items() if share > 0}
+    if not shares:
+        raise PolybitError(f"--mix {path} gives no text a share: run polybit mix again")
+    return shares
 
 
 def gather_either(

@@ -123,7 +123,7 @@ class Plan:
         unknown = sorted({*self.layers, *self.columns} - set(known))
         if unknown:
             raise PolybitError(
-                f"the plan names {len(unknown)} layer(s) the model does not have, first {unknown[0]!r}: "
+                f"the plan names {len(unknown)} layer(s) the model does not have, first {unknown[0]!r:.120}: "
                 "remove them or use the plan with the model it was made for"
             )
 

@@ -39,15 +39,15 @@ class Precision:
         spelled = str(text).strip().lower()
         if spelled in ("float", "fp", "none"):
             return cls()
-        if spelled.isdigit():
+        if re.fullmatch("[0-9]{1,6}", spelled):
             return cls(w=int(spelled))
-        parts = re.findall(r"([a-z])(\d+)", spelled)
+        parts = re.findall("([a-z])([0-9]{1,6})", spelled)
         letters = [letter for letter, _ in parts]
         readable = "".join(f"{letter}{bits}" for letter, bits in parts) == spelled
         if not parts or not readable or len(set(letters)) != len(letters) or set(letters) - set(ALLOWED):
             raise PolybitError(
-                f"precision {text!r} cannot be read: write letters w, a, q, k, v each at most once with their bits, "
-                "as in 'w4', 'w4a8' or 'w4a8k8v4', or 'float'"
+                f"precision {text!r:.120} cannot be read: write letters w, a, q, k, v each at most once with their "
+                "bits, as in 'w4', 'w4a8' or 'w4a8k8v4', or 'float'"
             )
         return cls(**{letter: int(bits) for letter, bits in parts})
 

@@ -31,12 +31,18 @@ def open_gguf(name: str, *, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         raise PolybitError(f"{path} is read by the package gguf: run pip install 'polybit[export]'")
     open_model: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model = open_model(str(path.parent), gguf_file=path.name, dtype=dtype)
+        options = {"gguf_file": path.name, "dtype": dtype, "output_loading_info": True}
+        model, report = open_model(str(path.parent), **options)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise PolybitError(
             f"transformers cannot read {path} ({first}): give the Hugging Face directory it was made from"
         ) from error
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    missing = sorted(set(report["missing_keys"]) - (tied if model.config.tie_word_embeddings else set()))
+    if missing or report["mismatched_keys"]:  # transformers gives these random numbers, and a warning
+        name = missing[0] if missing else next(iter(report["mismatched_keys"]))[0]
+        raise PolybitError(f"{path} does not hold the weight {name!r:.120} of its model: fetch it again")
     model.config.name_or_path = path.stem
     return model.eval(), tokenizer

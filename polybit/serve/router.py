@@ -133,7 +133,7 @@ def read_router(directory: Path, widths: Sequence[str], embedding_size: int) -> 
             raise ValueError(f"version {value.get('version')!r:.20}")
         made_for = str(value["checkpoint"])
         found = parsed(value)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise PolybitError(f"{path} is no router ({error!s:.100}): {again}") from None
     if made_for != checkpoint_digest(directory):
         raise PolybitError(f"{path} was fitted to another checkpoint: {again}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from polybit.core.runtime import PolybitError, track
 from polybit.data.batches import buckets, pad
+from polybit.hub.directory import check_manifest
 from polybit.hub.lm import LocalLM
 from polybit.hub.tensors import read_tensors, write_tensors
 from polybit.train.pairs import SHARDS, Pair, digest_rows, first_divergence, read_shard, scores_name, summary
@@ -307,7 +308,7 @@ def read_cache(path: Path, pairs: Sequence[Pair], *, reference: str, pad_token: 
             f"model has {reference:.12}): give the float model the pairs were made with, or remove the file"
         )
     differing = [pair.rejected if pair.star is not None else None for pair in pairs]
-    if notes.get("rows") != digest_rows(pairs) or len(tensors["chosen_logp"]) != sum(len(p.chosen) for p in pairs):
+    if notes.get("rows") != digest_rows(pairs) or not lengths_fit(tensors, pairs):
         raise PolybitError(f"{path} belongs to other pairs: remove it, it is computed again")
     lengths = [len(pair.chosen) for pair in pairs]
     columns: dict[str, Sequence[Tensor | None]] = {
@@ -325,9 +326,26 @@ def read_cache(path: Path, pairs: Sequence[Pair], *, reference: str, pad_token: 
     return PairMaterial([pair.prompt for pair in pairs], chosen, rejected, pad_token)
 
 
+def lengths_fit(tensors: Mapping[str, Tensor], pairs: Sequence[Pair]) -> bool:
+    """Whether there is a score for every token of the answers, and as many of one kind as of the other."""
+    chosen = sum(len(pair.chosen) for pair in pairs)
+    rejected = sum(len(pair.rejected) for pair in pairs if pair.star is not None)
+    sizes = {"chosen_logp": chosen, "top_logp": chosen, "top_index": chosen, "rejected_logp": rejected}
+    fit = all(len(tensors[name]) == size for name, size in sizes.items() if name in tensors)
+    return fit and "chosen_logp" in tensors and ("top_logp" in tensors) == ("top_index" in tensors)
+
+
+def largest_token(material: PairMaterial) -> int:
+    """The largest token number of prompts and answers."""
+    rows = list(material.prompts) + [answer.tokens for answer in material.chosen]
+    rows += [answer.tokens for answers in material.rejected.values() for answer in answers if answer is not None]
+    return max(max(tokens) for tokens in rows if tokens)
+
+
 def read_material(directory: Path, *, reference: str, pad_token: int) -> PairMaterial:
-    """A finished directory of pairs with their scores; scores of another float model than `reference` are refused."""
+    """A finished directory of pairs with their scores; what was changed, or is of another float model, is refused."""
     summary(directory)
+    check_manifest(directory)
     whole = PairMaterial([], [], {"": []}, pad_token)
     for number, path in enumerate(sorted(directory.glob(SHARDS))):
         part = read_cache(directory / scores_name(number), list(read_shard(path)), reference=reference)

@@ -17,6 +17,7 @@ from polybit.hub.lm import LocalLM
 SUMMARY = "pairs.json"
 SHARDS = "shard-*.jsonl"
 SCORES = "scores-*.safetensors"
+LARGEST_TOKEN = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,17 @@ class Pair:
         if not isinstance(value, dict) or not {"prompt", "chosen", "rejected", "star"} <= set(value):
             raise PolybitError(f"{where} is no pair of answers: make the pairs again with polybit pairs")
         rejected = value["chosen"] if value["rejected"] is None else value["rejected"]
+        if not all(is_tokens(part) for part in (value["prompt"], value["chosen"], rejected)):
+            raise PolybitError(f"{where} holds what are no lists of tokens: make the pairs again with polybit pairs")
         pair = cls.of(value["prompt"], value["chosen"], rejected)
         if pair.star != value["star"] or not pair.prompt or not pair.chosen:
             raise PolybitError(f"{where} contradicts itself: it was edited, make the pairs again with polybit pairs")
         return pair
+
+
+def is_tokens(value: Any) -> bool:
+    """Whether a JSON value is a list of token numbers."""
+    return isinstance(value, list) and all(type(token) is int and 0 <= token <= LARGEST_TOKEN for token in value)
 
 
 def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:
@@ -146,7 +154,10 @@ def summary(directory: Path) -> dict[str, Any]:
     """What `polybit pairs` noted about a directory it finished."""
     if not (directory / SUMMARY).is_file():
         raise PolybitError(f"{directory} holds no finished pairs: make them with polybit pairs MODEL --out {directory}")
-    return read_json(directory / SUMMARY)
+    noted = read_json(directory / SUMMARY)
+    if not isinstance(noted.get("precision"), str):
+        raise PolybitError(f"{directory / SUMMARY} names no precision: make the pairs again with polybit pairs")
+    return noted
 
 
 def count(pairs: Iterable[Pair]) -> dict[str, Any]:
