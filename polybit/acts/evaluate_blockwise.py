@@ -22,7 +22,7 @@ from polybit.compress.blocks import find_blocks, run_blocks
 from polybit.compress.sizes import base_model
 from polybit.compress.source import RowReader
 from polybit.compress.states import HiddenStates, Room
-from polybit.core.memory import allowed_bytes
+from polybit.core.memory import allowed_bytes, return_large
 from polybit.core.runtime import PolybitError, track, warn
 from polybit.evals.table import SUITES
 from polybit.hub.checkpoint import METHOD
@@ -38,6 +38,7 @@ from polybit.nn.convert import Target, ends, targets
 from polybit.options.evaluate import EvalOptions
 
 STATES_SHARE = 32  # one part in so many of the memory allowed is for hidden states
+LOGITS = 1 << 22  # numbers in one tensor of logits, of which eight are there at once
 HEAD_ROWS = 1 << 22  # weights of a head that are in memory at once
 
 
@@ -49,7 +50,7 @@ class BlockwiseLM(LocalLM):
     """
 
     def __init__(self, source: LentModel, tokenizer: Any, targets: Sequence[Target], memory: int) -> None:
-        super().__init__(source.model, tokenizer, keep_decoded=False)
+        super().__init__(source.model, tokenizer, keep_decoded=False, batch_logits=LOGITS)
         self.source, self.targets = source, targets
         self.path, self.modules = find_blocks(source.model, targets)
         self.room = Room(memory, Path(tempfile.gettempdir()))
@@ -177,6 +178,7 @@ def noted_base(target: str, *, trust_remote_code: bool) -> str | None:
 
 def open_blockwise(name: str, options: EvalOptions) -> BlockwiseLM | None:
     """A float model or a polybit checkpoint that is read by blocks; None where only the whole can be loaded."""
+    return_large()
     trust, memory = options.trust_remote_code, allowed_bytes(options.memory) // STATES_SHARE
     if quantization_of(name, trust_remote_code=trust) == METHOD:
         checkpoint = open_lent_checkpoint(name, trust_remote_code=trust)

@@ -10,11 +10,12 @@ import torch
 
 from polybit.compress.blocks import find_blocks
 from polybit.compress.ends import end_bits, end_targets
-from polybit.compress.forecast import dry_run, expected_memory, expected_sizes
+from polybit.compress.forecast import Stopwatch, expected_memory, expected_sizes, foretell_seconds
 from polybit.compress.recipe import choose
 from polybit.compress.text import window_length
 from polybit.core.precision import FLOAT
 from polybit.core.records import Run
+from polybit.hub.drawn import drawn_model
 from polybit.hub.families import FAMILIES
 from polybit.hub.models import resolve
 from polybit.hub.skeleton import load_skeleton
@@ -25,11 +26,12 @@ from polybit.speed.machine import PLAIN_BLOCK_SECONDS, recall
 
 
 def plan(model: str, options: PlanOptions) -> Run:
-    """Say what quantizing MODEL would give and cost. Reads its configuration only, never its weights."""
+    """Say what quantizing MODEL would give and cost. Reads its configuration only, no weights."""
     recipe = choose(options.chosen_method(), options.stored_widths(), options.group_size, asymmetric=options.asymmetric)
     run = Run("plan", {"model": model, **plain(options)})
     with run.timed():
-        skeleton: Any = load_skeleton(resolve(model), trust_remote_code=options.trust_remote_code)
+        with (start := Stopwatch()):  # libraries are loaded here, as in a run
+            skeleton: Any = load_skeleton(resolve(model), trust_remote_code=options.trust_remote_code)
         chosen = targets(skeleton, include_embeddings=options.include_embeddings)
         bits_of_ends = FLOAT if options.include_embeddings else end_bits(skeleton, options.ends)
         ends_held = end_targets(skeleton) if bits_of_ends != FLOAT else []
@@ -54,7 +56,11 @@ def plan(model: str, options: PlanOptions) -> Run:
             "speed": expected_speed(skeleton, sizes, bits_of_ends, options),
         }
         if options.dry_run and chosen:
-            run.numbers["dry_run"] = dry_run(chosen, recipe)
+            length = window_length(skeleton, options.window)
+            source = drawn_model(model, skeleton)
+            run.numbers["time"] = foretell_seconds(
+                source, chosen, ends_held, recipe, windows=options.samples, length=length, start=start.seconds
+            )
     return run
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from polybit.acts.quantize_source import FloatSource, float_bytes, open_float, writer
 from polybit.compress.ends import end_bits, end_targets, hold_ends, quantize_ends
-from polybit.compress.loop import compress_in_place
+from polybit.compress.loop import ExpertTokens, compress_in_place
 from polybit.compress.mix_files import gather_either
 from polybit.compress.plan_files import check_document, check_plan, read_plan, store_plan
 from polybit.compress.recipe import Recipe, choose, within_memory
@@ -35,6 +35,8 @@ from polybit.options.checks import plain
 from polybit.options.quantize import QuantizeOptions
 from polybit.options.words import command_line
 from polybit.report.card import model_card
+
+FEW_SHARE = 0.1  # of an even share of the tokens, below which an expert got few
 
 
 def quantize(model: str, options: QuantizeOptions) -> Run:
@@ -86,7 +88,8 @@ def build(name: str, options: QuantizeOptions, recipe: Recipe, run: Run) -> dict
     fingerprint |= {"include_embeddings": options.include_embeddings, "ends": bits_of_ends}
     store = Workspace(options.out, fingerprint, restart=options.restart)
     try:
-        errors = filled(source, chosen, text, recipe, store, bits_of_ends)
+        experts: ExpertTokens = {}
+        errors = filled(source, chosen, text, recipe, store, bits_of_ends, experts)
         pieces = source.pieces(store)
         notes = {"base_model": own_name(name), "recipe": recipe.to_json(), "text": text.source}
         more: dict[str, Any] = {"widths": recipe.widths, "notes": notes, "overwrite": options.overwrite}
@@ -99,6 +102,7 @@ def build(name: str, options: QuantizeOptions, recipe: Recipe, run: Run) -> dict
         "widths": list(recipe.widths),
         **described(model, recipe.presets, errors=errors, left_in_float=leftovers),
         **rotation_numbers(model, untied),
+        **expert_numbers(experts),
         "streamed": source.lent is not None,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -110,11 +114,19 @@ def build(name: str, options: QuantizeOptions, recipe: Recipe, run: Run) -> dict
 
 
 def filled(
-    source: FloatSource, chosen: list[Target], text: Calibration, recipe: Recipe, store: Workspace, bits_of_ends: int
+    source: FloatSource,
+    chosen: list[Target],
+    text: Calibration,
+    recipe: Recipe,
+    store: Workspace,
+    bits_of_ends: int,
+    experts: ExpertTokens,
 ) -> dict[str, dict[str, float]]:
     """Put codes in the place of weights, in the blocks and at the ends; the relative errors of the blocks."""
     model, windows = source.model, batches(text.windows_NT, BATCH)
-    errors = compress_in_place(model, chosen, windows, recipe, store, source=source.weights, room=source.room(store))
+    errors = compress_in_place(
+        model, chosen, windows, recipe, store, source=source.weights, room=source.room(store), experts=experts
+    )
     if recipe.plan is not None:
         store_plan(model, recipe.plan, nested=recipe.is_nested)
     keep = None if source.lent is None else store.write_planes
@@ -165,6 +177,21 @@ def calibration(name: str, source: FloatSource, options: QuantizeOptions, recipe
             seed=options.seed,
             embedded=is_embedded(name),
         )
+
+
+def expert_numbers(experts: ExpertTokens) -> dict[str, Any]:
+    """How many tokens of calibration went to each expert, and which got few; {} where there are no experts.
+
+    An expert has no statistics of its own: all of a layer are rounded by what any of them saw, so that one that saw
+    few tokens, or none, falls back on the others'.
+    """
+    if not experts:
+        return {}
+    few: dict[str, list[int]] = {}
+    for name, tokens in experts.items():
+        least = FEW_SHARE * sum(tokens) / len(tokens)
+        few |= {name: scarce} if (scarce := [e for e, seen in enumerate(tokens) if seen < least]) else {}
+    return {"experts": {"tokens": experts, "few": few}}
 
 
 def rotation_numbers(model: Any, untied: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from polybit.compress.mix_files import read_mix
 from polybit.compress.source import IN_MEMORY, WeightSource
 from polybit.compress.states import Room
 from polybit.compress.text import AUTO, SELF, auto_source
-from polybit.core.memory import allowed_bytes, fits
+from polybit.core.memory import allowed_bytes, fits, return_large
 from polybit.core.runtime import PolybitError
 from polybit.hub.gguf_file import is_gguf
 from polybit.hub.lent import LentModel, open_lent
@@ -73,6 +73,7 @@ def open_float(name: str, options: QuantizeOptions, *, whole: bool) -> FloatSour
     if lent is None:
         model, tokenizer = load_float(path, trust_remote_code=options.trust_remote_code)
         return FloatSource(model, tokenizer, None, allowed)
+    return_large()
     tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
     return FloatSource(guarded(lent.model, tokenizer), tokenizer, lent, allowed)
 

@@ -14,7 +14,7 @@ from polybit.report.quantizing import foretold
 def plan(
     model: str, /, *, options: Annotated[PlanOptions, Parameter(name="*")] = PlanOptions(), json: Json = None
 ) -> None:
-    """Say what quantizing MODEL would give and cost. Reads its configuration only, never its weights."""
+    """Say what quantizing MODEL would give and cost. Reads its configuration only, no weights."""
     from polybit.acts.plan import plan as act
 
     run = act(model, options)

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from polybit.compress.settled import SettledOutputs
 from polybit.compress.source import IN_MEMORY, WeightSource
 from polybit.compress.states import HiddenStates, Room, let_go
-from polybit.compress.stats import Enough, plain_experts, watch
+from polybit.compress.stats import Enough, counted_experts, plain_experts, watch
 from polybit.compress.unlike import Captured, in_words, not_in_a_row
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
@@ -50,7 +50,8 @@ class VisitedBlock:
     inputs: hidden states as the quantized prefix makes them, one [B, T, D] per batch · references: as the float model
     makes them (the same list while nothing is quantized) · room: where hidden states are kept; inputs then become
     outputs in place, and are not those of this block any more once it is finished · settled: outputs kept between
-    `stats` and `finish`, for a caller that gives every target its final weight only once.
+    `stats` and `finish`, for a caller that gives every target its final weight only once · expert_tokens: how many
+    tokens went to each expert, by module, once it is finished.
     """
 
     index: int
@@ -65,6 +66,7 @@ class VisitedBlock:
     room: Room | None = None
     outputs: States = field(default_factory=list)
     settled: SettledOutputs | None = None
+    expert_tokens: dict[str, Tensor] = field(default_factory=dict)
     _wanted: States = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -174,11 +176,13 @@ class VisitedBlock:
 
     def _sent_on(self, output: Callable[[int], Tensor]) -> States:
         """The outputs of all batches, in the place of the inputs where hidden states have a room."""
-        if self.room is None:
-            return [output(index) for index in range(self.batches)]
-        for index in range(self.batches):
-            self.inputs[index] = output(index)
-        return self.inputs
+        experts = {target.module_name for target in self.targets if target.kind == "experts"}
+        with counted_experts(self.model, sorted(experts)) as self.expert_tokens:
+            if self.room is None:
+                return [output(index) for index in range(self.batches)]
+            for index in range(self.batches):
+                self.inputs[index] = output(index)
+            return self.inputs
 
     def _device(self) -> torch.device:
         return next(self.module.parameters()).device

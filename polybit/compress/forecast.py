@@ -2,21 +2,56 @@
 
 from __future__ import annotations
 
+import hashlib
+import resource
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from polybit.compress.loop import quantize_layer
+from polybit.compress.blocks import VisitedBlock
+from polybit.compress.loop import block_codes, handed_on, quantize_layer, relative_errors, rows_of_target, visited
 from polybit.compress.recipe import Recipe
+from polybit.compress.text import BATCH
+from polybit.core.affine import Grid, QWeight
+from polybit.core.memory import return_large
+from polybit.core.planes import pack
 from polybit.core.records import LayerStats
+from polybit.hub.lent import LentModel
+from polybit.hub.workspace import Workspace
 from polybit.nn.convert import Target
+from polybit.quant.rtn import rtn
 
 STATISTICS_COPIES = 4  # Hessian, its damped copy, its factor, and one working copy live at the same time
+FLOAT_BYTES = 4
+HASHED, ENDS_TRIED = 1 << 26, 1 << 22  # bytes and weights that are tried
+MOST_TRIED, PASS_SECONDS = 32, 0.5  # batches a block is timed on at most, and seconds a pass of them may take
 WORKING_BYTES = 16  # of a weight while its layer is quantized
 FIXED = 128 << 20  # bytes beside the weights: pieces of files, embeddings by rows, what the allocator keeps
-LARGEST_TRIED = 2048  # rows and columns; a larger layer would make the preview long
+
+
+Seconds = tuple[float, float]  # wall, CPU
+
+
+class Stopwatch:
+    """Adds up wall and CPU seconds of the bodies it is entered for."""
+
+    def __init__(self) -> None:
+        self.seconds: Seconds = (0.0, 0.0)
+
+    def __enter__(self) -> Stopwatch:
+        self.began = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        now = time.perf_counter(), time.process_time()
+        self.seconds = (self.seconds[0] + now[0] - self.began[0], self.seconds[1] + now[1] - self.began[1])
 
 
 def expected_sizes(targets: Sequence[Target], recipe: Recipe) -> dict[str, dict[str, float]]:
@@ -58,25 +93,135 @@ def expected_memory(
     }
 
 
-def dry_run(targets: Sequence[Target], recipe: Recipe) -> dict[str, Any]:
-    """Quantize one random layer of the commonest shape and scale its time to all layers.
+@dataclass(frozen=True, slots=True)
+class TimedBlock:
+    """One block on its whole trip, seconds (wall, CPU) by what they grow with.
 
-    Time grows with rows * columns^2 for methods that compensate errors; learned rounding is not in it.
+    batches: of calibration text it was tried on · codes: with rows * columns^2 of its weights · passes: with tokens and
+    weights · kept: with weights (errors, packing, files)
     """
-    shapes = [(t.rows // t.experts, t.columns) for t in targets]
-    rows, columns = max(set(shapes), key=shapes.count)
-    rows, columns = min(rows, LARGEST_TRIED), min(columns, LARGEST_TRIED)
-    draw = torch.Generator().manual_seed(0)
-    weight_OI = torch.randn(rows, columns, generator=draw) / columns**0.5
-    x_TI = torch.randn(2 * columns, columns, generator=draw)
-    stats = LayerStats(x_TI.T @ x_TI / len(x_TI), x_TI.abs().mean(0), len(x_TI))
-    started = time.perf_counter()
-    quantize_layer(weight_OI, stats, recipe)
-    seconds = time.perf_counter() - started
-    work = sum(t.size * t.columns for t in targets)
+
+    name: str
+    batches: int
+    codes: Seconds
+    passes: Seconds
+    kept: Seconds
+
+
+def time_block(source: LentModel, targets: Sequence[Target], batches: Sequence[Tensor], recipe: Recipe) -> TimedBlock:
+    """Quantize the first decoder block of a model as `compress_in_place` does, and let it go.
+
+    Learned rounding is not in it.
+    """
+    return_large()
+    recipe = replace(recipe, block_steps=0, finish_steps=0)
+    codes, passes, kept = Stopwatch(), Stopwatch(), Stopwatch()
+
+    def quantize(weight_OI: Tensor, stats: LayerStats | None, recipe: Recipe, grid: Grid | None) -> QWeight:
+        with codes:
+            return quantize_layer(weight_OI, stats, recipe, grid)
+
+    by_name = {target.name: target for target in targets}
+    for parameter in source.model.parameters():
+        parameter.requires_grad_(False)
+    walk = visited(source.model, targets, batches, recipe, source, None)
+    with closing(walk), TemporaryDirectory() as folder:  # type: ignore[type-var]
+        name, block = next(walk)
+        assert block is not None
+        tried = shortened(block)
+        with passes:
+            found = block_codes(block, recipe, quantize=quantize)
+            block.finish(handed_on(found, recipe))
+        with kept:
+            for key, q in found.items():
+                relative_errors(rows_of_target(source.model, by_name[key], source), q, recipe)
+            with closing(Workspace(Path(folder) / "block", {})) as store:
+                store.write(name, found)
+    return TimedBlock(name, tried, codes.seconds, minus(passes.seconds, codes.seconds), kept.seconds)
+
+
+def shortened(block: VisitedBlock) -> int:
+    """Leave the block so many batches that a pass takes about PASS_SECONDS, and no fewer than two; how many."""
+    if not block.inputs:
+        return 1
+    with torch.no_grad():
+        block.forward({}, 0)  # whatever is loaded or laid out at first
+        watch = Stopwatch()
+        with watch:
+            block.forward({}, 0)
+    tried = min(len(block.inputs), max(2, int(PASS_SECONDS / max(watch.seconds[0], 1e-9))))
+    block.inputs, block.references = list(block.inputs)[:tried], list(block.references)[:tried]
+    return tried
+
+
+def foretell_seconds(
+    source: LentModel,
+    targets: Sequence[Target],
+    held: Sequence[Target],
+    recipe: Recipe,
+    *,
+    windows: int,
+    length: int,
+    start: Seconds,
+) -> dict[str, Any]:
+    """Seconds (wall and CPU) that `quantize` will take, from one timed block of drawn weights.
+
+    held: the ends that become codes · windows, length: of calibration text · start: what loading libraries took. Not in
+    it: text the model writes itself, learned rounding, measuring the result.
+    """
+    inside = [t for t in targets if t.kind not in ("embedding", "head")]
+    given = -(-windows // BATCH)
+    vocabulary = int(source.model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    ids_NT = torch.randint(
+        vocabulary, (BATCH * min(given, MOST_TRIED), length), generator=torch.Generator().manual_seed(0)
+    )
+    timed = time_block(source, targets, list(ids_NT.split(BATCH)), recipe)
+    of_block = [t for t in inside if t.name.startswith(f"{timed.name}.")]
+    weights = sum(t.size for t in inside) / sum(t.size for t in of_block)
+    work = sum(t.size * t.columns for t in inside) / sum(t.size * t.columns for t in of_block)
+    parameters = sum(p.numel() for p in source.model.parameters())
+    parts = {
+        "start": start,
+        "digest": times(hashing(), FLOAT_BYTES * parameters / HASHED),
+        "codes": times(timed.codes, work),
+        "passes": times(timed.passes, weights * given / timed.batches),
+        "kept": times(timed.kept, weights),
+        "ends": times(rounding_of_ends(recipe), sum(t.size for t in held) / ENDS_TRIED),
+    }
+    wall, cpu = (sum(each[i] for each in parts.values()) for i in (0, 1))
     return {
-        "shape": [rows, columns],
-        "seconds": seconds,
-        "all_layers_seconds": seconds * work / (rows * columns**2),
+        "block": timed.name,
+        "blocks": weights,
+        "seconds": wall,
+        "cpu_seconds": cpu,
+        "parts": {name: {"seconds": each[0], "cpu_seconds": each[1]} for name, each in parts.items()},
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "learned_rounding": bool(recipe.block_steps or recipe.finish_steps),
     }
+
+
+def hashing() -> Seconds:
+    """Of the digest of HASHED bytes."""
+    watch, values = Stopwatch(), bytes(HASHED)
+    with watch:
+        hashlib.sha256(values)
+    return watch.seconds
+
+
+def rounding_of_ends(recipe: Recipe) -> Seconds:
+    """Of rounding ENDS_TRIED weights of an end and keeping them."""
+    watch = Stopwatch()
+    weight_OI = torch.randn(ENDS_TRIED // 1024, 1024, generator=torch.Generator().manual_seed(0))
+    with watch:
+        pack(rtn(weight_OI, None, Grid(8, recipe.grid.group_size, "group")))
+    return watch.seconds
+
+
+def minus(one: Seconds, other: Seconds) -> Seconds:
+    """The difference."""
+    return one[0] - other[0], one[1] - other[1]
+
+
+def times(seconds: Seconds, factor: float) -> Seconds:
+    """The product."""
+    return factor * seconds[0], factor * seconds[1]

@@ -11,7 +11,7 @@ come from is the source's: a model in memory, or files that lend one block at a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Protocol
@@ -31,7 +31,7 @@ from polybit.core.affine import Grid, QWeight
 from polybit.core.memory import return_freed
 from polybit.core.planes import pack, unpack
 from polybit.core.records import LayerStats
-from polybit.core.runtime import track
+from polybit.core.runtime import Advance, progress
 from polybit.nn.convert import Target
 from polybit.quant.problem import layer_loss
 from polybit.quant.rtn import rtn
@@ -39,6 +39,9 @@ from polybit.quant.rtn import rtn
 OUTSIDE, FINISH = "outside the blocks", "finish"  # what a store keeps beside the decoder blocks
 
 Codes = dict[str, QWeight]  # by target name
+ExpertTokens = dict[str, list[int]]  # by module: tokens that went to each of its experts
+LAYERS_SHARE = 0.9  # of a block's time, to tell progress
+QuantizeLayer = Callable[[Tensor, LayerStats | None, Recipe, Grid | None], QWeight]
 
 
 class FinishedBlocks(Protocol):
@@ -73,14 +76,16 @@ def compress_in_place(
     *,
     source: WeightSource = IN_MEMORY,
     room: Room | None = None,
+    experts: ExpertTokens | None = None,
 ) -> dict[str, dict[str, float]]:
     """Quantize `model` itself, each block's float weights going as its codes come.
 
+    experts: is told how many tokens went to each expert
     Returns the relative error of every target, by name and preset (`relative_errors`).
     """
     by_name = {target.name: target for target in targets}
     errors = {}
-    for codes in compress(model, targets, batches, recipe, finished, source=source, room=room):
+    for codes in compress(model, targets, batches, recipe, finished, source=source, room=room, experts=experts):
         for name, q in codes.items():
             errors[name] = relative_errors(rows_of_target(model, by_name[name], source), q, recipe)
         source.place(model, {name: pack(q) for name, q in codes.items()})
@@ -96,6 +101,7 @@ def compress(
     *,
     source: WeightSource = IN_MEMORY,
     room: Room | None = None,
+    experts: ExpertTokens | None = None,
 ) -> Iterator[Codes]:
     """Codes of every target, a block at a time, then of what lies outside the blocks.
 
@@ -103,6 +109,7 @@ def compress(
     finished: what is found there is not computed again, with the same result (default: Nowhere)
     source: what lends the weights, a block at a time and until the next one is asked for
     room: how much of the hidden states may be in memory (default: all)
+    experts: is told how many tokens went to each expert
 
     A block that was yielded is not read again, so the caller may replace its float weights at once. The finish trains
     all weights together and is the exception: with it, everything comes at the end and the float weights must stay
@@ -113,23 +120,54 @@ def compress(
         parameter.requires_grad_(False)
     everything: Codes = {}
     walk = visited(model, targets, batches, recipe, source, room)
-    for name, block in track(walk, "quantizing", total=visits(model, targets)):
-        codes = finished.read(name)
-        if codes is None:
-            codes = outside_codes(model, targets, recipe, source) if block is None else block_codes(block, recipe)
-            finished.write(name, codes)
-        if block is not None:
-            block.finish(handed_on(codes, recipe))
-        if recipe.finish_steps:
-            everything |= codes
-        else:
-            yield codes
+    with progress("quantizing", visits(model, targets)) as step:
+        for name, block in walk:
+            codes = finished.read(name)
+            found, told = codes is not None, Told(step, block, recipe)
+            if codes is None:
+                codes = outside_codes(model, targets, recipe, source) if block is None else told.codes()
+                finished.write(name, codes)
+            if block is not None:
+                block.finish(handed_on(codes, recipe))
+                if experts is not None:
+                    experts |= {key: tokens.tolist() for key, tokens in block.expert_tokens.items()}
+            step(1 - told.done, found=found)
+            if recipe.finish_steps:
+                everything |= codes
+            else:
+                yield codes
     if recipe.finish_steps:
         trained = finished.read(FINISH)
         if trained is None:
             trained = finish_codes(model, targets, batches, everything, recipe)
             finished.write(FINISH, trained)
         yield everything | trained
+
+
+class Told:
+    """The codes of a block, which say on their way how much of it is done, by the work of each layer.
+
+    Layers are all but a tenth of it: statistics and what follows are the rest. With learned rounding they are nothing.
+    """
+
+    def __init__(self, step: Advance, block: VisitedBlock | None, recipe: Recipe) -> None:
+        self.step, self.block, self.recipe = step, block, recipe
+        self.done = 0.0
+        self.work = sum(t.size * t.columns for t in block.targets) if block is not None else 0
+
+    def codes(self) -> Codes:
+        """`block_codes`, told as they come."""
+        assert self.block is not None
+        return block_codes(self.block, self.recipe, quantize=self.quantize)
+
+    def quantize(self, weight_OI: Tensor, stats: LayerStats | None, recipe: Recipe, grid: Grid | None) -> QWeight:
+        """`quantize_layer`, and a step."""
+        q = quantize_layer(weight_OI, stats, recipe, grid)
+        if not recipe.block_steps:
+            part = LAYERS_SHARE * weight_OI.numel() * weight_OI.shape[1] / max(self.work, 1)
+            self.done += part
+            self.step(part)
+        return q
 
 
 def visited(
@@ -156,11 +194,13 @@ def visits(model: nn.Module, targets: Sequence[Target]) -> int:
     return len(find_blocks(model, targets)[1]) + bool(outside(model, targets))
 
 
-def block_codes(block: VisitedBlock, recipe: Recipe) -> Codes:
+def block_codes(block: VisitedBlock, recipe: Recipe, *, quantize: QuantizeLayer | None = None) -> Codes:
     """All targets of one block: layers in the order they run, each seeing what the earlier ones made of the input.
 
-    Those of a nested file see what the float block makes of it, all in one pass.
+    Those of a nested file see what the float block makes of it, all in one pass. quantize: in place of
+    `quantize_layer`.
     """
+    quantize = quantize or quantize_layer
     codes: Codes = {}
     at_once = recipe.is_nested and recipe.layerwise.needs_stats and not recipe.block_steps
     everything = block.stats_and_outputs() if at_once else {}
@@ -173,7 +213,7 @@ def block_codes(block: VisitedBlock, recipe: Recipe) -> Codes:
         for target in stage:
             grid = recipe.grid_of(target.name, target.columns)
             weight_OI = target.weight_OI(block.model)
-            codes[target.name] = quantize_layer(weight_OI, stats.get(target.name), recipe, grid)
+            codes[target.name] = quantize(weight_OI, stats.get(target.name), recipe, grid)
         return_freed()
     if recipe.block_steps:
         codes = refine_block(block, codes, tuning=replace(BLOCK, steps=recipe.block_steps, seed=recipe.seed))

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
-from polybit.nn.convert import Target, is_experts
+from polybit.nn.convert import EXPERT_WEIGHTS, Target, is_experts
 
 HOOKED = ("linear", "conv1d", "head")
 
@@ -163,6 +163,25 @@ def watch_experts(module: nn.Module, shape: tuple[int, int], gram: Gram) -> Iter
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def counted_experts(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """While inside, count the tokens that each expert of the named Experts modules gets: name -> int64 [experts]."""
+    counts: dict[str, Tensor] = {}
+
+    def count(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
+        chosen = args[1] if len(args) > 1 else kwargs.get("top_k_index")
+        if isinstance(chosen, Tensor) and not chosen.is_floating_point():
+            experts = getattr(module, EXPERT_WEIGHTS[0]).shape[0]
+            found = torch.bincount(chosen.flatten().clamp(0, experts).cpu(), minlength=experts + 1)[:experts]
+            counts[name] = counts.get(name, 0) + found
+
+    with ExitStack() as stack:
+        for name in names:
+            hook = lambda module, args, kwargs, name=name: count(module, args, kwargs, name)  # noqa: E731
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield counts
 
 
 @contextmanager

@@ -14,6 +14,7 @@ PAGE = 4096
 FREE_SHARE = 0.75  # of what is free that a model may take as a whole
 SMALLEST = 1 << 20  # bytes; a smaller tensor hardly holds one large page
 USE_LARGE, MAKE_LARGE = 14, 25  # MADV_HUGEPAGE, MADV_COLLAPSE of Linux
+OWN_PAGES = -3  # M_MMAP_THRESHOLD of glibc
 
 
 def collapse(tensor: Tensor) -> bool:
@@ -35,6 +36,15 @@ def return_freed() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def return_large() -> None:
+    """From now on, give the system back at once what was freed of a megabyte and more; glibc else keeps up to 32 MB
+    pieces for itself, and every block leaves more holes among them."""
+    if sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(OWN_PAGES, SMALLEST)
 
 
 def most_bytes() -> int:

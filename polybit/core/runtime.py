@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -77,25 +78,55 @@ def track(items: Iterable[T], label: str, total: int | None = None, *, done: int
 
     `done` counts steps already finished by an earlier, interrupted run.
     """
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # type: ignore[arg-type]
+    with progress(label, total, done=done) as step:
+        for item in items:
+            yield item
+            step(1)
+
+
+class Advance(Protocol):
+    """Says how much was done."""
+
+    def __call__(self, amount: float, *, found: bool = False) -> None:
+        """amount: steps, or a part of one · found: done by an earlier run, so that it tells nothing of the speed."""
+        ...
+
+
+@contextmanager
+def progress(
+    label: str, total: float | None, *, done: float = 0, clock: Callable[[], float] | None = None
+) -> Iterator[Advance]:
+    """A progress bar to tell what was done; silent when stderr is no terminal.
+
+    The ETA is the mean time of a step so far, parts of one among them, times what is left: there from the first part
+    on.
+    """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:  # no bar at all: it would leave a thread that draws nothing
-        yield from items
+        yield lambda amount, found=False: None
         return
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # type: ignore[arg-type]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task(label, total=total, completed=done)
-        for item in items:
-            yield item
-            bar.advance(task)
+    last = TextColumn("ETA {task.fields[eta]}")
+    with Progress(*columns, last, console=console, transient=True, get_time=clock) as bar:
+        task = bar.add_task(label, total=total, completed=done, eta="-:--:--")  # type: ignore[arg-type]
+        before = done
+
+        def step(amount: float, *, found: bool = False) -> None:
+            nonlocal before
+            before += amount if found else 0
+            bar.advance(task, amount)
+            now = bar.tasks[task]
+            left = seconds_left(now.elapsed or 0.0, now.completed - before, (total or 0) - now.completed)
+            bar.update(task, eta="-:--:--" if left is None else str(timedelta(seconds=round(left))))
+
+        yield step
+
+
+def seconds_left(elapsed: float, done: float, left: float) -> float | None:
+    """What is left at the mean speed so far; None before there is any."""
+    return elapsed / done * max(left, 0.0) if done > 0 else None

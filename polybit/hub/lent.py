@@ -63,16 +63,17 @@ class LentModel:
     """A skeleton and the files its weights come from.
 
     model: a module tree like any other, its weights on the meta device but for those that are lent just now
+    mapping: how the files' names and layouts become the model's; None = they are the model's own
     """
 
-    def __init__(self, name: str, model: nn.Module, places: Mapping[str, Place], mapping: Sequence[Any]) -> None:
+    def __init__(self, name: str, model: nn.Module, places: Mapping[str, Place], mapping: Sequence[Any] | None) -> None:
         self.name, self.model, self.places, self.mapping = name, model, places, mapping
         self.held: set[str] = set()
         state = model.state_dict()
         self.sources: dict[str, list[str]] = {}  # tensor of the model -> tensors of the files
         self.copied: set[str] = set()  # those that are one tensor of the files, at most renamed
         for key in places:
-            known, converted = rename(key, mapping, model, state)
+            known, converted = (key, False) if mapping is None else rename(key, mapping, model, state)
             self.sources.setdefault(known, []).append(key)
             if not converted and known in state and tuple(state[known].shape) == places[key].shape:
                 self.copied.add(known)
@@ -163,7 +164,10 @@ class LentModel:
 
     def _load(self, wanted: Callable[[str], bool]) -> None:
         found = {key: self.places[key] for known, keys in self.sources.items() if wanted(known) for key in keys}
-        if found:
+        if self.mapping is None:
+            for key, place in found.items():
+                put(self.model, key, as_float(place[...]))
+        elif found:
             load_into(self.model, found, self.mapping, device=None)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -198,6 +202,16 @@ class LentModel:
             embedding.register_forward_pre_hook(before, with_kwargs=True),
             embedding.register_forward_hook(after, always_call=True),
         ]
+
+
+def put(model: nn.Module, key: str, value: Tensor) -> None:
+    """Make a tensor the parameter or buffer of that name."""
+    owner, _, leaf = key.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 def as_float(tensor: Tensor) -> Tensor:

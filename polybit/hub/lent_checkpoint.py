@@ -3,9 +3,8 @@ model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from torch import nn
 from polybit.core.records import Rotation
 from polybit.hub.checkpoint import Description, weight_files
 from polybit.hub.files import read_json
-from polybit.hub.lent import LentModel, as_float, compute_buffers
+from polybit.hub.lent import LentModel, compute_buffers
 from polybit.hub.load import fetch
 from polybit.hub.pieces import Place, read_places
 from polybit.hub.plugin import validate_once
@@ -31,23 +30,9 @@ class LentCheckpoint(LentModel):
     targets: of the float model it was made from
     """
 
-    def __init__(
-        self, name: str, model: nn.Module, places: Mapping[str, Place], mapping: Sequence[Any], targets: list[Target]
-    ) -> None:
-        super().__init__(name, model, places, mapping)
+    def __init__(self, name: str, model: nn.Module, places: Mapping[str, Place], targets: list[Target]) -> None:
+        super().__init__(name, model, places, None)
         self.targets = targets
-
-    def _load(self, wanted: Callable[[str], bool]) -> None:
-        for known, keys in self.sources.items():
-            if wanted(known):
-                owner, _, leaf = known.rpartition(".")
-                value = self.places[keys[0]][...]
-                value = as_float(value) if value.is_floating_point() else value
-                module = self.model.get_submodule(owner)
-                if leaf in module._buffers:
-                    module._buffers[leaf] = value
-                else:
-                    module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def _forget(self, name: str) -> None:
         module = self.model.get_submodule(name.rpartition(".")[0])
@@ -76,4 +61,4 @@ def open_lent_checkpoint(name: str, *, trust_remote_code: bool = False) -> LentC
         board_of(model).rotation = Rotation.from_json(description.notes["rotation"])
     multiply_by(model)
     places = read_places(weight_files(path, description)) or {}
-    return LentCheckpoint(name, model.eval(), places, [], list(known.values()))
+    return LentCheckpoint(name, model.eval(), places, list(known.values()))

@@ -14,4 +14,4 @@ class PlanOptions(CodeOptions):
     threads: int | None = None
     """Threads the speed is predicted for (default: those torch takes)."""
     dry_run: bool = True
-    """Quantize one random matrix of the model's commonest shape here, to tell the time the whole will take."""
+    """Quantize one block of random weights of the model's shape here, to tell the time the whole will take."""

@@ -23,12 +23,28 @@ def made(out: str, model: str, numbers: Mapping[str, Any]) -> str:
             "Rotated: the output head, which was the embedding, is a weight of its own now and adds "
             f"{size(added)} to the file, since the gains of the last norm are in it."
         )
+    lines += few_experts(numbers.get("experts", {}))
     lines += [
         f'Next: polybit generate {out} --prompt "Hello" --precision {numbers["presets"][-1]}',
         f"      polybit eval {out} --reference {model} --json eval.json",
         f"      polybit report {out} --eval eval.json --out report.html",
     ]
     return "\n".join(lines)
+
+
+def few_experts(found: Mapping[str, Any]) -> list[str]:
+    """A sentence on the experts that calibration hardly reached."""
+    few = found.get("few")
+    if not few:
+        return []
+    total = sum(len(tokens) for tokens in found["tokens"].values())
+    unseen = sum(not found["tokens"][name][expert] for name, scarce in few.items() for expert in scarce)
+    first = next(iter(few))
+    return [
+        f"{sum(map(len, few.values()))} of {total} experts saw less than a tenth of an even share of the calibration "
+        f"tokens ({unseen} none), first {', '.join(map(str, few[first][:8]))} of {first}: they were rounded by what "
+        "all experts of their layer saw; more or other text (--samples, --calibration) would reach them."
+    ]
 
 
 def foretold(model: str, numbers: Mapping[str, Any]) -> str:
@@ -55,14 +71,21 @@ def foretold(model: str, numbers: Mapping[str, Any]) -> str:
         f"float model); up to {size(need['states'])} of hidden states, in a file where they are too many; disk: "
         f"{size(numbers['disk'])}; to run: {size(need['float_part_at_rest'])} in float + the bytes stored"
     )
-    if "dry_run" in numbers:
-        preview = numbers["dry_run"]
-        more = ", learned rounding comes on top" if preview["learned_rounding"] else ""
-        lines.append(
-            f"time: one {preview['shape'][0]}x{preview['shape'][1]} layer took {preview['seconds']:.2f} s here, "
-            f"all layers about {preview['all_layers_seconds']:.0f} s{more}"
-        )
+    if "time" in numbers:
+        lines.append(expected_time(numbers["time"]))
     return "\n".join(lines)
+
+
+def expected_time(found: Mapping[str, Any]) -> str:
+    """How long it will take, and what of it."""
+    parts = {name: row["seconds"] for name, row in found["parts"].items()}
+    more = ", and learned rounding" if found["learned_rounding"] else ""
+    return (
+        f"time: about {found['seconds']:.0f} s with a text that is given ({found['cpu_seconds']:.0f} CPU seconds), of "
+        f"it {parts['codes']:.0f} s for codes and {parts['passes']:.0f} s for passes of the text: one of about "
+        f"{found['blocks']:.0f} blocks was tried with random weights; text the model writes itself, measuring{more} "
+        "come on top"
+    )
 
 
 def expected_speed(found: Mapping[str, Any] | None) -> str:
