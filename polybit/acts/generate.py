@@ -28,13 +28,13 @@ def generate(model: str, options: GenerateOptions, say: Say | None = None) -> Ru
 
     say: called with each piece of the answer as it is written.
     """
-    loaded, tokenizer = open_model(model, trust_remote_code=options.trust_remote_code)
+    loaded, tokenizer = open_model(model, trust_remote_code=options.trust_remote_code, device=options.device)
     quantized = any(isinstance(module, QuantWeight) for module in loaded.modules())
     if options.precision is not None:
         use(loaded, options.precision)
     if quantized:
         choose_arithmetic(loaded, options.arithmetic)
-    ids = prompt_ids(tokenizer, options.prompt, raw=options.raw)
+    ids = prompt_ids(tokenizer, options.prompt, raw=options.raw).to(next(loaded.parameters()).device)
     room = longest_input(loaded)
     if room is not None and ids.shape[1] >= room:
         raise PolybitError(f"the prompt has {ids.shape[1]} tokens but the model reads at most {room}: shorten it")

@@ -173,7 +173,8 @@ def counted_experts(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str
     def count(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
         chosen = args[1] if len(args) > 1 else kwargs.get("top_k_index")
         if isinstance(chosen, Tensor) and not chosen.is_floating_point():
-            experts = getattr(module, EXPERT_WEIGHTS[0]).shape[0]
+            weight: Any = getattr(module, EXPERT_WEIGHTS[0])
+            experts = int(getattr(module, "num_experts", 0) if isinstance(weight, nn.Module) else weight.shape[0])
             found = torch.bincount(chosen.flatten().clamp(0, experts).cpu(), minlength=experts + 1)[:experts]
             counts[name] = counts.get(name, 0) + found
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from polybit.core.runtime import PolybitError
-from polybit.options.checks import at_least
+from polybit.options.checks import Device, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class GenerateOptions:
     """Seed of the draw when the temperature is above 0."""
     raw: bool = False
     """Continue the prompt as it stands instead of wrapping it in the model's chat template."""
+    device: Device = "auto"
+    """Where the model runs (auto: a GPU where there is one)."""
     trust_remote_code: bool = False
     """Allow code that the model's repository brings."""
 

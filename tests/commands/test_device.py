@@ -17,6 +17,7 @@ from polybit.hub import models
         ["route", "tinychat", "--prompts", "PROMPTS"],
         ["align", "tinychat", "--prompts", "PROMPTS", "--precision", "w2", "--out", "OUT"],
         ["serve", "tinychat", "--port", "0"],
+        ["generate", "tinychat", "--prompt", "Hello"],
     ],
     ids=lambda words: words[0],
 )
