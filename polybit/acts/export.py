@@ -13,13 +13,14 @@ from polybit.compress.plan_files import read_plan
 from polybit.compress.text import window_length
 from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT, Precision
-from polybit.core.records import RUN_FILE, Run
+from polybit.core.records import RUN_FILE, Run, read_run
 from polybit.core.runtime import PolybitError
 from polybit.data.text import read_windows
 from polybit.evals.compare import AS_LOADED, EvalMaterial
 from polybit.evals.compare import compare as compare_models
 from polybit.export.check import compare
 from polybit.export.fused import check_fused
+from polybit.export.imatrix import write_importance
 from polybit.export.weights import Material
 from polybit.hub.dense import plain_model
 from polybit.hub.directory import check_output, staged_directory
@@ -28,6 +29,7 @@ from polybit.hub.lm import LocalLM
 from polybit.hub.load import load_quantized, quantization_of
 from polybit.hub.models import own_name, resolve
 from polybit.hub.peft import load_peft
+from polybit.hub.push import check_repo, push
 from polybit.nn.switch import current, use
 from polybit.options.checks import plain
 from polybit.options.export import ExportOptions
@@ -43,6 +45,9 @@ def export(model: str, options: ExportOptions) -> Run:
     run = Run("export", {"model": model, **plain(options)})
     with run.timed():
         check_output(options.out, overwrite=options.overwrite)
+        if options.push is not None:
+            check_repo(options.push)
+        evaluated = None if options.eval is None else read_run(options.eval, "eval")["numbers"]
         material = material_of(model, options)
         if options.exporter.fused:
             check_fused(material.layers, options.to)
@@ -50,12 +55,18 @@ def export(model: str, options: ExportOptions) -> Run:
             options.exporter.writer(material, stage)
             if material.tokenizer is not None and not options.exporter.whole:
                 material.tokenizer.save_pretrained(stage)
+            if options.imatrix:
+                write_importance(material, stage, windows_of(material.model, material.tokenizer, options), options.text)
             run.numbers = checked(material, stage, options)
-            command = command_line("export", own_name(model), options, leave_out=("overwrite",))
-            record = {**run.to_json(), "command": command, "parent": measured_before(model)}
+            left_out = ("overwrite", "push", "private", "push_dry_run")
+            command = command_line("export", own_name(model), options, leave_out=left_out)
+            record = {**run.to_json(), "command": command, "parent": evaluated or measured_before(model)}
             (stage / "README.md").write_text(
                 export_card(parent_of(material), record, options.exporter), encoding="utf-8"
             )
+    if options.push is not None:
+        sent = push(options.out, options.push, private=options.private, dry_run=options.push_dry_run)
+        run.numbers["pushed"] = sent
     return run
 
 
@@ -104,12 +115,17 @@ def measured(material: Material, stage: Path, options: ExportOptions) -> dict[st
     exact = replace(material, dtype=torch.float32)
     ours = plain_model(material.model, exact.floats(), weights, torch.float32)
     theirs = plain_model(material.model, material.floats(), options.exporter.decoder(stage, material), torch.float32)
-    length = min(WINDOW, window_length(ours, None))
-    windows_NT, _ = read_windows(options.text, material.tokenizer, length, count=options.windows, seed=0)
     tokenizer = material.tokenizer
+    windows_NT = windows_of(ours, tokenizer, options)
     result = compare_models(LocalLM(ours, tokenizer), LocalLM(theirs, tokenizer), [None], EvalMaterial(windows_NT))
     row = result["presets"][AS_LOADED]
     return {"kl": row["kl"], "top1": row["top1"], "tokens": result["text"]["tokens"], "text": options.text}
+
+
+def windows_of(model: Any, tokenizer: Any, options: ExportOptions) -> torch.Tensor:
+    """Token windows [N, T] of the text on which an export is measured."""
+    length = min(WINDOW, window_length(model, None))
+    return read_windows(options.text, tokenizer, length, count=options.windows, seed=0)[0]
 
 
 def parent_of(material: Material) -> str:

@@ -53,7 +53,7 @@ class ColumnWidths:
                 f"{len(self.offsets)} column offsets were given for {columns} input columns in blocks of {self.block}: "
                 f"give {blocks}"
             )
-        each = self.block // group_size
+        each = min(self.block, columns + group_size) // group_size  # a block may be wider than the layer, by far
         widths = [b for b in self.block_widths(width, most) for _ in range(each)]
         return tuple(widths[: -(-columns // group_size)])
 

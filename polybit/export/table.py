@@ -14,6 +14,11 @@ if TYPE_CHECKING:  # the table is read where no torch is loaded
     from torch import Tensor
 
 Dtype = Literal["bf16", "fp16", "fp32"]
+IMATRIX, TYPES = "imatrix.gguf", "tensor-types.txt"  # what llama-quantize is given beside a GGUF file
+IMATRIX_COMMAND = (
+    f"llama-quantize --imatrix {{path}}/{IMATRIX} --tensor-type-file {{path}}/{TYPES} --token-embedding-type f16 "
+    "--output-tensor-type f16 {path}/model.gguf {path}/quantized.gguf Q6_K"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +26,8 @@ class Exporter:
     """One format: `write(material, stage)` fills a directory with it, `decode(stage)` reads what an engine would see.
 
     write, decode: dotted paths · summary: half a sentence for `--help` · engines: who runs it · file: what the engine
-    reads · run: one line that runs it, with {path} · dtypes: float types of scales and of
+    reads · run: one line that runs it, with {path} · also:
+    lines of its other engines · dtypes: float types of scales and of
     weights without codes, the format's own first ·
     widths: bits of the codes it can hold, none = it holds decoded weights · groups: group sizes, none = any · rows:
     whether it holds one group per row · zero:
@@ -36,6 +42,7 @@ class Exporter:
     engines: str
     file: str
     run: str
+    also: tuple[str, ...] = ()
     dtypes: tuple[Dtype, ...] = ("fp16", "bf16")
     widths: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
@@ -71,6 +78,7 @@ EXPORTERS: dict[str, Exporter] = {
         "model.safetensors",
         'python -c "from transformers import pipeline; '
         "print(pipeline('text-generation', '{path}')('Hello', max_new_tokens=20))\"",
+        also=("vllm serve {path}", "python -m sglang.launch_server --model-path {path}"),
         dtypes=("bf16", "fp16", "fp32"),
     ),
     "mlx": Exporter(
@@ -92,6 +100,7 @@ EXPORTERS: dict[str, Exporter] = {
         "llama.cpp, Ollama, LM Studio",
         "model.gguf",
         'llama-cli -m {path}/model.gguf -p "Hello"',
+        also=("echo FROM {path}/model.gguf > Modelfile && ollama create my-model && ollama run my-model",),
         dtypes=("fp16", "fp32"),
         widths=(4, 5, 8),
         groups=(32,),
@@ -106,6 +115,7 @@ EXPORTERS: dict[str, Exporter] = {
         "vLLM and SGLang with humming-kernels",
         "model.safetensors",
         "vllm serve {path}",
+        also=("python -m sglang.launch_server --model-path {path}",),
         dtypes=("fp16", "bf16"),
         widths=(2, 3, 4, 5, 6, 7, 8),
         groups=(32, 64, 128),
@@ -119,6 +129,7 @@ EXPORTERS: dict[str, Exporter] = {
         "vLLM, SGLang, transformers with compressed-tensors",
         "model.safetensors",
         "vllm serve {path}",
+        also=("python -m sglang.launch_server --model-path {path}",),
         dtypes=("fp16", "bf16", "fp32"),
         widths=(2, 3, 4, 5, 6, 7, 8),
         groups=(32, 64, 128),
@@ -133,6 +144,7 @@ EXPORTERS: dict[str, Exporter] = {
         "vLLM, SGLang, GPTQModel, ExLlama",
         "model.safetensors",
         "vllm serve {path}",
+        also=("python -m sglang.launch_server --model-path {path}",),
         dtypes=("fp16",),
         widths=(4, 8),
         groups=(32, 64, 128),

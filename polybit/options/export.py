@@ -35,6 +35,16 @@ class ExportOptions:
     """Text on which an export that differs is measured (a file, a named set or dataset id)."""
     windows: int = 8
     """Windows of that text; 0 = compare weights alone."""
+    imatrix: bool = False
+    """Write an importance matrix of --text and a type per tensor beside the GGUF file, for llama-quantize."""
+    eval: Path | None = None
+    """JSON that `polybit eval --json` wrote, for the table of the model card (default: what `quantize` measured)."""
+    push: str | None = None
+    """Upload the export to this repository of the hub too, as in me/my-model-gguf."""
+    private: bool = False
+    """Make that repository a private one, where it is new."""
+    push_dry_run: bool = False
+    """Say what --push would upload, and upload nothing."""
     overwrite: bool = False
     """Replace an existing export at --out."""
     trust_remote_code: bool = False
@@ -47,6 +57,12 @@ class ExportOptions:
         if self.dtype not in ("auto", *self.exporter.dtypes):
             held = listed(self.exporter.dtypes)
             raise PolybitError(f"--dtype {self.dtype} is not what --to {self.to} holds: choose {held}")
+        if (self.private or self.push_dry_run) and self.push is None:
+            raise PolybitError("--private and --push-dry-run say how to push: give --push OWNER/NAME")
+        if self.imatrix and not self.exporter.whole:
+            raise PolybitError(f"--imatrix is for llama-quantize, and --to {self.to} is not read by it: use --to gguf")
+        if self.imatrix and not self.windows:
+            raise PolybitError("--imatrix is measured on text: give --windows 1 or more")
         if self.adapter is not None and self.exporter.widths:
             able = ", ".join(name for name, part in EXPORTERS.items() if not part.widths)
             raise PolybitError(f"--adapter would be rounded away by the codes of --to {self.to}: use --to {able}")

@@ -23,6 +23,11 @@ class EngineWords(Protocol):
         """One line that runs it, with {path}."""
         ...
 
+    @property
+    def also(self) -> tuple[str, ...]:
+        """Lines of its other engines."""
+        ...
+
 
 def how_exact(numbers: Mapping[str, Any]) -> str:
     """What an engine reads beside what polybit reads."""
@@ -50,7 +55,7 @@ def export_card(base_model: str, record: Mapping[str, Any], engine: EngineWords)
         f"# {base_model} at {numbers['precision']} for {engine.engines}",
         how_exact(numbers),
         "## Use",
-        f"```\n{engine.run.format(path='PATH')}\n```",
+        "```\n" + "\n".join(line.format(path="PATH") for line in (engine.run, *engine.also)) + "\n```",
     ]
     if record.get("parent"):
         parts += ["## The checkpoint measured against the float model", markdown_table(record["parent"])]
