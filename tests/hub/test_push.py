@@ -1,4 +1,4 @@
-"""Pushing an export: a dry run sends nothing, a push sends every file in one commit, a refusal leaves the export whole."""
+"""A dry run sends nothing, a push sends every file in one commit, a refusal leaves the export whole."""
 
 import base64
 import json
