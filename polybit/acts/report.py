@@ -33,13 +33,13 @@ def report(model: str, options: ReportOptions) -> Run:
             else:
                 said = alignment.side_by_side(runs) if others else None
                 text = page(evaluation, made, parts=parts, said=said, others=further)
-        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
             raise PolybitError(
                 f"a JSON file of the report lacks numbers that it must have ({type(error).__name__}: {error!s:.80}): "
                 "it was cut or edited, measure again"
             ) from error
         with atomic_path(options.out) as staged:
-            staged.write_text(text, encoding="utf-8")
+            staged.write_bytes(text.encode("utf-8", "replace"))  # half a character of an answer becomes "?"
     run.numbers = {"quantize": made, "eval": evaluation, "before": others, "judge": judged, "align": aligned}
     return run
 

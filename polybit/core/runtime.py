@@ -61,7 +61,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically; NaN and infinity are refused, because JSON has no word for them."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as staged:
-        staged.write_text(text, encoding="utf-8")
+        staged.write_bytes(text.encode("utf-8", "replace"))  # half a character becomes "?"
 
 
 def sha256_file(path: Path) -> str:

@@ -64,3 +64,20 @@ def test_a_gguf_file_that_lacks_a_weight_is_refused(room, tmp_path):
     (tmp_path / "model.gguf").write_bytes(data.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_xp.weight"))
     with pytest.raises(PolybitError, match="up_proj"):
         open_gguf(str(tmp_path / "model.gguf"), dtype=torch.float32)
+
+
+def test_half_a_character_in_an_answer_reaches_the_page_as_a_question_mark(room, tmp_path):
+    from polybit.acts.report import report
+    from polybit.options.report import ReportOptions
+
+    evaluation = room.json("eval.json")
+    evaluation["numbers"]["presets"]["w4"]["answers"][0]["prompt"] = "half \ud83d"
+    (tmp_path / "eval.json").write_text(json.dumps(evaluation))
+    report(str(tmp_path), ReportOptions(eval=tmp_path / "eval.json", out=tmp_path / "page.html"))
+    assert "half ?" in (tmp_path / "page.html").read_text()
+
+
+def test_a_plan_with_blocks_as_wide_as_the_world_is_read_at_once():
+    from polybit.core.plan import ColumnWidths
+
+    assert ColumnWidths(32 * 10**9, (1,)).group_widths(4, 128, 32) == (5, 5, 5, 5)
