@@ -36,6 +36,7 @@ from polybit.hub.random_model import Shape, skeleton
 from polybit.hub.tiny import path as tinychat
 
 SHAPES = {
+    "10m": Shape(256, 6, 704, 4000, 4, 2),
     "100m": Shape(768, 12, 2048, 16000, 12, 4),
     "300m": Shape(1024, 20, 2816, 32000, 16, 4),
     "300m-4": Shape(1024, 4, 2816, 128256, 16, 4),  # as many weights, most of them at the ends

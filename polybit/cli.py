@@ -38,6 +38,7 @@ COMMANDS = {
     "attack": ("polybit.commands.attack:attack", STUDY, "Attack a checkpoint at each width and answer at every other."),
     "study": ("polybit.commands.study:study", STUDY, "Answer the questions about switchable precision for a model."),
 }
+NO_MEMORY = "can't allocate memory"  # what torch says of main memory
 TRACEBACK = "POLYBIT_TRACEBACK"  # set, an error nobody foresaw is raised as it is
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 
@@ -104,6 +105,11 @@ def main(tokens: list[str] | None = None) -> None:
         if os.environ.get(TRACEBACK):
             raise
         said = " ".join(str(error).split())
+        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or NO_MEMORY in said:
+            fail(
+                f"the memory is used up ({said[:80] or 'no further words'}); nothing finished is lost - "
+                "free some or ask for less (--memory, --samples, --window, --device cpu), and run the command again"
+            )
         fail(
             f"{type(error).__name__}: {said[:200] or 'no further words'}; this is a fault of polybit, please report it "
             f"with what is shown when {TRACEBACK}=1 is set",

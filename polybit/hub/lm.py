@@ -17,6 +17,7 @@ from polybit.data.batches import buckets, pad, same_context
 from polybit.data.chat import Prompt, encode_prompt
 from polybit.data.text import encode
 from polybit.hub.cache import keep_packed, logits_in_blocks, reads_in_blocks
+from polybit.hub.halves import in_halves
 from polybit.nn import switch
 from polybit.nn.board import board_of
 
@@ -109,8 +110,10 @@ class LocalLM:
                 f"A window of {ids_BT.shape[1]} tokens is longer than the model's maximum of {self.max_length}; "
                 "choose a shorter window."
             )
-        block = reads_in_blocks(self.model)
-        if block:
+        return torch.cat(in_halves(lambda part: [self._logits(part)], ids_BT, self))
+
+    def _logits(self, ids_BT: Tensor) -> Tensor:
+        if block := reads_in_blocks(self.model):
             return logits_in_blocks(self.model, ids_BT.to(self.device), block).detach().float()
         return self._call(input_ids=ids_BT.to(self.device), use_cache=False).logits.detach().float()
 
@@ -184,7 +187,8 @@ class LocalLM:
         answers: list[list[int]] = [[] for _ in kept]
         groups = buckets([len(row) + max_tokens for row in kept], tokens=self.batch_tokens)
         for group in track(groups, label):
-            for index, answer in zip(group, self._continue([kept[i] for i in group], max_tokens, stop), strict=True):
+            said = in_halves(lambda part: self._continue(part, max_tokens, stop), [kept[i] for i in group], self)
+            for index, answer in zip(group, said, strict=True):
                 answers[index] = answer
         return answers
 

@@ -161,3 +161,35 @@ def test_pieces_join_to_the_text():
     lm = LocalLM(tiny_model("llama"), tokenizer(chat=False))
     ids = [*lm.tokenizer.encode("to be", add_special_tokens=False), 2]
     assert lm.pieces(ids) == ["t", "o", " ", "b", "e", "<end>"]
+
+
+def full_gpu(lm, monkeypatch, most):
+    """The model runs out of memory for more than `most` rows; how many it was asked for."""
+    seen, real = [], lm._call
+
+    def call(**inputs):
+        seen.append(len(inputs["input_ids"]))
+        if seen[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(**inputs)
+
+    monkeypatch.setattr(lm, "_call", call)
+    return seen
+
+
+def test_batches_become_smaller_where_memory_is_used_up(monkeypatch):
+    lm, whole = (LocalLM(tiny_model("llama"), tokenizer()) for _ in range(2))
+    ids_BT = torch.randint(5, 60, (5, 7), generator=torch.Generator().manual_seed(0))
+    before = lm.batch_tokens
+    seen = full_gpu(lm, monkeypatch, most=2)
+    assert torch.allclose(lm.logits(ids_BT), whole.logits(ids_BT), atol=1e-5)
+    assert seen == [5, 2, 3, 1, 2] and lm.batch_tokens == before // 4
+    prompts = ids_BT.tolist()
+    assert lm.generate_tokens(prompts, max_tokens=3) == whole.generate_tokens(prompts, max_tokens=3)
+
+
+def test_a_row_that_is_too_much_is_one_sentence(monkeypatch):
+    lm = LocalLM(tiny_model("llama"), tokenizer())
+    full_gpu(lm, monkeypatch, most=0)
+    with pytest.raises(PolybitError, match="--device cpu"):
+        lm.logits(torch.ones(2, 4, dtype=torch.long))
