@@ -3,7 +3,7 @@
 A Llama of random bf16 weights is written shard by shard and never held. `polybit quantize --bits 4 --method gptq` then
 runs on it in processes whose data is limited (RLIMIT_DATA, as `ulimit -d` sets it: all private memory a process may
 write to, touched or not, so it is stricter than a limit on resident memory; files mapped for reading are not counted).
-One run is left alone. Another is killed at a moment drawn at random, and asked for again. Their files must be equal.
+One run is left alone. Another is killed in a block drawn at random, and asked for again. Their files must be equal.
 
     python benchmarks/streamed.py [--shape 300m] [--limit 1.0] [--samples 8] [--window 128] [--json OUT] [--keep FOLDER]
 """
@@ -122,16 +122,21 @@ class Limited:
             return []
 
 
-def killed(model: Path, out: Path, given: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Kill a run at a random moment between a tenth and nine tenths of `seconds`, then let it go on to its end."""
+def killed(model: Path, out: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Kill a run at a random moment of a block drawn at random, then let it go on to its end."""
+    draw = random.Random(given.seed)
+    blocks = draw.randrange(1, SHAPES[given.shape].layers)
+    partial = out.with_name(f"{out.name}.partial")
     run = Limited(model, out, given)
-    moment = random.Random(given.seed).uniform(0.1, 0.9) * seconds
-    while run.process.poll() is None and time.perf_counter() - run.started < moment:
-        time.sleep(0.05)
+    while run.process.poll() is None and len(list(partial.glob("*.safetensors"))) < blocks:
+        time.sleep(0.02)
+    time.sleep(draw.uniform(0, 0.5))
+    if run.process.poll() is not None:
+        raise SystemExit("the run ended before it could be killed: take a larger --shape")
     os.kill(run.process.pid, signal.SIGKILL)
     run.process.wait()
-    done = len(list(out.with_name(f"{out.name}.partial").glob("*.safetensors")))
-    return {"killed_after_seconds": moment, "blocks_done": done, "went_on": Limited(model, out, given).wait()}
+    done = len(list(partial.glob("*.safetensors")))
+    return {"blocks_done": done, "went_on": Limited(model, out, given).wait()}
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -165,7 +170,7 @@ def main() -> None:
         weights = write_model(model, SHAPES[given.shape]) if not model.exists() else 0
         alone = Limited(model, folder / "alone", given).wait()
         print(json.dumps({"weights": weights, "alone": alone}), flush=True)
-        again = killed(model, folder / "killed", given, alone["seconds"])
+        again = killed(model, folder / "killed", given)
         one, other = digests(folder / "alone"), digests(folder / "killed")
         result = {"shape": given.shape, "weights": weights, "limit_bytes": given.limit * 1e9, "alone": alone,
                   "killed": again, "same_bytes": one == other, "files": len(one)}  # fmt: skip
