@@ -1,9 +1,9 @@
-"""Drafts from a model's own narrow widths, and gates: tokens per second, acceptance, flips, bytes per token.
+"""Drafts from the text so far and from a model's own narrow widths: tokens per CPU second, acceptance.
 
-    python benchmarks/speculation.py DIR --prompts FILE --high w8 --draft w2,w3,w4 --drafts 2,4 --json rows.json
+    python benchmarks/speculation.py DIR --prompts FILE --high w8 --draft w3,w4 --drafts 3 --sure 1 --lookup 3
 
 One stream, greedy, every setting in turn within a round; ratios are formed within rounds. The answer of every setting
-with drafts must be the plain one, token by token, or the run stops.
+must be the plain one, token by token, or the run stops. Gates: benchmarks/gates.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from polybit.data.prompts import gather_prompts
 from polybit.data.text import has_chat_template
 from polybit.hub.models import open_model
 from polybit.serve.engine import Engine
-from polybit.serve.loading import bytes_read, ends_of
+from polybit.serve.loading import ends_of
 from polybit.serve.request import Decoding, Request, Sampling
 from polybit.serve.runners import RowRunner
 
@@ -38,11 +39,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--high", default="w8")
-    parser.add_argument("--draft", default="w2,w3,w4")
-    parser.add_argument("--drafts", default="2,4")
-    parser.add_argument("--gate-low", default="w4")
-    parser.add_argument("--margins", default="0.5,1,2")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--draft", default="w3,w4")
+    parser.add_argument("--drafts", default="3")
+    parser.add_argument("--sure", default="1")
+    parser.add_argument("--lookup", default="3")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -68,18 +69,19 @@ class Bench:
         self.given, self.tokenizer = given, tokenizer
         self.runner = RowRunner(model, slots=1, room=room)
         self.ends = ends_of(model, tokenizer)
-        self.bytes = bytes_read(model, tuple({given.high, given.gate_low}))
 
     def settings(self) -> dict[str, Decoding]:
         """Everything that is compared, the plain high width first."""
         g = self.given
-        found = {g.high: Decoding(precision=g.high), g.gate_low: Decoding(precision=g.gate_low)}
-        for draft in g.draft.split(","):
-            for count in map(int, g.drafts.split(",")):
-                found[f"{g.high}, {count} drafts of {draft}"] = Decoding(precision=g.high, draft=draft, drafts=count)
-        for margin in map(float, g.margins.split(",")):
-            name = f"{g.gate_low}, leads below {margin:g} at {g.high}"
-            found[name] = Decoding(precision=g.gate_low, gate=g.high, margin=margin)
+        found = {g.high: Decoding(precision=g.high)}
+        lookups = list(map(int, g.lookup.split(",")))
+        for lookup in filter(None, lookups):
+            found[f"{g.high}, lookup {lookup}"] = Decoding(precision=g.high, lookup=lookup)
+        for draft, count, sure, lookup in product(g.draft.split(","), g.drafts.split(","), g.sure.split(","), lookups):
+            more = f", lookup {lookup}" if lookup else ""
+            found[f"{g.high}, {count} drafts of {draft} while sure of {sure}{more}"] = Decoding(
+                precision=g.high, draft=draft, drafts=int(count), sure=float(sure), lookup=lookup
+            )
         return found
 
     def answer(self, decoding: Decoding) -> tuple[float, list[list[int]], list[Any]]:
@@ -94,10 +96,10 @@ class Bench:
             answer = engine.submit(asked, lambda event: None)
             while not answer.answering and engine.tick():
                 pass
-            began = perf_counter()
+            began = process_time()
             while engine.tick():
                 pass
-            seconds += perf_counter() - began
+            seconds += process_time() - began
             answers.append(answer.tokens[len(prompt) :])
             spents.append(answer.spent)
         return seconds, answers, spents
@@ -120,46 +122,19 @@ class Bench:
         spents: Sequence[Any], plain: Sequence[Sequence[int]],
     ) -> dict[str, Any]:  # fmt: skip
         """The numbers of one setting."""
-        g = self.given
-        if decoding.draft is not None and answers != plain:
+        if answers != plain:
             raise SystemExit(f"{name}: drafts changed an answer")
-        ratio = statistics.median(a / b for a, b in zip(rates[name], rates[g.high], strict=True))
+        ratio = statistics.median(a / b for a, b in zip(rates[name], rates[self.given.high], strict=True))
         row: dict[str, Any] = {
-            "setting": name, "tokens_per_second": statistics.median(rates[name]), "against_high": ratio,
-            "same_answers": sum(a == b for a, b in zip(answers, plain, strict=True)), "answers": len(plain),
+            "setting": name, "tokens_per_cpu_second": statistics.median(rates[name]), "against_high": ratio,
+            "least": min(a / b for a, b in zip(rates[name], rates[self.given.high], strict=True)),
+            "answers": len(plain), "tokens": sum(map(len, plain)),
         }  # fmt: skip
-        tokens = sum(map(len, answers))
-        if decoding.draft is not None:
+        if decoding.drafted:
             drafted = sum(spent.drafted for spent in spents)
             row["accepted"] = sum(sum(spent.accepted) for spent in spents) / max(drafted, 1)
-        if decoding.gate is not None:
-            gated = sum(spent.gated for spent in spents) / max(tokens, 1)
-            low, high = self.bytes[decoding.precision], self.bytes[decoding.gate]
-            row |= {"gated": gated, "extra_bytes": gated * high / low, "flips": self.flips(decoding, plain)}
-        elif decoding.draft is None:
-            row["flips"] = self.flips(decoding, plain)
+            row["drafted_per_token"] = drafted / row["tokens"]
         return row
-
-    def flips(self, decoding: Decoding, plain: Sequence[Sequence[int]]) -> float:
-        """Share of the high width's own answer tokens that this setting decides otherwise, each after the same text."""
-        wrong = total = 0
-        for prompt, answer in zip(self.prompts, plain, strict=True):
-            for at in range(1, len(answer)):
-                tokens = [*prompt, *answer[:at]]
-                logits = self.runner.read([self.part(decoding.precision, tokens, at)], [1])[0][0]
-                first, second = logits.topk(2).values.tolist()
-                if decoding.gate is not None and first - second < decoding.margin:
-                    logits = self.runner.read([self.part(decoding.gate, tokens, at, last=True)], [1])[0][0]
-                wrong += int(logits.argmax()) != answer[at]
-                total += 1
-        return wrong / max(total, 1)
-
-    def part(self, precision: str, tokens: Sequence[int], at: int, *, last: bool = False) -> Any:
-        """The rows that are new at this place: the whole prompt first, then a token at a time."""
-        from polybit.hub.rows import TokenRows
-
-        start = 0 if at == 1 and not last else len(tokens) - 1
-        return TokenRows(self.runner.setting(precision), 0, start, tokens[start:])
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ from polybit.core.precision import FLOAT
 from polybit.core.runtime import PolybitError
 from polybit.hub.families import is_known
 from polybit.kernels import cpu, ops
-from polybit.kernels.prepared import DIGITS, Bundle
+from polybit.kernels.prepared import DIGITS, Bundle, Prepared
 from polybit.nn.linear import QuantEmbedding, QuantLinear, QuantWeight, TiedHead, gather_rows, slice_rows
 from polybit.nn.switch import Wanted, as_it_was, use
 
 NARROW = 4  # bits up to which int8 inputs add less than 2 % to the KL the weights cost
+SHORT = 16384  # tokens among which a draft is chosen: vocabularies are in the order of merges, frequent tokens first
 FEW = 8  # rows up to which an embedding is decoded row by row
 
 
@@ -46,11 +47,15 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How the embedding and the head are read at one precision (a width, or one per group), and the head's input."""
+    """How the embedding and the head are read at one precision (a width, or one per group), and the head's input.
+
+    tokens: how many of the first ones the head is read for.
+    """
 
     embedding: int | tuple[int, ...] | None
     head: int | tuple[int, ...] | None
     arithmetic: ops.Arithmetic
+    tokens: int
 
 
 class RowDecoder:
@@ -86,7 +91,8 @@ class RowDecoder:
         for layer, cache in zip(inner.layers, self.cache, strict=True):
             self.add_block(layer, cache)
         self.settings: list[Setting] = []
-        self.known: dict[tuple[str, str], int] = {}
+        self.known: dict[tuple[str, str, bool], int] = {}
+        self.short: Prepared | None = None  # the head's first tokens
 
     def add_block(self, layer: Any, cache: Tensor) -> None:
         """Hand one decoder block over to the compiled decoder."""
@@ -109,20 +115,21 @@ class RowDecoder:
         )
         self.products.append(products)
 
-    def setting(self, wanted: Wanted, arithmetic: str = "auto") -> int:
+    def setting(self, wanted: Wanted, arithmetic: str = "auto", *, draft: bool = False) -> int:
         """The number of a precision, made at its first use: any that `use` takes and the compiled kernels read.
 
-        arithmetic: how inputs are rounded, "int8", "int16", or "auto" = int8 for weights of 4 bits and fewer. The
-        model's own precision is left as it was.
+        arithmetic: how inputs are rounded, "int8", "int16", or "auto" = int8 for weights of 4 bits and fewer · draft:
+        the head is read at 4 bits at most and for the first `SHORT` tokens, which is enough to propose one. The model's
+        own precision is left as it was.
         """
-        key = (str(wanted), arithmetic)
+        key = (str(wanted), arithmetic, draft)
         if key not in self.known:
             with as_it_was(self.model):
                 use(self.model, wanted)
-                self.known[key] = self.add_setting(key[0], arithmetic)
+                self.known[key] = self.add_setting(key[0], arithmetic, draft)
         return self.known[key]
 
-    def add_setting(self, name: str, arithmetic: str) -> int:
+    def add_setting(self, name: str, arithmetic: str, draft: bool) -> int:
         """Note what every layer is read at now."""
         layers = [layer for row in self.products for layer in row]
         odd = [layer.precision for layer in layers if layer.precision.a != FLOAT]
@@ -140,13 +147,12 @@ class RowDecoder:
         number = self.compiled.add_reading(numbers, [DIGITS[mode(layer)] for layer in layers], adapters)
         assert number == len(self.settings)
         embedding, head = quantized(self.embedding), quantized(self.head)
-        self.settings.append(
-            Setting(
-                None if embedding is None else embedding.reading,
-                None if head is None else head.reading,
-                "int16" if head is None else mode(head),
-            )
-        )
+        reading = None if head is None else head.reading
+        headed: ops.Arithmetic = "int16" if head is None else mode(head)
+        if draft and isinstance(reading, int) and reading > NARROW:
+            reading, headed = NARROW, "int8"
+        tokens = int(self.model.config.vocab_size) if not draft or isinstance(reading, tuple) else SHORT  # type: ignore
+        self.settings.append(Setting(None if embedding is None else embedding.reading, reading, headed, tokens))
         return number
 
     @torch.inference_mode()
@@ -193,14 +199,26 @@ class RowDecoder:
 
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor, setting: int) -> Tensor:
-        """Logits [R, V] of rows of `step` at the setting they were read at, float32."""
-        source = quantized(self.head)
+        """Logits [R, V] of rows of `step` at the setting they were read at, float32; of a draft, [R, SHORT] at most."""
+        source, given, bias = quantized(self.head), self.settings[setting], self.head.bias
+        weight: Any = self.head.weight if source is None else None
+        rows = len(weight) if source is None else source.rows
+        cut = given.tokens < rows
+        if cut:
+            bias = None if bias is None else bias[: given.tokens]
         if source is not None:
-            given = self.settings[setting]
             assert given.head is not None
-            return source.prepared().linear(hidden_RD, given.head, self.head.bias, given.arithmetic)
+            prepared = self.short_head(source) if cut else source.prepared()
+            return prepared.linear(hidden_RD, given.head, bias, given.arithmetic)
         # one by one: a dense product of several rows may add up in another order than that of one
-        return torch.cat([dense(row_1D, self.head.weight, self.head.bias) for row_1D in hidden_RD.split(1)])
+        weight = weight[: given.tokens] if cut else weight
+        return torch.cat([dense(row_1D, weight, bias) for row_1D in hidden_RD.split(1)])
+
+    def short_head(self, source: QuantWeight) -> Prepared:
+        """The head's first `SHORT` tokens, in the memory of the whole."""
+        if self.short is None:
+            self.short = Prepared(slice_rows(source.planes, 0, SHORT)[0])
+        return self.short
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give a slot the first `length` tokens of another: both then hold the same beginning."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from polybit.core.runtime import PolybitError
 from polybit.hub.rows import TokenRows
+from polybit.serve.drafting import Lookup, draft
 from polybit.serve.request import Chosen, Done, Piece, Reason, Request, Spent
 from polybit.serve.runners import Runner
 from polybit.serve.sampling import Sampler, describe
@@ -54,6 +55,7 @@ class Answering:
     read: int = 0  # tokens of prompt and answer whose keys and values are in the place
     tokens: list[int] = field(default_factory=list)  # prompt and answer
     drafts: list[int] = field(default_factory=list)
+    lookup: Lookup = field(default_factory=lambda: Lookup(0))
     echoed: list[Chosen] = field(default_factory=list)  # tokens of the prompt after the first, where asked for
     cancelled: bool = False
     started: float = 0.0
@@ -106,6 +108,7 @@ class Engine:
             Spent(prompt=len(asked.tokens)),
             perf_counter(),
             tokens=list(asked.tokens),
+            lookup=Lookup(asked.decoding.lookup),
         )
         with self.changed:
             if self.closing:
@@ -223,7 +226,8 @@ class Engine:
 
     def step(self, answers: Sequence[Answering]) -> None:
         """Draft, then read everybody's rows, choose tokens, and decide anew what a gate wants decided."""
-        self.draft([answer for answer in answers if answer.asked.decoding.draft and not answer.reading_prompt])
+        drafting = [answer for answer in answers if answer.asked.decoding.drafted and not answer.reading_prompt]
+        draft(self.runner, self.read, drafting)
         left, parts, keep, readers = self.chunk, [], [], []
         for answer in answers:
             part = self.part_of(answer, left)
@@ -286,38 +290,10 @@ class Engine:
             setting, answer.slot.index, answer.read, answer.tokens[answer.read : min(end, answer.read + size)]
         )
 
-    def draft(self, answers: Sequence[Answering]) -> None:
-        """Let every answer that asks for it propose tokens at its draft precision.
-
-        They are verified by reading them again at the answer's own precision, which also overwrites their keys and
-        values: nothing of the draft stays. Leviathan et al., arXiv 2211.17192, with the model's own leading planes.
-        """
-        for answer in answers:
-            answer.drafts = []
-        going = list(answers)
-        while going:
-            going = [answer for answer in going if len(answer.drafts) < self.most_drafts(answer)]
-            parts = []
-            for answer in going:
-                decoding = answer.asked.decoding
-                assert answer.slot is not None and decoding.draft is not None
-                place = answer.read + len(answer.drafts)
-                newest = answer.drafts[-1:] or answer.tokens[-1:]
-                parts.append(TokenRows(self.runner.setting(decoding.draft), answer.slot.index, place, newest))
-            for answer, logits_1V in zip(going, self.read(parts, [1] * len(parts)), strict=True):
-                answer.drafts.append(int(logits_1V[0].argmax()))
-        for answer in answers:
-            answer.spent.drafted += len(answer.drafts)
-
-    def most_drafts(self, answer: Answering) -> int:
-        """How many drafts an answer has use and room for."""
-        left = answer.asked.max_tokens - answer.count - 1
-        return max(0, min(answer.asked.decoding.drafts, left, self.runner.room - len(answer.tokens) - 1))
-
     def is_thin(self, answer: Answering, logits_nV: Tensor) -> bool:
         """Whether the lead of the likeliest token is too thin to be decided at this precision."""
         decoding = answer.asked.decoding
-        if decoding.gate is None or decoding.draft is not None:
+        if decoding.gate is None or decoding.drafted:
             return False
         first, second = logits_nV[-1].topk(2).values.tolist()
         return first - second < decoding.margin

@@ -39,7 +39,9 @@ class PrecisionObject(Strict):
     width: Width | None = None
     prefill: Width | None = None
     draft: Width | None = None
-    drafts: Annotated[int, Field(ge=1, le=16)] = 4
+    drafts: Annotated[int, Field(ge=1, le=16)] = 3
+    sure: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
+    lookup: Annotated[int, Field(ge=0, le=16)] = 0
     gate: Width | None = None
     margin: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.5
 
@@ -57,7 +59,16 @@ class Common(Strict):
         """The precision fields."""
         given = self.precision
         if isinstance(given, PrecisionObject):
-            return Precise(given.width, given.prefill, given.draft, given.drafts, given.gate, given.margin)
+            return Precise(
+                given.width,
+                given.prefill,
+                given.draft,
+                given.drafts,
+                given.sure,
+                given.lookup,
+                given.gate,
+                given.margin,
+            )
         return Precise(given)
 
 

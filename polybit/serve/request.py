@@ -47,17 +47,25 @@ class Sampling:
 class Decoding:
     """At which precision which part of an answer is read; every name is one that the model can be switched to.
 
-    precision: decides the tokens · prefill: reads the prompt (default: `precision`) · draft: proposes `drafts` tokens
-    that `precision` then verifies in one step; the answer is the same as without · gate: decides a token anew whose
-    lead over the second at `precision` is less than `margin` nats.
+    precision: decides the tokens · prefill: reads the prompt (default: `precision`) · draft: proposes up to `drafts`
+    tokens, none after one whose lead is under `sure` nats, that `precision` then verifies in one step; the answer is
+    the same as without · lookup: so many tokens that occurred before propose what followed them; 0 = never · gate:
+    decides a token anew whose lead over the second at `precision` is less than `margin` nats.
     """
 
     precision: str
     prefill: str | None = None
     draft: str | None = None
-    drafts: int = 4
+    drafts: int = 3
+    sure: float = 1.0
+    lookup: int = 0
     gate: str | None = None
     margin: float = 0.0
+
+    @property
+    def drafted(self) -> bool:
+        """Whether tokens are proposed before they are verified."""
+        return self.draft is not None or self.lookup > 0
 
     @property
     def cache_key(self) -> tuple[str | float | None, ...]:

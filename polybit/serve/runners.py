@@ -23,8 +23,11 @@ class Runner(Protocol):
     room: int
     exact: bool
 
-    def setting(self, precision: str) -> int:
-        """The number of a precision; PolybitError for one the model cannot be read at."""
+    def setting(self, precision: str, *, draft: bool = False) -> int:
+        """The number of a precision; PolybitError for one the model cannot be read at.
+
+        draft: only to propose tokens, so that the head may be read at fewer bits and for the likeliest tokens alone.
+        """
         ...
 
     def read(self, parts: Sequence[TokenRows], keep: Sequence[int]) -> list[Tensor]:
@@ -45,9 +48,9 @@ class RowRunner:
         self.slots, self.room = slots, room
         self.decoder = RowDecoder(model, slots=slots, room=room)
 
-    def setting(self, precision: str) -> int:
+    def setting(self, precision: str, *, draft: bool = False) -> int:
         """See Runner."""
-        return self.decoder.setting(precision)
+        return self.decoder.setting(precision, draft=draft)
 
     def read(self, parts: Sequence[TokenRows], keep: Sequence[int]) -> list[Tensor]:
         """See Runner; parts of one setting are put side by side, so that they meet each weight together."""
@@ -83,7 +86,7 @@ class PlainRunner:
         self.caches: list[Any] = [None] * slots
         self.now: int | None = None
 
-    def setting(self, precision: str) -> int:
+    def setting(self, precision: str, *, draft: bool = False) -> int:
         """See Runner."""
         if precision not in self.names:
             if self.quantized:

@@ -29,7 +29,9 @@ class Precise:
     precision: str | None = None
     prefill: str | None = None
     draft: str | None = None
-    drafts: int = 4
+    drafts: int = 3
+    sure: float = 1.0
+    lookup: int = 0
     gate: str | None = None
     margin: float = 0.5
 
@@ -44,7 +46,7 @@ class ReadAs:
     def to_json(self) -> dict[str, Any]:
         """For the response."""
         d = self.decoding
-        more = {"prefill": d.prefill, "draft": d.draft, "gate": d.gate}
+        more = {"prefill": d.prefill, "draft": d.draft, "lookup": d.lookup, "gate": d.gate}
         return {"width": d.precision, "chosen_by": self.by, **{key: value for key, value in more.items() if value}}
 
 
@@ -176,6 +178,8 @@ class Service:
             prefill=asked.prefill,
             draft=asked.draft,
             drafts=asked.drafts,
+            sure=asked.sure,
+            lookup=asked.lookup,
             gate=asked.gate,
             margin=asked.margin if asked.gate else 0.0,
         )

@@ -8,6 +8,7 @@ import torch
 from polybit.core.runtime import PolybitError
 from polybit.kernels import cpu
 from polybit.nn.switch import at
+from polybit.serve.drafting import Lookup
 from polybit.serve.engine import Busy, Closing, Engine
 from polybit.serve.request import Decoding, Done, Piece, Request, Sampling
 from polybit.serve.runners import PlainRunner, RowRunner, make_runner
@@ -109,24 +110,57 @@ def test_a_busy_place_is_copied(model):
     assert end.spent.cached == 25 and found == answers(engine(model), [late])[0]
 
 
+WAYS = [
+    {"draft": "w4", "drafts": 1},
+    {"draft": "w4", "drafts": 4, "sure": 0.0},
+    {"draft": "w4", "drafts": 4},
+    {"lookup": 1},
+    {"draft": "w3", "lookup": 2, "sure": 0.0},
+]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
-@pytest.mark.parametrize("drafts", [1, 4])
-def test_drafts_change_no_token(model, drafts, temperature):
-    plain = [ask(seed, "w8", temperature=temperature) for seed in range(6)]
-    drafted = [ask(seed, "w8", temperature=temperature, draft="w4", drafts=drafts) for seed in range(6)]
+@pytest.mark.parametrize("way", WAYS)
+def test_drafts_change_no_token(model, way, temperature):
+    prompts = [(*prompt(seed), *prompt(seed)) for seed in range(6)]
+    plain = [ask(seed, "w8", tokens=tokens, temperature=temperature) for seed, tokens in enumerate(prompts)]
+    drafted = [ask(seed, "w8", tokens=tokens, temperature=temperature, **way) for seed, tokens in enumerate(prompts)]
     server = engine(model)
     expected = answers(server, plain)[0]
     found, done, _ = answers(server, drafted)
     assert found == expected
     spent = [end.spent for end in done]
-    assert all(s.drafted >= sum(s.accepted) for s in spent)
+    assert all(s.drafted >= sum(s.accepted) for s in spent) and sum(s.drafted for s in spent) > 0
     if not temperature:  # random logits are flat: a draw rarely meets the likeliest token
         assert sum(sum(s.accepted) for s in spent) > 0
 
 
 def test_drafts_of_the_same_width_are_all_accepted(model):
-    _, [end], _ = answers(engine(model), [ask(3, "w8", draft="w8", drafts=4, most=21)])
+    _, [end], _ = answers(engine(model), [ask(3, "w4", draft="w4", drafts=4, sure=0.0, most=21)])
     assert end.spent.accepted == [4, 4, 4, 4] and end.spent.drafted == 16
+
+
+def test_an_unsure_draft_is_the_last(model):
+    _, [end], _ = answers(engine(model), [ask(3, "w4", draft="w4", drafts=4, sure=1e9)])
+    assert end.spent.drafted == len(end.spent.accepted) * end.spent.accepted[0] == 9
+
+
+def followed(tokens, ending, most):
+    """Lookup's slow twin: the last place where the ending stood, and what came then, again and again."""
+    at = [place for place in range(ending, len(tokens)) if tokens[place - ending : place] == tokens[-ending:]]
+    if not at:
+        return []
+    return (tokens[at[-1] :] * most)[:most]
+
+
+def test_a_lookup_proposes_what_followed_before():
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 4, (200,), generator=draw).tolist()
+    for ending in (1, 2, 3):
+        lookup = Lookup(ending)
+        for count in range(ending, len(tokens)):
+            assert lookup(tokens[:count], 5) == followed(tokens[:count], ending, 5)
+    assert Lookup(2)([1, 2, 3, 1, 2], 7) == [3, 1, 2, 3, 1, 2, 3]
 
 
 def test_a_gate_decides_thin_leads_anew(model):
