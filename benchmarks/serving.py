@@ -1,24 +1,28 @@
-"""Servers beside each other: tokens per second of all streams together, and seconds to the first token.
+"""Servers beside each other: tokens per second of all streams together, per second and per CPU second of the server,
+and seconds to the first token.
 
 Every server is started on its own, asked for the same streamed chats by 1, 8 and 32 clients at a time, and stopped;
 rounds take turns, and medians are printed. A server that is not installed is left out, with the reason.
 
-    python benchmarks/serving.py --polybit my-model [--precision w4] [--gguf model.gguf] [--float DIR] [--json OUT]
+    python benchmarks/serving.py --polybit my-model [--precision w4] [--gguf model.gguf] [--llama-server PATH]
+                                 [--float DIR] [--threads 1] [--json OUT]
 
---gguf: the same weights for llama-cpp-python's server (polybit export --to gguf) · --float: the float model for
-`transformers serve`.
+--gguf: the same weights for llama-cpp-python's server (polybit export --to gguf), or for llama.cpp's own where
+--llama-server names it · --float: the float model for `transformers serve`. CPU seconds need Linux.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import signal
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +31,7 @@ from typing import Any
 
 import httpx
 
+from polybit.core.records import machine
 from polybit.core.runtime import write_json
 
 SUBJECTS = ("a cat", "the sea", "Paris", "a blue house", "seven", "an old friend", "rain", "a long walk")
@@ -40,19 +45,14 @@ def commands(args: argparse.Namespace, port: int) -> dict[str, tuple[list[str], 
         more = ["--slots", "32", "--queue", "256", "--context", "512", "--device", "cpu", "--name", "model"]
         command = [python, "-m", "polybit", "serve", args.polybit, "--port", str(port), *more]
         found["polybit"] = (command, f"model@{args.precision}")
-    if args.gguf:
-        more = [
-            "--interrupt_requests",
-            "false",
-            "--n_ctx",
-            "512",
-            "--n_threads",
-            os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
-        ]
-        found["llama-cpp-python"] = (
-            [python, "-m", "llama_cpp.server", "--model", args.gguf, "--port", str(port), *more],
-            "model",
-        )
+    threads = str(args.threads)
+    if args.gguf and args.llama_server:
+        more = ["--parallel", "32", "--ctx-size", str(32 * 512), "--threads", threads, "--threads-batch", threads]
+        found["llama-server"] = ([args.llama_server, "-m", args.gguf, "--port", str(port), *more], "model")
+    elif args.gguf:
+        more = ["--interrupt_requests", "false", "--n_ctx", "512", "--n_threads", threads]
+        command = [python, "-m", "llama_cpp.server", "--model", args.gguf, "--port", str(port), *more]
+        found["llama-cpp-python"] = (command, "model")
     if args.float:
         beside = Path(python).parent / "transformers"
         found["transformers serve"] = ([str(beside), "serve", "--port", str(port), "--device", "cpu"], args.float)
@@ -60,45 +60,59 @@ def commands(args: argparse.Namespace, port: int) -> dict[str, tuple[list[str], 
 
 
 @contextmanager
-def started(command: list[str], port: int) -> Iterator[str]:
-    """The address of a server that answers; RuntimeError with its last words when it does not start."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+def started(command: list[str], port: int, threads: int) -> Iterator[tuple[str, int]]:
+    """The address and process of a server that answers; RuntimeError with its last words when it does not start."""
+    log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # a pipe that nobody reads would stop it
+    around = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=around)
     base = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(1500):
             if process.poll() is not None:
-                raise RuntimeError((process.stdout.read() if process.stdout else "").strip().splitlines()[-1:])
+                log.seek(0)
+                raise RuntimeError(log.read().strip().splitlines()[-1:])
             try:
-                if httpx.get(f"{base}/v1/models", timeout=5).status_code == 200:
+                if httpx.get(f"{base}/health", timeout=5).status_code == 200:
                     break
             except httpx.HTTPError:
                 pass
             time.sleep(0.2)
-        yield base
+        yield base, process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
+        log.close()
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds of a process and all its threads so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def one(web: httpx.AsyncClient, model: str, number: int, most: int) -> tuple[float, int]:
     """(seconds to the first token, tokens) of one streamed chat."""
     content = f"Tell me about {SUBJECTS[number % len(SUBJECTS)]}, and mention the number {number}."
-    body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": most}
-    began, first, tokens = time.perf_counter(), 0.0, 0
-    async with web.stream("POST", "/v1/chat/completions", json=body | {"stream": True, "temperature": 0.7}) as reply:
+    body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": most, "stream": True}
+    began, first, tokens, told = time.perf_counter(), 0.0, 0, 0
+    async with web.stream("POST", "/v1/chat/completions", json=body | {"temperature": 0.7}) as reply:
         if reply.status_code != 200:
             raise RuntimeError((await reply.aread()).decode()[:300])
         async for line in reply.aiter_lines():
-            if '"content"' in line and '"content": ""' not in line and '"content":""' not in line:
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            told = (event.get("usage") or {}).get("completion_tokens") or told
+            if any((choice.get("delta") or {}).get("content") for choice in event.get("choices") or ()):
                 first = first or time.perf_counter() - began
                 tokens += 1
-    return first, tokens
+    return first, told or tokens
 
 
-async def streams(base: str, model: str, clients: int, requests: int, most: int) -> dict[str, float]:
+async def streams(base: str, pid: int, model: str, clients: int, requests: int, most: int) -> dict[str, float]:
     """Numbers of so many clients at a time."""
     limit = asyncio.Semaphore(clients)
     async with httpx.AsyncClient(base_url=base, timeout=600, limits=httpx.Limits(max_connections=clients)) as web:
@@ -108,11 +122,12 @@ async def streams(base: str, model: str, clients: int, requests: int, most: int)
             async with limit:
                 return await one(web, model, number, most)
 
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), cpu_seconds(pid)
         found = await asyncio.gather(*map(held, range(requests)))
-        seconds = time.perf_counter() - began
+        seconds, spent = time.perf_counter() - began, cpu_seconds(pid) - spent
     waits = sorted(first for first, _ in found)
     return {
+        "tokens_per_cpu_second": sum(tokens for _, tokens in found) / spent,
         "tokens_per_second": sum(tokens for _, tokens in found) / seconds,
         "first_p50": waits[len(waits) // 2],
         "first_p99": waits[min(len(waits) - 1, int(0.99 * len(waits)))],
@@ -122,12 +137,14 @@ async def streams(base: str, model: str, clients: int, requests: int, most: int)
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("polybit", "gguf", "float"):
+    for name in ("polybit", "gguf", "llama-server", "float"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--precision", default="w4")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=2, help="for every client, at least 4 in all")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with socket.socket() as free:
@@ -137,10 +154,11 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, (command, model) in commands(args, port).items():
             try:
-                with started(command, port) as base:
+                with started(command, port, args.threads) as (base, pid):
                     for clients in args.clients:
-                        requests = max(8, 2 * clients)
-                        found = asyncio.run(streams(base, model, clients, requests, args.tokens))
+                        requests = max(4, args.requests * clients)
+                        found = asyncio.run(streams(base, pid, model, clients, requests, args.tokens))
+                        print(name, clients, found, file=sys.stderr, flush=True)
                         seen.setdefault(name, {}).setdefault(clients, []).append(found)
             except RuntimeError as error:
                 print(f"{name} is left out: {error}", file=sys.stderr)
@@ -148,11 +166,16 @@ def main() -> None:
     for name, each in seen.items():
         for clients, found in each.items():
             middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
-            rows.append({"server": name, "clients": clients, **middle})
-            speed, first, last = middle.values()
-            print(f"{name:20} {clients:3} streams {speed:8.1f} tokens/s, first {1e3 * first:7.1f} {1e3 * last:7.1f} ms")
+            ours = seen.get("polybit", {}).get(clients, [])
+            ratios = {
+                f"polybit_{key}": statistics.median(a[key] / b[key] for a, b in zip(ours, found, strict=False))
+                for key in found[0]
+                if ours
+            }
+            rows.append({"server": name, "clients": clients, **middle, **ratios})
+            print(json.dumps(rows[-1]))
     if args.json:
-        write_json(args.json, {"rows": rows, "tokens": args.tokens, "rounds": args.rounds, "cores": os.cpu_count()})
+        write_json(args.json, {"rows": rows, "config": vars(args) | {"json": ""}, "machine": machine()})
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from polybit.core.runtime import PolybitError
 from polybit.hub.families import is_known
 from polybit.kernels import cpu, ops
 from polybit.kernels.prepared import DIGITS, Bundle, Prepared
+from polybit.nn.attention import operands_of
 from polybit.nn.linear import QuantEmbedding, QuantLinear, QuantWeight, TiedHead, gather_rows, slice_rows
 from polybit.nn.switch import Wanted, as_it_was, use
 
@@ -138,6 +139,12 @@ class RowDecoder:
                 f"precision {name!r} rounds activations to {odd[0].a} bits, which rows cannot be read at: choose one "
                 "with weights only, such as w4"
             )
+        for operands in operands_of(self.model).values():
+            if {operands.q, operands.k, operands.v} != {FLOAT}:
+                raise PolybitError(
+                    f"precision {name!r} rounds queries, keys or values ({operands}), which rows cannot be read at: choose "
+                    "one with weights only, such as w4"
+                )
 
         def mode(layer: QuantWeight) -> ops.Arithmetic:
             return ("int8" if layer.width <= NARROW else "int16") if arithmetic == "auto" else arithmetic  # type: ignore

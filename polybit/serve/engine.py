@@ -53,6 +53,7 @@ class Answering:
     arrived: float
     slot: Slot | None = None
     read: int = 0  # tokens of prompt and answer whose keys and values are in the place
+    gated_to: int = 0  # tokens the gate has read; 0 = what it reads of the prompt
     tokens: list[int] = field(default_factory=list)  # prompt and answer
     drafts: list[int] = field(default_factory=list)
     lookup: Lookup = field(default_factory=lambda: Lookup(0))
@@ -280,12 +281,12 @@ class Engine:
         if left <= 0:
             return None
         # its last token is read as the answer's tokens are: it decides the first of them
-        end = len(answer.asked.tokens) - (decoding.prefill not in (None, decoding.precision))
+        end = len(answer.asked.tokens) - decoding.mixed
         if answer.read >= end:
             return TokenRows(
                 self.runner.setting(decoding.precision), answer.slot.index, answer.read, answer.tokens[answer.read :]
             )
-        setting = self.runner.setting(decoding.prefill or decoding.precision)
+        setting = self.runner.setting(decoding.reads_prompt)
         return TokenRows(
             setting, answer.slot.index, answer.read, answer.tokens[answer.read : min(end, answer.read + size)]
         )
@@ -299,13 +300,15 @@ class Engine:
         return first - second < decoding.margin
 
     def decide_anew(self, answers: Sequence[Answering]) -> None:
-        """Read the newest token of these answers again at their gate's precision, and choose from that."""
+        """Read what came since the last gate at the gate's precision, all in one step, and choose from that."""
         parts = []
         for answer in answers:
             gate = answer.asked.decoding.gate
             assert answer.slot is not None and gate is not None
             answer.spent.gated += 1
-            parts.append(TokenRows(self.runner.setting(gate), answer.slot.index, answer.read - 1, answer.tokens[-1:]))
+            first = answer.gated_to or len(answer.asked.tokens) - 1
+            parts.append(TokenRows(self.runner.setting(gate), answer.slot.index, first, answer.tokens[first:]))
+            answer.gated_to = len(answer.tokens)
         for answer, logits_1V in zip(answers, self.read(parts, [1] * len(parts)), strict=True):
             self.choose(answer, logits_1V)
 
@@ -345,7 +348,9 @@ class Engine:
     def note_read(self, answer: Answering, count: int) -> None:
         """So many tokens of prompt and answer have keys and values that stay."""
         assert answer.slot is not None
-        answer.read = answer.slot.filled = count
+        answer.read = count
+        # what is not read as a prompt would be is not for others
+        answer.slot.filled = min(count, len(answer.asked.tokens) - 1) if answer.asked.decoding.mixed else count
 
     def count_accepted(self, answer: Answering, place: int) -> None:
         """One more draft accepted at its position."""

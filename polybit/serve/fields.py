@@ -45,6 +45,13 @@ class PrecisionObject(Strict):
     gate: Width | None = None
     margin: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.5
 
+    @model_validator(mode="after")
+    def ways_agree(self) -> PrecisionObject:
+        """Drafts keep the answer as it is, a gate changes it."""
+        if self.gate is not None and (self.draft is not None or self.lookup):
+            raise ValueError("gate excludes draft and lookup: give one of them")
+        return self
+
 
 class Common(Strict):
     """Fields of every request for an answer that are spelled alike in all APIs."""

@@ -47,10 +47,11 @@ class Sampling:
 class Decoding:
     """At which precision which part of an answer is read; every name is one that the model can be switched to.
 
-    precision: decides the tokens · prefill: reads the prompt (default: `precision`) · draft: proposes up to `drafts`
+    precision: decides the tokens · prefill: reads the prompt (default: `gate`, else `precision`) · draft: proposes up to `drafts`
     tokens, none after one whose lead is under `sure` nats, that `precision` then verifies in one step; the answer is
     the same as without · lookup: so many tokens that occurred before propose what followed them; 0 = never · gate:
-    decides a token anew whose lead over the second at `precision` is less than `margin` nats.
+    decides a token anew whose lead over the second at `precision` is less than `margin` nats, and reads what came since
+    the last such token anew with it, so that it decides as if it had read everything.
     """
 
     precision: str
@@ -68,9 +69,19 @@ class Decoding:
         return self.draft is not None or self.lookup > 0
 
     @property
-    def cache_key(self) -> tuple[str | float | None, ...]:
-        """What keys and values depend on beside the tokens: requests that share it can share a beginning."""
-        return (self.prefill or self.precision, self.precision, self.gate, self.margin if self.gate else None)
+    def reads_prompt(self) -> str:
+        """The precision the prompt is read at, its last token left out: a gate wants it as it would read it."""
+        return self.prefill or self.gate or self.precision
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the answer's keys and values are not those of a prompt."""
+        return self.gate is not None or self.reads_prompt != self.precision
+
+    @property
+    def cache_key(self) -> str:
+        """What keys and values of a prompt depend on beside its tokens: requests that share it can share a beginning."""
+        return self.reads_prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,6 +112,26 @@ def test_rounded_activations_are_refused_by_name():
         decoder.setting("w4a8")
 
 
+def test_rounded_keys_and_values_are_refused_by_name():
+    model = make("llama")
+    decoder = RowDecoder(model, slots=1, room=32)
+    with pytest.raises(PolybitError, match=r"w4k4v4.*rounds queries, keys or values"):
+        decoder.setting("w4k4v4")
+    assert decoder.setting("w4") == 0 and current(model) == Plan(Precision())  # left as it was
+
+
+def test_a_draft_reads_a_short_narrow_head_and_the_same_blocks(monkeypatch):
+    monkeypatch.setattr("polybit.hub.rows.SHORT", 48)
+    for ends in (True, False):
+        decoder = RowDecoder(make("llama", ends=ends), slots=2, room=32)
+        whole, draft = decoder.setting("w8"), decoder.setting("w8", draft=True)
+        hidden = [decoder.step([TokenRows(setting, 0, 0, PROMPT)]) for setting in (whole, draft)]
+        assert torch.equal(*hidden)
+        logits = decoder.logits(hidden[1], draft)
+        expected = decoder.logits(hidden[0], decoder.setting("w4") if ends else whole)[:, :48]
+        assert logits.shape == (len(PROMPT), 48) and torch.equal(logits, expected)
+
+
 def test_rows_outside_the_cache_are_refused():
     decoder = RowDecoder(make("llama"), slots=1, room=8)
     setting = decoder.setting("w4")

@@ -165,11 +165,27 @@ def test_a_lookup_proposes_what_followed_before():
 
 def test_a_gate_decides_thin_leads_anew(model):
     never = answers(engine(model), [ask(2, "w2", gate="w8", margin=0.0)])
+    assert never[0] == answers(engine(model), [ask(2, "w2", prefill="w8")])[0] and never[1][0].spent.gated == 0
     always = answers(engine(model), [ask(2, "w2", gate="w8", margin=1e9)])
-    assert never[0] == answers(engine(model), [ask(2, "w2")])[0] and never[1][0].spent.gated == 0
-    assert always[1][0].spent.gated == 20
-    # with every token decided at 8 bits the prompt alone was read at 2
-    assert always[0] != never[0]
+    assert always[1][0].spent.gated == 20 and always[0] == answers(engine(model), [ask(2, "w8")])[0]
+
+
+def test_a_gate_decides_as_the_wide_width_would_have_after_the_same_text(model):
+    tokens = ask(3).tokens
+    [answer], [end], _ = answers(engine(model), [ask(3, "w2", gate="w8", margin=0.02)])
+    assert 0 < end.spent.gated < len(answer)
+    wide = [ask(0, "w8", tokens=(*tokens, *answer[:at]), most=1) for at in range(20)]
+    chosen = answers(engine(model, queue=99), wide)[0]
+    assert sum(a == b for a, [b] in zip(answer, chosen, strict=True)) >= end.spent.gated
+
+
+@pytest.mark.parametrize("way", [{"gate": "w8", "margin": 0.3}, {"prefill": "w8"}])
+def test_an_answer_read_otherwise_than_a_prompt_is_not_taken_for_one(model, way):
+    server = engine(model)
+    [first], _, _ = answers(server, [ask(1, "w2", **way)])
+    again = ask(2, "w2", tokens=(*ask(1).tokens, *first, 5, 6), **way)
+    found, [end], _ = answers(server, [again])
+    assert end.spent.cached == 11 and found == answers(engine(model), [again])[0]
 
 
 def test_a_prompt_read_wide_is_decoded_narrow(model):
