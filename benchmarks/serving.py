@@ -48,6 +48,7 @@ def commands(args: argparse.Namespace, port: int) -> dict[str, tuple[list[str], 
     threads = str(args.threads)
     if args.gguf and args.llama_server:
         more = ["--parallel", "32", "--ctx-size", str(32 * 512), "--threads", threads, "--threads-batch", threads]
+        more += args.llama_flags.split()
         found["llama-server"] = ([args.llama_server, "-m", args.gguf, "--port", str(port), *more], "model")
     elif args.gguf:
         more = ["--interrupt_requests", "false", "--n_ctx", "512", "--n_threads", threads]
@@ -139,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("polybit", "gguf", "llama-server", "float"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--llama-flags", default="", help="more flags of llama-server, one text")
     parser.add_argument("--precision", default="w4")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=64)

@@ -142,8 +142,8 @@ class RowDecoder:
         for operands in operands_of(self.model).values():
             if {operands.q, operands.k, operands.v} != {FLOAT}:
                 raise PolybitError(
-                    f"precision {name!r} rounds queries, keys or values ({operands}), which rows cannot be read at: choose "
-                    "one with weights only, such as w4"
+                    f"precision {name!r} rounds queries, keys or values ({operands}), which rows cannot be read at: "
+                    "choose one with weights only, such as w4"
                 )
 
         def mode(layer: QuantWeight) -> ops.Arithmetic:

@@ -47,11 +47,11 @@ class Sampling:
 class Decoding:
     """At which precision which part of an answer is read; every name is one that the model can be switched to.
 
-    precision: decides the tokens · prefill: reads the prompt (default: `gate`, else `precision`) · draft: proposes up to `drafts`
-    tokens, none after one whose lead is under `sure` nats, that `precision` then verifies in one step; the answer is
-    the same as without · lookup: so many tokens that occurred before propose what followed them; 0 = never · gate:
-    decides a token anew whose lead over the second at `precision` is less than `margin` nats, and reads what came since
-    the last such token anew with it, so that it decides as if it had read everything.
+    precision: decides the tokens · prefill: reads the prompt (default: `gate`, else `precision`) · draft: proposes up
+    to `drafts` tokens, none after one whose lead is under `sure` nats, that `precision` then verifies in one step; the
+    answer is the same as without · lookup: so many tokens that occurred before propose what followed them; 0 = never ·
+    gate: decides a token anew whose lead over the second at `precision` is less than `margin` nats, and reads what came
+    since the last such token anew with it, so that it decides as if it had read everything.
     """
 
     precision: str
@@ -80,7 +80,7 @@ class Decoding:
 
     @property
     def cache_key(self) -> str:
-        """What keys and values of a prompt depend on beside its tokens: requests that share it can share a beginning."""
+        """What keys and values of a prompt depend on beside its tokens: who shares it can share a beginning."""
         return self.reads_prompt
 
 
