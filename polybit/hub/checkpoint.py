@@ -69,7 +69,7 @@ class Description:
         """The inverse of to_json; every key and range is checked, a newer format is named as such."""
         version = value.get("format_version")
         if value.get("quant_method") != METHOD:
-            raise PolybitError(f"the checkpoint's quant_method is {value.get('quant_method')!r}, not 'polybit'")
+            raise PolybitError(f"the checkpoint's quant_method is {value.get('quant_method')!r:.60}, not 'polybit'")
         if is_integer(version, VERSION + 1, 10**6):
             made_by = value.get("polybit_version")
             raise PolybitError(

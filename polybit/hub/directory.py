@@ -19,6 +19,7 @@ from polybit.hub.files import read_json
 
 MANIFEST = "manifest.json"
 FREE = ("README.md", MANIFEST)  # files that may change without making the artefact another one
+LONGEST_NAME = 200  # characters of a file's name, of which file systems spell 255 bytes
 TEMPLATES = "additional_chat_templates"  # the one folder a tokenizer may write
 # what transformers reads wherever it lies beside the weights: weights, adapters, tokenizers, templates, settings, code
 HONOURED = re.compile(
@@ -237,6 +238,7 @@ def check_file(directory: Path, name: str, entry: Any) -> None:
     path = directory / name
     if (
         Path(name).name != name.removeprefix(f"{TEMPLATES}/")
+        or len(name) > LONGEST_NAME
         or not isinstance(entry, dict)
         or set(entry) != {"bytes", "sha256"}
     ):

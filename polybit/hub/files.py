@@ -62,7 +62,7 @@ def read_header(path: Path) -> Header:
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         size = path.stat().st_size if path.is_file() else 0
         raise PolybitError(
-            f"{path} ({size} bytes) is no whole safetensors file ({error!s:.100}): fetch or make it again"
+            f"{path} ({size} bytes) is no whole safetensors file ({one_line(error)}): fetch or make it again"
         ) from None
     found: Header = {}
     for name, entry in pairs:
@@ -74,6 +74,11 @@ def read_header(path: Path) -> Header:
         found[name] = values["dtype"], tuple(values["shape"])
     assert set(found) == names
     return found
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of what an error says, without line breaks."""
+    return " ".join(str(error).split())[:100]
 
 
 def read_headers(paths: Iterable[Path]) -> Header:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import frexp, isfinite
+from math import frexp
 from typing import Any, Protocol
 
 import torch
@@ -209,12 +209,12 @@ def is_integer(value: Any, low: int, high: int) -> bool:
 
 def is_number(value: Any) -> bool:
     """True for a finite int or float (never a bool)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def refusal(name: str, key: str, got: Any, allowed: str) -> PolybitError:
     """The sentence for a number that cannot be."""
     return PolybitError(
-        f"the config says {key} {got!r:.60} for layer {name!r:.120}, but {allowed} is needed: "
+        f"the config says {key!s:.80} {got!r:.60} for layer {name!r:.120}, but {allowed} is needed: "
         "the checkpoint is damaged or was edited, make it again"
     )
