@@ -35,6 +35,7 @@ EXTRAS = {  # extra -> a library of it, and what it is for
     "judge": ("openai", "polybit judge with an endpoint"),
     "lm-eval": ("lm_eval", "polybit eval --lm-eval"),
     "export": ("gguf", "polybit export"),
+    "cluster": ("ray", "polybit pairs --ray"),
 }
 
 

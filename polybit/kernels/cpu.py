@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from polybit.core.planes import COLUMNS, ROWS, Planes, ragged_bytes, read_widths
+from polybit.kernels.extensions import extension
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GROUPS = (0, 32, 64, 128, 256)  # group sizes the compiled kernels read; others take the reference path
@@ -22,18 +22,8 @@ PLAIN = (Tensor, Parameter)  # types of tensors whose memory is what it says; ot
 
 @cache
 def library() -> ModuleType | None:
-    """The compiled extension, or None – said once, loudly – when the package was built without a compiler."""
-    try:
-        from polybit.kernels import _cpu  # type: ignore[attr-defined]
-    except ImportError as error:
-        warnings.warn(
-            f"polybit runs without its compiled CPU kernels ({error}), many times slower: "
-            "install a C++ compiler and reinstall polybit, or use a wheel",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return _cpu
+    """The compiled extension, or None when the package was built without a compiler."""
+    return extension("_cpu")
 
 
 def instruction_sets() -> list[str]:

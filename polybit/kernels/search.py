@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polybit.kernels.extensions import extension
+
 KINDS = {torch.float32: "32", torch.float64: "64"}
 ZEROS = ("centre", "level", "group")  # in the order of the compiled enumeration
 VERSION = 2  # of what is passed between this file and csrc/search.cpp
@@ -22,21 +23,8 @@ ALLOWED: ContextVar[int | None] = ContextVar("instruction set of the search", de
 
 @cache
 def library() -> ModuleType | None:
-    """The compiled extension, or None – said once, loudly – when the package was built without a compiler."""
-    try:
-        from polybit.kernels import _search  # type: ignore[attr-defined]
-
-        if getattr(_search, "version", 1) != VERSION:
-            raise ImportError("it was built from other sources than these")
-    except ImportError as error:
-        warnings.warn(
-            f"polybit quantizes without its compiled search ({error}), many times slower: "
-            "install a C++ compiler and reinstall polybit, or use a wheel",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return _search
+    """The compiled extension, or None when the package was built without a compiler."""
+    return extension("_search", VERSION)
 
 
 def instruction_sets() -> list[str]:

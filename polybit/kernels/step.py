@@ -5,12 +5,10 @@ from __future__ import annotations
 from functools import cache
 from types import ModuleType
 
+from polybit.kernels.extensions import extension
+
 
 @cache
 def library() -> ModuleType | None:
     """The compiled extension, or None where the package was built without a compiler."""
-    try:
-        from polybit.kernels import _step  # type: ignore[attr-defined]
-    except ImportError:
-        return None
-    return _step
+    return extension("_step")

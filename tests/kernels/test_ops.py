@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from polybit.core.affine import QWeight, centre, storable_scale
 from polybit.core.planes import Planes, RatioTable, pack, storable_ratio, unpack
 from polybit.core.runtime import PolybitError
-from polybit.kernels import cpu, ops, reference
+from polybit.kernels import cpu, extensions, ops, reference
 
 ISAS = list(enumerate(cpu.instruction_sets()))
 TOLERANCE = {"int8": 1.5e-2, "int16": 1e-4}  # largest error over largest output
@@ -268,16 +268,23 @@ def test_without_the_library_the_slow_twin_serves_and_says_so(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "polybit.kernels._cpu", None)
     monkeypatch.delattr("polybit.kernels._cpu", raising=False)
     cpu.library.cache_clear()
+    extensions.missing.cache_clear()
     try:
-        with pytest.warns(RuntimeWarning, match="without its compiled CPU kernels"):
+        with pytest.warns(RuntimeWarning, match="without its compiled kernels"):
             y = ops.linear(x, p, 4, arithmetic="int8")
         assert torch.equal(y, expected)
         assert ops.best_arithmetic() == "float"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             ops.linear(x, p, 4, arithmetic="int8")
+        assert len(extensions.missing()) == 1
+        monkeypatch.setitem(__import__("sys").modules, "polybit.kernels._step", None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # the next part that is missing says nothing more
+            assert extensions.extension("_step") is None
     finally:
         cpu.library.cache_clear()
+        extensions.missing.cache_clear()
 
 
 def test_rows_cut_out_of_a_larger_weight():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from polybit.core.affine import Grid
-from polybit.kernels import search
+from polybit.kernels import extensions, search
 from polybit.quant.descent import compensate, descend
 from polybit.quant.fit import FitFreedom
 from polybit.quant.gptq import gptq
@@ -159,13 +159,15 @@ def test_without_the_extension_the_twins_do_it_all_and_it_is_said_once(monkeypat
     monkeypatch.setitem(__import__("sys").modules, "polybit.kernels._search", None)
     monkeypatch.delattr("polybit.kernels._search", raising=False)
     search.library.cache_clear()
+    extensions.missing.cache_clear()
     try:
-        with pytest.warns(RuntimeWarning, match="without its compiled search"):
+        with pytest.warns(RuntimeWarning, match="without its compiled kernels"):
             assert not search.usable(weight_OI)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             found = gptq(weight_OI, seen, Grid(3, 32, "group"))
     finally:
         search.library.cache_clear()
+        extensions.missing.cache_clear()
     assert torch.equal(expected.codes_OI, found.codes_OI)
     assert torch.equal(expected.scale_OG, found.scale_OG)
