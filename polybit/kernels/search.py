@@ -1,24 +1,29 @@
-"""The door to the compiled search for codes: torch tensors in, raw addresses out."""
+"""The door to the search for codes, and who does it: the compiled extension (torch tensors in, raw addresses out) in
+main memory, Triton and dense products on a GPU (`device_search`), or the twins in torch, the specification."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from polybit.kernels.asked import Clips, Fit, Numbers, Tilts, Walk
 from polybit.kernels.extensions import extension
+
+__all__ = ["Clips", "Fit", "Numbers", "Tilts", "Walk"]  # what is asked, beside the functions that answer
 
 KINDS = {torch.float32: "32", torch.float64: "64"}
 ZEROS = ("centre", "level", "group")  # in the order of the compiled enumeration
 VERSION = 2  # of what is passed between this file and csrc/search.cpp
-ALLOWED: ContextVar[int | None] = ContextVar("instruction set of the search", default=0)
+TRITON = "triton"
+ALLOWED: ContextVar[int | str | None] = ContextVar("instruction set of the search", default=0)
 
 
 @cache
@@ -33,9 +38,25 @@ def instruction_sets() -> list[str]:
     return built.names() if built else []
 
 
+@cache
+def device_kernels() -> ModuleType | None:
+    """The search on a GPU, or None – said once – where triton is not installed."""
+    try:
+        from polybit.kernels import device_search
+    except ImportError:
+        warnings.warn(
+            "polybit quantizes on this GPU without triton, many times slower: run pip install 'polybit[gpu]'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return device_search
+
+
 @contextmanager
-def using(isa: int | None) -> Iterator[None]:
-    """While inside, search with this entry of `instruction_sets`; None: with the twins in torch, the specification."""
+def using(isa: int | str | None) -> Iterator[None]:
+    """While inside, search with this entry of `instruction_sets`, with TRITON wherever the weight is, or (None) with
+    the twins in torch, the specification."""
     token = ALLOWED.set(isa)
     try:
         yield
@@ -43,9 +64,24 @@ def using(isa: int | None) -> Iterator[None]:
         ALLOWED.reset(token)
 
 
+def way(weight_OI: Tensor) -> Literal["compiled", "triton", "twin"]:
+    """Who searches codes of this weight: the one place that decides it, by where it is and its type."""
+    allowed = ALLOWED.get()
+    if allowed is None or weight_OI.dtype not in KINDS:
+        return "twin"
+    if allowed == TRITON or weight_OI.is_cuda:
+        return "triton" if device_kernels() is not None else "twin"
+    return "compiled" if weight_OI.is_cpu and library() is not None else "twin"
+
+
 def usable(weight_OI: Tensor) -> bool:
-    """Whether the compiled search takes this weight: in main memory, in float32 or float64."""
-    return ALLOWED.get() is not None and weight_OI.is_cpu and weight_OI.dtype in KINDS and library() is not None
+    """Whether the functions of this file take this weight; the twins take every one."""
+    return way(weight_OI) != "twin"
+
+
+def on_device(weight_OI: Tensor) -> Any:
+    """The search on a GPU where it is the way of this weight, else None."""
+    return device_kernels() if way(weight_OI) == "triton" else None
 
 
 def function(name: str, dtype: torch.dtype) -> Any:
@@ -53,35 +89,18 @@ def function(name: str, dtype: torch.dtype) -> Any:
     return getattr(library(), name + KINDS[dtype])
 
 
-@dataclass(frozen=True, slots=True)
-class Numbers:
-    """What codes mean at every width (quant.levels.Levels), as the extension reads and writes it.
-
-    scale_OG, zero_OG, ratio_BOG: contiguous, of one type, written in place · bits_G: a width per group, or empty.
-    """
-
-    columns: int
-    group_size: int
-    bits: int
-    widths: tuple[int, ...]
-    emphasis: tuple[float, ...]
-    scale_OG: Tensor
-    zero_OG: Tensor
-    ratio_BOG: Tensor
-    bits_G: tuple[int, ...] = ()
-
-    def built(self) -> Any:
-        """The record of the extension; this object must outlive it."""
-        rows, groups = self.scale_OG.shape
-        assert groups == (-(-self.columns // self.group_size) if self.group_size else 1)
-        assert self.zero_OG.shape == self.scale_OG.shape
-        assert self.ratio_BOG.shape == (len(self.widths), rows, groups)
-        numbers = (self.scale_OG, self.zero_OG, self.ratio_BOG)
-        assert all(t.is_contiguous() and t.is_cpu and t.dtype == self.scale_OG.dtype for t in numbers)
-        return function("Levels", self.scale_OG.dtype)(
-            rows, self.columns, self.group_size, self.bits, list(self.widths), list(self.emphasis),
-            *(t.data_ptr() for t in numbers), list(self.bits_G),
-        )  # fmt: skip
+def built(numbers: Numbers) -> Any:
+    """The record of the extension; `numbers` must outlive it."""
+    rows, groups = numbers.scale_OG.shape
+    assert groups == (-(-numbers.columns // numbers.group_size) if numbers.group_size else 1)
+    assert numbers.zero_OG.shape == numbers.scale_OG.shape
+    assert numbers.ratio_BOG.shape == (len(numbers.widths), rows, groups)
+    tensors = (numbers.scale_OG, numbers.zero_OG, numbers.ratio_BOG)
+    assert all(t.is_contiguous() and t.is_cpu and t.dtype == numbers.scale_OG.dtype for t in tensors)
+    return function("Levels", numbers.scale_OG.dtype)(
+        rows, numbers.columns, numbers.group_size, numbers.bits, list(numbers.widths), list(numbers.emphasis),
+        *(t.data_ptr() for t in tensors), list(numbers.bits_G),
+    )  # fmt: skip
 
 
 def alike(numbers: Numbers, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -90,40 +109,23 @@ def alike(numbers: Numbers, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor.to(numbers.scale_OG.dtype).contiguous()
 
 
-def compensate(numbers: Numbers, weight_OI: Tensor, factor_II: Tensor, group_I: Sequence[int]) -> tuple[Tensor, Tensor]:
+def compensate(numbers: Numbers, weight_OI: Tensor, factor_II: Tensor, group_I: Tensor) -> tuple[Tensor, Tensor]:
     """Codes by error compensation, uint8 [O, I], and tr(E_b H E_bᵀ) of every row, [B, O].
 
-    The columns of everything are in the order they are rounded in.
+    The columns of everything are in the order they are rounded in; group_I: the group of each.
     """
     rows, columns = len(numbers.scale_OG), numbers.columns
     weight_OI = alike(numbers, weight_OI, (rows, columns))
     factor_II = alike(numbers, factor_II, (columns, columns))
+    if device := on_device(weight_OI):
+        return device.compensate(numbers, weight_OI, factor_II, group_I)
     codes_OI = torch.empty(rows, columns, dtype=torch.uint8)
     loss_BO = weight_OI.new_empty(len(numbers.widths), rows)
     function("compensate", weight_OI.dtype)(
-        ALLOWED.get(), numbers.built(), weight_OI.data_ptr(), factor_II.data_ptr(), list(group_I), codes_OI.data_ptr(),
-        loss_BO.data_ptr(),
+        ALLOWED.get(), built(numbers), weight_OI.data_ptr(), factor_II.data_ptr(), group_I.tolist(),
+        codes_OI.data_ptr(), loss_BO.data_ptr(),
     )  # fmt: skip
     return codes_OI, loss_BO
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """What a pass of descent may change beside the codes (quant.fit.FitFreedom): scales, zero points if `zero`, and the
-    ratios of the widths that have a table."""
-
-    gain: float
-    zero: bool
-    tables: tuple[Tensor | None, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Walk:
-    """A walk of coordinate descent: passes, what they may fit (None: nothing), leading bits of a code that stay."""
-
-    sweeps: int
-    fit: Fit | None = None
-    held: int = 0
 
 
 def descend(numbers: Numbers, start: Tensor, hessian_II: Tensor, codes_OI: Tensor, walk: Walk) -> tuple[Tensor, Tensor]:
@@ -133,33 +135,20 @@ def descend(numbers: Numbers, start: Tensor, hessian_II: Tensor, codes_OI: Tenso
     """
     rows, columns, count = len(numbers.scale_OG), numbers.columns, len(numbers.widths)
     hessian_II = alike(numbers, hessian_II, (columns, columns))
-    found_OI = codes_OI.to(torch.uint8, copy=True).contiguous()
     known = start.ndim == 3
     start = alike(numbers, start, (count, rows, columns) if known else (rows, columns))
+    if device := on_device(start):
+        return device.descend(numbers, start, hessian_II, codes_OI, walk)
+    found_OI = codes_OI.to(torch.uint8, copy=True).contiguous()
     gradient_BOI = start.clone() if known else start.new_empty(count, rows, columns)
     fit = walk.fit
     tables = [None if t is None else alike(numbers, t, (16,)) for t in fit.tables] if fit else []
     function("descend", start.dtype)(
-        ALLOWED.get(), numbers.built(), 0 if known else start.data_ptr(), hessian_II.data_ptr(), found_OI.data_ptr(),
+        ALLOWED.get(), built(numbers), 0 if known else start.data_ptr(), hessian_II.data_ptr(), found_OI.data_ptr(),
         gradient_BOI.data_ptr(), walk.sweeps, fit is not None, fit is not None and fit.zero, fit.gain if fit else 1.0,
         [0 if t is None else t.data_ptr() for t in tables], walk.held,
     )  # fmt: skip
     return found_OI, gradient_BOI
-
-
-@dataclass(frozen=True, slots=True)
-class Clips:
-    """A clip search (quant.scales.search_scale): widths of the groups, kind of zero point, and what is tried.
-
-    shrinks: clipping ranges of groups below 4 bits, and of the others · refine: steps that fit the scale.
-    """
-
-    group_size: int
-    bits_G: tuple[int, ...]
-    zero: str
-    gain: float
-    shrinks: tuple[tuple[float, ...], tuple[float, ...]]
-    refine: int
 
 
 def search_scales(weight_OI: Tensor, importance_I: Tensor, clips: Clips) -> tuple[Tensor, Tensor]:
@@ -168,6 +157,8 @@ def search_scales(weight_OI: Tensor, importance_I: Tensor, clips: Clips) -> tupl
     rows, columns = weight_OI.shape
     importance_I = importance_I.to(weight_OI).contiguous()
     assert importance_I.shape == (columns,)
+    if device := on_device(weight_OI):
+        return device.search_scales(weight_OI, importance_I, clips)
     scale_OG = weight_OI.new_empty(rows, len(clips.bits_G))
     zero_OG = torch.empty_like(scale_OG)
     narrow, wide = clips.shrinks
@@ -179,23 +170,15 @@ def search_scales(weight_OI: Tensor, importance_I: Tensor, clips: Clips) -> tupl
     return scale_OG, zero_OG
 
 
-@dataclass(frozen=True, slots=True)
-class Tilts:
-    """A search over clipping ranges and tilts (quant.slices.start_levels); fixed_zero: None where it is free."""
-
-    gain: float
-    fixed_zero: float | None
-    shrinks: tuple[float, ...]
-    tilts: tuple[float, ...]
-
-
 def search_slices(numbers: Numbers, weight_OI: Tensor, importance_I: Tensor, alone_BOG: Tensor, tilts: Tilts) -> None:
     """Write scale, zero point and ratios of every group into `numbers`; alone_BOG: scales made for each width alone."""
     weight_OI = alike(numbers, weight_OI, (len(numbers.scale_OG), numbers.columns))
     importance_I = alike(numbers, importance_I, (numbers.columns,))
     alone_BOG = alike(numbers, alone_BOG, tuple(numbers.ratio_BOG.shape))
+    if device := on_device(weight_OI):
+        return device.search_slices(numbers, weight_OI, importance_I, alone_BOG, tilts)
     free = tilts.fixed_zero is None
     function("slices", weight_OI.dtype)(
-        ALLOWED.get(), numbers.built(), weight_OI.data_ptr(), importance_I.data_ptr(), alone_BOG.data_ptr(), free,
+        ALLOWED.get(), built(numbers), weight_OI.data_ptr(), importance_I.data_ptr(), alone_BOG.data_ptr(), free,
         0.0 if free else tilts.fixed_zero, tilts.gain, list(tilts.shrinks), list(tilts.tilts),
     )  # fmt: skip

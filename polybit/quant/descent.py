@@ -2,7 +2,7 @@
 
 Everything here works on one or several widths at once (`Levels`): one matrix of codes, one error per width. Rows are
 independent, so the work is done for all rows together, and for a few rows at a time when the layer is large. On a
-processor the compiled search (`quant.compiled`) does the same; what is written here says what that is.
+processor and on a GPU a faster search (`quant.compiled`) does the same; what is written here says what that is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from polybit.quant.levels import Choice, Levels
 from polybit.quant.problem import Problem, row_chunks
 
 BLOCK = 128  # columns between two updates of everything to their right
-CARRIED = 1 << 28  # numbers up to which gradients are kept from one walk to the next instead of being made again
+# numbers up to which gradients are kept from one walk to the next instead of being made again
+CARRIED, CARRIED_ON_GPU = 1 << 28, 1 << 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,8 @@ def walk(problem: Problem, at: Walked, *, sweeps: int, freedom: FitFreedom | Non
 
 def carried(walked: Walked) -> bool:
     """Whether the gradient is small enough to be kept."""
-    return walked.codes_OI.numel() * len(walked.levels.widths) <= CARRIED
+    most = CARRIED_ON_GPU if walked.codes_OI.is_cuda else CARRIED
+    return walked.codes_OI.numel() * len(walked.levels.widths) <= most
 
 
 def gradients(problem: Problem, codes_OI: Tensor, levels: Levels) -> Tensor:

@@ -221,7 +221,8 @@ def wanted_ratios(problem: Problem, at: Walked) -> Tensor:
     assert at.gradient_BOI is not None
     size = levels.group_size or columns
     wanted_BOG = levels.ratio_BOG.clone()
-    for part in row_chunks(len(at.codes_OI), 3 * len(levels.widths) * columns):
+    limit = 1 << (28 if at.codes_OI.is_cuda else 25)  # a GPU is given few and large steps
+    for part in row_chunks(len(at.codes_OI), 3 * len(levels.widths) * columns, limit=limit):
         local = levels.rows(part)
         for group, first in enumerate(range(0, columns, size)):
             here = slice(first, min(first + size, columns))

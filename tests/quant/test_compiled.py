@@ -34,10 +34,10 @@ GRIDS = [  # rows, columns, grid: rows and columns that fill no vector, block or
 ]
 
 
-def posed(rows, columns, dtype):
+def posed(rows, columns, dtype, device="cpu"):
     """A problem in working units of this type."""
     problem = pose(*layer(rows, columns, tokens=512))
-    return Problem(problem.weight_OI.to(dtype), problem.hessian_II.to(dtype), problem.gain)
+    return Problem(problem.weight_OI.to(device, dtype), problem.hessian_II.to(device, dtype), problem.gain)
 
 
 def loss(problem, codes_OI, levels):
@@ -64,7 +64,12 @@ def assert_alike(dtype, *pairs):
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize(("rows", "columns", "grid"), GRIDS)
 def test_scales_compensation_and_descent_are_the_twins(isa, dtype, rows, columns, grid):
-    problem = posed(rows, columns, dtype)
+    check_walks(isa, dtype, rows, columns, grid)
+
+
+def check_walks(isa, dtype, rows, columns, grid, device="cpu"):
+    """Scales, compensation in both orders, fitted and plain descent, by one way of the search and by the twins."""
+    problem = posed(rows, columns, dtype, device)
     order_I = torch.argsort(problem.importance_I, descending=True)
     factor_II = inverse_factor(problem.hessian_II)
     turned_II = inverse_factor(problem.hessian_II[order_I][:, order_I])
@@ -108,10 +113,15 @@ def test_scales_compensation_and_descent_are_the_twins(isa, dtype, rows, columns
 @pytest.mark.parametrize("widths", [WIDTHS, (8, 7, 6, 5, 4, 3, 2), (4, 3, 2), (8, 2), (8, 7), (3, 2)])
 @pytest.mark.parametrize(("rows", "columns", "size", "zero"), [(37, 100, 32, "group"), (3, 150, 0, "level")])
 def test_nested_codes_are_the_twins(isa, dtype, widths, rows, columns, size, zero):
-    problem = posed(rows, columns, dtype)
+    check_nested(isa, dtype, widths, rows, columns, size, zero)
+
+
+def check_nested(isa, dtype, widths, rows, columns, size, zero, device="cpu"):
+    """Where nested codes start, compensation, descent with ratios and with a bit held, by one way and by the twins."""
+    problem = posed(rows, columns, dtype, device)
     factor_II = inverse_factor(problem.hessian_II)
     grid, emphasis = Grid(widths[0], size, zero), {b: 1.0 / b for b in widths}
-    tables = {b: torch.linspace(0.8, 1.1, 16, dtype=dtype) for b in widths[1:][-2:]}
+    tables = {b: torch.linspace(0.8, 1.1, 16, dtype=dtype, device=device) for b in widths[1:][-2:]}
     found, levels = [], None
     for way in (None, isa):
         with search.using(way):
