@@ -5,7 +5,7 @@ import torch
 
 from polybit.kernels import ops, reference
 from polybit.kernels.prepared import Prepared
-from polybit.kernels.route import MOST_TOKENS
+from polybit.kernels.route import route
 from polybit.speed.products_gpu import time_on_gpu, to_gpu
 from tests.kernels.test_ops import KINDS, random_input, random_planes, relative
 from tests.kernels.test_triton_round import awkward_input
@@ -20,8 +20,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def exact_error(p, tokens, width, mode, seed=1):
-    """Error of the operator on the GPU, with a bias, against the slow twin there in float64; many are not rounded."""
-    mode_of_twin = mode if tokens <= MOST_TOKENS else "float"
+    """Error of the operator on the GPU, with a bias, against the slow twin there in float64. Many tokens are not
+    rounded; groups the kernels do not read are the twin's, which rounds whatever the number of tokens."""
+    many = route(mode, "cuda", ops.read_by_gpu(p, width), tokens) == "many"
+    mode_of_twin = "float" if many else mode
     rows, columns = p.shape
     x, bias = random_input(tokens, columns, seed=seed).to(DEVICE), random_input(rows, seed=2).to(DEVICE)
     exact = reference.linear(x.double(), p, width, bias, arithmetic=mode_of_twin, precision=torch.float64)
@@ -85,7 +87,9 @@ def test_one_token_rounded_in_the_kernel_and_launched_again_is_the_same(dtype, m
         layer, other, bias = Prepared(p), torch.randn_like(x), random_input(84, seed=2).to(DEVICE)
         for width in (3, 4, 8):
             y = ops.linear(x, p, width, bias, arithmetic=mode)
-            assert y.isfinite().all() and torch.equal(y, triton_gemv.linear(x, p, width, bias, mode, fuse=False))
+            assert not y.isnan().any() and torch.equal(y, triton_gemv.linear(x, p, width, bias, mode, fuse=False))
+            # rounded once, at the end: what float16 does not hold becomes infinity, as in torch's own products
+            assert torch.equal(y, ops.linear(x.float(), p, width, bias, arithmetic=mode).to(dtype))
             for given in (x, other, x):
                 again = layer.linear(given, width, bias, mode)
                 assert torch.equal(again, ops.linear(given, p, width, bias, arithmetic=mode))

@@ -51,6 +51,16 @@ def test_interpreted_reads_and_writes_16_bit_floats(kernel, dtype):
     assert torch.allclose(y.float(), exact, rtol=torch.finfo(dtype).eps, atol=2e-6 * float(exact.abs().max()))
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_interpreted_float16_overflows_to_infinity(kernel, tokens):
+    """As every other way does: tests/kernels/test_ops.py."""
+    p, x = random_planes(20, 300), random_input(tokens, 300).mul(1e4).half()
+    for mode in ("int8", "int16"):
+        wide = kernel.linear(x.float(), p, 8, None, mode)
+        assert (wide.abs() >= 65520).any() and (wide.abs() < 65520).any()
+        assert torch.equal(kernel.linear(x, p, 8, None, mode), wide.half())
+
+
 def test_interpreted_spoiled_token_spoils_only_itself(kernel):
     p, x = random_planes(20, 200), random_input(2, 200)
     clean = kernel.linear(x, p, 4, None, "int8")
@@ -61,10 +71,10 @@ def test_interpreted_spoiled_token_spoils_only_itself(kernel):
 
 def test_the_operator_takes_it_for_a_few_tokens(kernel):
     """What a GPU's dispatch runs, here on main memory; odd group sizes and no tokens go to the slow twin."""
-    for tokens, group_size in ((1, 64), (MOST_TOKENS, 64), (MOST_TOKENS + 1, 64), (2, 16), (0, 64)):
+    for tokens, group_size in ((1, 64), (MOST_TOKENS, 64), (MOST_TOKENS + 1, 64), (2, 16), (20, 16), (0, 64)):
         p, x = random_planes(20, 96, 8, group_size), random_input(tokens, 96, dtype=torch.bfloat16)
         y = ops.on_gpu(x, None, 8, [4], *p.apart(4))
-        rounded = tokens <= MOST_TOKENS
+        rounded = tokens <= MOST_TOKENS or group_size == 16
         expected = reference.linear(x, p, 4, arithmetic="int8" if rounded else "float")
         assert y.shape == (tokens, 20) and y.dtype == torch.bfloat16
         # triton's interpreter cuts the decoded weight off to bfloat16 instead of rounding it
