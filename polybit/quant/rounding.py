@@ -155,12 +155,14 @@ class Bank:
         flat_NL = RoundThrough.apply(
             self.latent_NL, self.scale_N1(), self.ratio_N1(width), stride_N1, self.offset_N1, self.top_N1, reach
         )
-        return {name: self.matrix(flat_NL, name) for name in self.start}
+        # split, not sliced: the gradient of a slice is as large as the bank, one for every weight
+        parts = flat_NL.split([here.stop - here.start for here in self.slices.values()])
+        return {name: self.matrix(part_NL, name) for name, part_NL in zip(self.slices, parts, strict=True)}
 
-    def matrix(self, flat_NL: Tensor, name: str) -> Tensor:
-        """Cut one weight [O, I] out of the bank."""
+    def matrix(self, part_NL: Tensor, name: str) -> Tensor:
+        """The weight [O, I] whose groups these are."""
         q = self.start[name]
-        weight_OI = flat_NL[self.slices[name]].reshape(q.shape[0], -1)[:, : q.shape[1]]
+        weight_OI = part_NL.reshape(q.shape[0], -1)[:, : q.shape[1]]
         return weight_OI if q.column_scale_I is None else weight_OI * q.column_scale_I
 
     @torch.no_grad()
