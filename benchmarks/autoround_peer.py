@@ -17,6 +17,7 @@ from torch.nn.functional import log_softmax
 
 from polybit.data.text import read_windows
 from polybit.hub.load import load_float
+from polybit.hub.models import resolve
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = load_float(args.model)
+    model, tokenizer = load_float(resolve(args.model))
     reference = copy.deepcopy(model)
     calibration, _ = read_windows(args.calibration, tokenizer, 256, count=128, seed=0)
     held_out, _ = read_windows(args.text, tokenizer, 256, count=args.windows)

@@ -35,6 +35,7 @@ from polybit.core.records import machine
 from polybit.core.runtime import write_json
 from polybit.data.text import read_windows
 from polybit.hub.load import load_float
+from polybit.hub.models import resolve
 from polybit.nn.convert import Target, targets
 from polybit.quant.table import DEFAULT_FIXED, QUANTIZERS
 
@@ -165,7 +166,7 @@ def main() -> None:
     """Quantize, evaluate, print."""
     args = arguments()
     torch.set_num_threads(args.threads)
-    model, tokenizer = load_float(args.model)
+    model, tokenizer = load_float(resolve(args.model))
     draw, _ = read_windows(args.calibration, tokenizer, args.window, count=args.calibration_windows, seed=0)
     held_out, _ = read_windows(args.text, tokenizer, args.window, count=args.windows)
     everything = targets(model)
