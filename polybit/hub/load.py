@@ -15,7 +15,7 @@ from polybit.hub.checkpoint import METHOD
 from polybit.hub.directory import restore
 from polybit.hub.files import check_sizes, read_headers, read_json, shards_of
 from polybit.hub.gguf_file import is_gguf, open_gguf
-from polybit.hub.quiet import quiet
+from polybit.hub.quiet import quiet, untold_retries
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -138,7 +138,8 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
 
     check_name(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with untold_retries():
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         remedy = "give a local model directory, or a hub id that can be reached"
         if "trust_remote_code" in str(error):

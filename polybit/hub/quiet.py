@@ -1,4 +1,4 @@
-"""No progress bars of other libraries, but of a download that somebody may watch on a terminal."""
+"""No progress bars and no tries of other libraries on the screen, but of a download that somebody may watch there."""
 
 from __future__ import annotations
 
@@ -22,3 +22,16 @@ def quiet(name: str | Path = ".") -> Iterator[None]:
     finally:
         if shown and not fetching:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def untold_retries() -> Iterator[None]:
+    """The hub's client tells of no try that failed in the block: the error at their end says it once."""
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
