@@ -57,7 +57,7 @@ def open_pair(target: str, options: EvalOptions) -> tuple[EvalPair, str]:
         raise PolybitError(
             f"--precision {options.precision}: {target} is a float model without stored widths; quantize it first"
         )
-    theirs = opened(named, options, blockwise=blockwise)
+    theirs = ours if named == target else opened(named, options, blockwise=blockwise)
     if stored_widths(theirs.model) is not None:
         raise PolybitError(f"the reference {named} is itself quantized: give the float model it was made from")
     presets: list[str | None] = list(asked or (default_presets(model) if widths else ())) or [None]

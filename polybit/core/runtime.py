@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
+LINE_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 
 
 class PolybitError(Exception):
@@ -74,7 +76,7 @@ def sha256_file(path: Path) -> str:
 
 
 def track(items: Iterable[T], label: str, total: int | None = None, *, done: int = 0) -> Iterator[T]:
-    """Iterate with a progress bar that shows elapsed time and ETA on stderr; silent when stderr is no terminal.
+    """Iterate with a progress bar that shows elapsed time and ETA on stderr; lines when stderr is no terminal.
 
     `done` counts steps already finished by an earlier, interrupted run.
     """
@@ -98,7 +100,7 @@ class Advance(Protocol):
 def progress(
     label: str, total: float | None, *, done: float = 0, clock: Callable[[], float] | None = None
 ) -> Iterator[Advance]:
-    """A progress bar to tell what was done; silent when stderr is no terminal.
+    """A progress bar to tell what was done; when stderr is no terminal, a line every half minute.
 
     The ETA is the mean time of a step so far, parts of one among them, times what is left: there from the first part
     on.
@@ -107,8 +109,8 @@ def progress(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal:  # no bar at all: it would leave a thread that draws nothing
-        yield lambda amount, found=False: None
+    if not console.is_terminal:  # no bar, which would leave a thread that draws nothing: a line now and then
+        yield Lines(label, total, done, clock or monotonic)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     last = TextColumn("ETA {task.fields[eta]}")
@@ -125,6 +127,26 @@ def progress(
             bar.update(task, eta="-:--:--" if left is None else str(timedelta(seconds=round(left))))
 
         yield step
+
+
+class Lines:
+    """Progress as lines on stderr: nothing for what is done within half a minute."""
+
+    def __init__(self, label: str, total: float | None, done: float, clock: Callable[[], float]) -> None:
+        self.label, self.total, self.done, self.before, self.clock = label, total, done, done, clock
+        self.start = self.said = clock()
+
+    def __call__(self, amount: float, *, found: bool = False) -> None:
+        """What was done since the last call."""
+        self.done += amount
+        self.before += amount if found else 0
+        now = self.clock()
+        if self.total is None or now - self.said < LINE_EVERY or self.done >= self.total:
+            return
+        self.said = now
+        left = seconds_left(now - self.start, self.done - self.before, self.total - self.done)
+        eta = "" if left is None else f", {timedelta(seconds=round(left))} left"
+        print(f"polybit: {self.label}: {self.done:.6g} of {self.total:.6g}{eta}", file=sys.stderr, flush=True)
 
 
 def seconds_left(elapsed: float, done: float, left: float) -> float | None:

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polybit.core.runtime import PolybitError, track
+from polybit.core.runtime import PolybitError
 from polybit.evals.choices_data import AskedItem, ChoiceItem, Sum, ask, examples, pairs, read_items, texts
 from polybit.evals.scoring import bootstrap, gsm8k_exact, last_number
 from polybit.hub.lm import LM, LocalLM, LogLik
 
 Scores = dict[str, NDArray[np.bool_]]
-PART = 64  # items per step of the progress bar
 GSM8K_TOKENS, GSM8K_STOP = 256, ("Question:",)
 
 
@@ -73,13 +72,9 @@ def score(lm: LM, asked: ChoiceSet, *, label: str = "choices") -> Scores:
     if asked.is_sums:
         return score_sums(lm, asked)
     items = [item for item in asked.items if isinstance(item, ChoiceItem)]
-    parts = []
-    groups = [items[start : start + PART] for start in range(0, len(items), PART)]
-    for group in track(groups, f"{asked.name}, {label}"):
-        requests = [pairs(item, asked.before(item), asked.form) for item in group]
-        replies = iter(lm.loglik([pair for request in requests for pair in request]))
-        for item in group:
-            parts.append(decide(item, [next(replies) for _ in item.answers], asked.form))
+    requests = [pairs(item, asked.before(item), asked.form) for item in items]
+    replies = iter(lm.loglik([pair for request in requests for pair in request], label=f"{asked.name}, {label}"))
+    parts = [decide(item, [next(replies) for _ in item.answers], asked.form) for item in items]
     return {name: np.array([part[name] for part in parts], dtype=bool) for name in ("acc", "acc_norm")}
 
 
@@ -115,7 +110,7 @@ class Scripted:
     def __init__(self, sure: Sequence[bool], said: Sequence[str] = ()) -> None:
         self.sure, self.said = iter(sure), list(said)
 
-    def loglik(self, asked: Sequence[tuple[str, str]]) -> list[LogLik]:
+    def loglik(self, asked: Sequence[tuple[str, str]], *, label: str = "") -> list[LogLik]:
         """0 where it is sure, and as good as impossible elsewhere."""
         return [LogLik(0.0 if next(self.sure) else -1e6, 1, False) for _ in asked]
 
@@ -179,6 +174,8 @@ def compare_choices(
             "presets": {},
         }
         for preset in presets:
+            if preset is None and quantized is reference:  # it was just read
+                continue
             with quantized.at(preset):
                 scores = score(quantized, asked, label=str(preset))
             entry["presets"][preset or "as loaded"] = {

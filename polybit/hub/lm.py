@@ -5,30 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from polybit.core.precision import FLOAT
-from polybit.core.runtime import PolybitError, track
+from polybit.core.runtime import PolybitError, progress, track
 from polybit.data.batches import buckets, pad, same_context
 from polybit.data.chat import Prompt, encode_prompt
 from polybit.data.text import encode
 from polybit.hub.cache import keep_packed, logits_in_blocks, reads_in_blocks
 from polybit.hub.halves import in_halves
+from polybit.hub.likelihood import LogLik, PairReader, TokenPair, loglik_alone
 from polybit.nn import switch
 from polybit.nn.board import board_of
-
-
-@dataclass(frozen=True, slots=True)
-class LogLik:
-    """Log-likelihood of a continuation: sum in nats (at most 0), number of tokens, whether greedy decoding says it."""
-
-    total_nats: float
-    n_tokens: int
-    is_greedy: bool
 
 
 @runtime_checkable
@@ -39,8 +30,8 @@ class LM(Protocol):
         """Greedy continuations, in the order of the prompts, cut before the first stop string."""
         ...
 
-    def loglik(self, pairs: Sequence[tuple[str, str]]) -> list[LogLik]:
-        """Log-likelihood of each (context, continuation)."""
+    def loglik(self, pairs: Sequence[tuple[str, str]], *, label: str = "log-likelihood") -> list[LogLik]:
+        """Log-likelihood of each (context, continuation); label: of the progress bar."""
         ...
 
 
@@ -263,7 +254,7 @@ class LocalLM:
         split = len(encode(self.tokenizer, context))
         return whole[:split], whole[split:]
 
-    def loglik(self, pairs: Sequence[tuple[str, str]]) -> list[LogLik]:
+    def loglik(self, pairs: Sequence[tuple[str, str]], *, label: str = "log-likelihood") -> list[LogLik]:
         """Log-likelihood of each continuation after its context, with lm-eval's token boundary.
 
         A pair longer than the model's maximum loses the first tokens of its context; a continuation that is longer
@@ -273,12 +264,13 @@ class LocalLM:
         for (_, continuation), pair in zip(encoded, pairs, strict=True):
             if not continuation:
                 raise PolybitError(f"The continuation {pair[1]!r} has no tokens; give some text to score.")
-        return self.loglik_tokens(encoded)
+        return self.loglik_tokens(encoded, label=label)
 
-    def loglik_tokens(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[LogLik]:
+    def loglik_tokens(self, pairs: Sequence[TokenPair], *, label: str = "log-likelihood") -> list[LogLik]:
         """Log-likelihood of each continuation after its context, both as token ids; see `loglik`.
 
-        Pairs that follow each other with the same context (the answers of a question) read it once.
+        Pairs that follow each other with the same context (the answers of a question) read it once, and what many
+        contexts begin with (worked examples) is read once for all of them.
         """
         for _, continuation in pairs:
             if self.max_length is not None and len(continuation) > self.max_length:
@@ -287,15 +279,31 @@ class LocalLM:
                     f"{self.max_length}; split it."
                 )
         results: list[LogLik | None] = [None] * len(pairs)
-        alone: list[list[int]] = []
-        together: list[list[int]] = []
-        for members in same_context(pairs):
-            longest = len(pairs[members[0]][0]) + max(len(pairs[n][1]) for n in members)
-            fits = self.max_length is None or longest <= self.max_length
-            (together if len(members) > 1 and fits and self._shares() else alone).append(members)
-        self._loglik_alone(pairs, [n for members in alone for n in members], results)
-        self._loglik_together(pairs, together, results)
+        groups = same_context(pairs) if self._shares() else []
+        shared = [members for members in groups if self._fits(pairs, members)]
+        with progress(label, len(pairs)) as step:
+            reader = PairReader(
+                self.model,
+                self._call,
+                self.device,
+                self.pad_token(),
+                self.batch_tokens,
+                max(1, self.batch_logits // self.vocabulary),
+                step,
+            )
+            said = reader.together([(pairs[m[0]][0], [pairs[n][1] for n in m]) for m in shared])
+            for members, found in zip(shared, said or (), strict=False):
+                for n, one in zip(members, found, strict=True):
+                    results[n] = one
+            left = [n for n, one in enumerate(results) if one is None]
+            for n, one in zip(left, loglik_alone(self, [pairs[n] for n in left], step), strict=True):
+                results[n] = one
         return [result for result in results if result is not None]
+
+    def _fits(self, pairs: Sequence[TokenPair], members: Sequence[int]) -> bool:
+        """Whether a context with its longest continuation is within the model's maximum."""
+        longest = len(pairs[members[0]][0]) + max(len(pairs[n][1]) for n in members)
+        return self.max_length is None or longest <= self.max_length
 
     def _shares(self) -> bool:
         """Whether what is read once may be gone on with: a cache that keeps it as it is, and positions that we name."""
@@ -306,77 +314,6 @@ class LocalLM:
             for w in (o.precision.q, o.precision.k, o.precision.v)
         }
         return wanted <= self._forward_names and widths <= {FLOAT}
-
-    @torch.inference_mode()
-    def _loglik_alone(
-        self,
-        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-        numbers: Sequence[int],
-        results: list[LogLik | None],
-    ) -> None:
-        """Each pair as a row of its own."""
-        keep = None if self.max_length is None else self.max_length + 1
-        rows = [[*pairs[n][0], *pairs[n][1]] for n in numbers]
-        rows = [row if keep is None else row[-keep:] for row in rows]
-        length = max((len(row) for row in rows), default=1)
-        for group in buckets([len(row) for row in rows], tokens=self.batch_tokens, rows=self.rows_per_batch(length)):
-            ids_BT, _ = pad([rows[index] for index in group], self.pad_token())
-            logp_BTV = self.logits(ids_BT[:, :-1]).log_softmax(-1)
-            for line, index in enumerate(group):
-                count = len(pairs[numbers[index]][1])
-                span = slice(len(rows[index]) - 1 - count, len(rows[index]) - 1)
-                results[numbers[index]] = score_row(logp_BTV[line, span], ids_BT[line, 1:][span])
-
-    @torch.inference_mode()
-    def _loglik_together(
-        self,
-        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-        groups: Sequence[Sequence[int]],
-        results: list[LogLik | None],
-    ) -> None:
-        """Groups of pairs with one context each: the context is read once, then every continuation after it."""
-        contexts = [list(pairs[members[0]][0]) for members in groups]
-        answers = max((sum(len(pairs[n][1]) for n in members) for members in groups), default=1)
-        rows = max(1, self.batch_logits // (answers * self.vocabulary))
-        for bucket in buckets([len(row) for row in contexts], tokens=self.batch_tokens, rows=rows):
-            ids_BT, mask_BT = (
-                t.to(self.device) for t in pad([contexts[g] for g in bucket], self.pad_token(), side="left")
-            )
-            out = self._step(ids_BT, mask_BT, None)
-            if not hasattr(out.past_key_values, "batch_select_indices"):  # a state that cannot be repeated
-                self._loglik_alone(pairs, [n for g in bucket for n in groups[g]], results)
-                continue
-            first_BV = out.logits[:, -1].float().log_softmax(-1)
-            lines = [(line, n) for line, g in enumerate(bucket) for n in groups[g]]
-            after = self._after(out.past_key_values, mask_BT, [(line, pairs[n][1]) for line, n in lines])
-            for place, (line, n) in enumerate(lines):
-                logp_TV = torch.cat([first_BV[line, None], after[place, : len(pairs[n][1]) - 1]])
-                results[n] = score_row(logp_TV, torch.as_tensor(pairs[n][1]))
-
-    def _after(self, cache: Any, mask_BT: Tensor, lines: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-        """Log-probabilities [rows, L, V] after each token but the last of continuations of rows of a cache."""
-        heads = [continuation[:-1] for _, continuation in lines]
-        ids_RL, more_RL = (tensor.to(self.device) for tensor in pad(heads, self.pad_token()))
-        if not ids_RL.shape[1]:
-            return torch.empty(len(lines), 0, self.vocabulary, device=self.device)
-        rows_R = torch.tensor([line for line, _ in lines], device=self.device)
-        cache.batch_select_indices(rows_R)
-        lengths_R = mask_BT.sum(1)[rows_R]
-        out = self._call(
-            input_ids=ids_RL,
-            attention_mask=torch.cat([mask_BT[rows_R], more_RL], dim=1).long(),
-            position_ids=lengths_R[:, None] + torch.arange(ids_RL.shape[1], device=self.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.logits.float().log_softmax(-1)
-
-
-def score_row(logp_TV: Tensor, target_T: Tensor) -> LogLik:
-    """The log-likelihood of tokens under the log-probabilities before each."""
-    target_T = target_T.to(logp_TV.device)
-    nats = float(logp_TV.gather(-1, target_T[:, None]).double().sum())
-    return LogLik(nats, len(target_T), bool((logp_TV.argmax(-1) == target_T).all()))
 
 
 def longest_input(model: nn.Module) -> int | None:

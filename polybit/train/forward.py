@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from polybit.hub.likelihood import keep_positions
 
 NAMES = {"mask_BT": "attention_mask", "positions_BT": "position_ids"}
 
@@ -28,19 +29,3 @@ def logits_of(model: nn.Module, part: Mapping[str, Tensor], *, head_of: nn.Modul
         return model(**given).logits
     with keep_positions(head_of or model, part["keep_BT"]):
         return model(**given).logits[0]
-
-
-@contextmanager
-def keep_positions(model: nn.Module, keep_BT: Tensor) -> Iterator[None]:
-    """While it lasts, the output head sees only the hidden states at `keep_BT`, as one row [1, N, D].
-
-    The logits of prompts and padding, most of the memory of a step with a large vocabulary, are then never made.
-    Whatever the model does to logits afterwards (a cap, a factor) it does to these.
-    """
-    ask: Any = model.get_output_embeddings
-    kept_BT = keep_BT.bool()
-    handle = ask().register_forward_pre_hook(lambda _, inputs: (inputs[0][kept_BT][None], *inputs[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -41,3 +41,14 @@ def test_there_is_an_eta_from_the_first_part_of_a_step(monkeypatch):
 
 def test_nothing_is_said_before_anything_is_known():
     assert seconds_left(10.0, 0.0, 5.0) is None and seconds_left(10.0, 2.0, 4.0) == 20.0
+
+
+def test_without_a_terminal_a_line_now_and_then(capsys):
+    now = [0.0]
+    with progress("questions", 100, clock=lambda: now[0]) as step:
+        for now[0] in (10.0, 40.0, 60.0, 80.0, 90.0):
+            step(20)
+    assert capsys.readouterr().err.splitlines() == [
+        "polybit: questions: 40 of 100, 0:01:00 left",
+        "polybit: questions: 80 of 100, 0:00:20 left",
+    ]

@@ -155,9 +155,10 @@ def test_paired_numbers():
 
 
 def test_compare_on_a_model():
-    lm = LocalLM(Uniform(), tokenizer())
+    lm, other = (LocalLM(Uniform(), tokenizer()) for _ in range(2))
     asked = choice_set(12)
-    found = compare_choices(lm, lm, [None], [asked])["made"]
+    assert not compare_choices(lm, lm, [None], [asked])["made"]["presets"], "one model is read once"
+    found = compare_choices(lm, other, [None], [asked])["made"]
     assert found["chance"] == 0.25 and found["presets"]["as loaded"]["acc"]["flips"]["value"] == 0
     assert found["reference"]["acc"]["value"] == 0, "all answers have two or three letters: uniform means ties"
 

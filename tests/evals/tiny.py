@@ -64,7 +64,7 @@ class ScriptedLM:
     def generate(self, prompts, *, max_tokens, stop=()):
         return [self.table.get(prompt if isinstance(prompt, str) else prompt[-1]["content"], "") for prompt in prompts]
 
-    def loglik(self, pairs):
+    def loglik(self, pairs, *, label=""):
         return [
             LogLik(0.0, 1, True) if self.table.get(context) == continuation else LogLik(-9.0, 1, False)
             for context, continuation in pairs

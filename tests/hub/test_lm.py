@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from polybit.core.runtime import PolybitError
+from polybit.hub.likelihood import loglik_alone, stems
 from polybit.hub.lm import LM, LocalLM, cut_at
 from tests.evals.tiny import tokenizer
 from tests.families import quantized, tiny_model
@@ -92,21 +93,44 @@ def test_loglik_equals_lm_eval_literally(bos):
     assert not greedy or lm.loglik([("hello", greedy)])[0].is_greedy
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_answers_of_one_question_read_it_once(family, monkeypatch):
-    """Reference: every answer as a row of its own."""
-    lm = LocalLM(tiny_model(family), tokenizer(chat=False), batch_tokens=100)
-    asked = [(f"question {n}" + "?" * (n % 7), f" {text}") for n in range(9) for text in ("y", "no", "no", "maybe so")]
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mixtral"])
+@pytest.mark.parametrize("shots", [0, 3])
+def test_what_is_shared_is_read_once(family, shots, monkeypatch):
+    """Reference: every answer as a row of its own, with all its logits."""
+    lm = LocalLM(tiny_model(family), tokenizer(chat=False), batch_tokens=100, batch_logits=1 << 10)
+    before = "a: b. " * shots
+    asked = [
+        (f"{before}question {n}" + "?" * (n % 7), f" {text}")
+        for n in range(9)
+        for text in ("y", "no", "no", "maybe so")
+    ]
     asked += [("q" * 60, " long"), ("q" * 60, " longer"), ("alone", " z"), ("", "a"), ("", "b")]
-    seen = []
-    monkeypatch.setattr(lm, "_after", lambda *given, after=lm._after: seen.append(1) or after(*given))
-    found = lm.loglik(asked)
-    assert seen
-    monkeypatch.setattr(lm, "_shares", lambda: False)
-    for got, want in zip(found, lm.loglik(asked), strict=True):
+    encoded = [lm.encode_pair(*pair) for pair in asked]
+    found, read = lm.loglik(asked), []
+    for got, want in zip(found, loglik_alone(lm, encoded, read.append), strict=True):
         assert got.total_nats == pytest.approx(want.total_nats, abs=1e-4)
         assert (got.n_tokens, got.is_greedy) == (want.n_tokens, want.is_greedy)
+    assert sum(read) == len(asked)
     assert found[1].total_nats == pytest.approx(found[2].total_nats, abs=1e-5)
+    tokens = []
+    monkeypatch.setattr(
+        lm, "_call", lambda call=lm._call, **said: tokens.append(said["input_ids"].numel()) or call(**said)
+    )
+    lm.loglik(asked)
+    assert sum(tokens) < 0.6 * sum(len(context) + len(answer) for context, answer in encoded)
+
+
+def test_stems_are_what_contexts_begin_with():
+    long, other = list(range(40)), list(range(100, 130))
+    contexts = [[*long, 1, 2], [*other, 5], [7, 8], [*long, 3], [*long, 1, 2], [*other, 6], [9]]
+    found = stems(contexts)
+    assert sorted(n for _, members in found for n in members) == list(range(7))
+    assert {(length, frozenset(members)) for length, members in found} == {
+        (40, frozenset({0, 3, 4})),
+        (30, frozenset({1, 5})),
+        (0, frozenset({2, 6})),
+    }
+    assert stems([long, long]) == [(39, [0, 1])]  # a token is left, whose logits are wanted
 
 
 def test_boundary_is_where_the_context_ends_not_where_tokens_merge():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from polybit.core.runtime import PolybitError
+from polybit.hub.likelihood import keep_positions
 from polybit.hub.tensors import read_tensors
 from polybit.nn.switch import use
 from polybit.train import align
@@ -16,7 +17,7 @@ from polybit.train.align import Refresh, run
 from polybit.train.balance import Balance
 from polybit.train.distill import Distillation
 from polybit.train.fit import Course
-from polybit.train.forward import keep_positions, logits_of
+from polybit.train.forward import logits_of
 from polybit.train.preference import Preference
 from polybit.train.probe import AnswerProbe
 from polybit.train.trainer import PrecisionTrainer, last_checkpoint, settings
