@@ -115,9 +115,8 @@ def headline(args: argparse.Namespace) -> dict[str, Any]:
         groups = fused_groups((t.name for t in bench.targets), free=free)
         began = time.process_time()
         plan = solve(choices, groups, args.bits * bench.total)
-        found = improve(
-            plan, choices, groups, args.bits * bench.total, lambda w: search(w)["general"].kl, evaluations=args.refine
-        )
+        losses = lambda plans: [search(widths)["general"].kl for widths in plans]  # noqa: E731
+        found = improve(plan, choices, groups, args.bits * bench.total, losses, evaluations=args.refine)
         spent = time.process_time() - began
         rows.append(
             finish(bench, f"allocated, {'free' if free else 'fused'}", found.widths, bank, judge, seconds + spent)
@@ -260,7 +259,8 @@ def exchanged(bench: Bench, bank, choices, groups, start: dict[str, int]) -> dic
         return float(0.7 * task + 0.3 * found["general"].kl / base["general"])
 
     budget = bench.args.bits * bench.total
-    return improve(start, choices, groups, budget, loss, evaluations=bench.args.refine).widths
+    losses = lambda plans: [*map(loss, plans)]  # noqa: E731
+    return improve(start, choices, groups, budget, losses, evaluations=bench.args.refine).widths
 
 
 def held_text(bench: Bench):

@@ -42,7 +42,7 @@ DOORS = {  # third-party library -> the files or rooms that may import it
     "safetensors": ("hub/", "export/"),
     "datasets": ("data/files.py",),
     "scipy": ("allocate/knapsack.py",),
-    "ray": ("hub/workers.py",),
+    "ray": ("hub/cluster.py",),
     "triton": ("kernels/",),
     "gguf": ("export/gguf.py", "speed/llama.py"),
     "llama_cpp": ("speed/llama.py",),

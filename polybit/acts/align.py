@@ -21,6 +21,7 @@ from polybit.hub.checkpoint import save, verify
 from polybit.hub.directory import check_output, output_lock
 from polybit.hub.load import load_float, load_quantized
 from polybit.hub.models import device_of, own_name
+from polybit.hub.workers import Where
 from polybit.hub.workspace import Workspace, model_digest
 from polybit.nn.convert import targets
 from polybit.nn.linear import QuantLinear
@@ -43,7 +44,7 @@ from polybit.train.widths import FileWidths, settle_kept, trainable_of, widths_o
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 128
 WINDOWS, LENGTH = 64, 128  # of prompts and answers, for settling the widths that are kept
-FREE = ("out", "overwrite", "restart", "workers", "device", "trust_remote_code")  # options that change no result
+FREE = ("out", "overwrite", "restart", "workers", "ray", "device", "trust_remote_code")  # options that change no result
 
 
 def align(model: str, options: AlignOptions) -> Run:
@@ -88,7 +89,7 @@ def asked_first(models: AskedModels, options: AlignOptions) -> Path:
     asking = Asking(prompts=options.prompts, max_tokens=options.max_tokens, shard=SHARD)
     if not are_made(directory, models, asking):
         old = (directory / SUMMARY).is_file()
-        hands = Hands(workers=options.workers, device=options.device)
+        hands = Hands(where=Where(options.workers, options.ray), device=options.device)
         make_pairs(models, asking, directory, hands=hands, overwrite=old, restart=options.restart)
     return directory
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from polybit.acts.allocate_proof import agreements, front, layer_rows, proof
@@ -21,10 +22,12 @@ from polybit.core.runtime import atomic_path, write_json
 from polybit.data.table import EMBEDDED_TASKS
 from polybit.hub.load import load_float
 from polybit.hub.models import is_embedded, own_name, resolve
+from polybit.hub.workers import Team, Where
 from polybit.hub.workspace import model_digest
 from polybit.measure.kept import MeasuredSignals, SensitivityTask, default_cache, measured
-from polybit.measure.plan_loss import PlanLoss
+from polybit.measure.plan_loss import PlanLoss, PlanReader
 from polybit.measure.plan_score import PlanScore
+from polybit.measure.probe import ProbeText
 from polybit.measure.probe_texts import ProbePair, check_names, general_probe, task_probe
 from polybit.measure.quantizing import Quantizing, knobs_of, measurable
 from polybit.nn.convert import Target, targets
@@ -72,20 +75,16 @@ def solved(name: str, options: AllocateOptions) -> tuple[dict[str, Any], dict[st
     labels = [pair.search.name for pair in general], [pair.search.name for pair in tasks]
     table = harms({probe: s.table(options.signal) for probe, s in found.signals.items()}, *labels, options.beta)
     choices, groups = choices_of(bits, table, pins), fused_groups(bits, free=options.free_groups)
-    search, judge = (
-        PlanScore(
-            PlanLoss(model, [getattr(pair, part) for pair in (*general, *tasks)], chosen, found.bank),
-            general=labels[0],
-            tasks=labels[1],
-            beta=options.beta,
-        )
-        for part in ("search", "proof")
-    )
     plan, steps = solve(choices, groups, options.bits * total), {"evaluations": 0, "history": []}
     if options.refine:
-        done = improve(plan, choices, groups, options.bits * total, search, evaluations=options.refine)
+        with team(model, name, chosen, [pair.search for pair in (*general, *tasks)], found, options) as readers:
+            search = PlanScore(readers.in_order, found.bank, general=labels[0], tasks=labels[1], beta=options.beta)
+            done = improve(plan, choices, groups, options.bits * total, search, evaluations=options.refine)
         plan, steps = done.widths, {"evaluations": done.evaluations, "history": done.history}
-    proved = proof(plan, choices_of(bits, table, {}), total, judge, seed=options.seed)
+    with team(model, name, chosen, [pair.proof for pair in (*general, *tasks)], found, options) as readers:
+        judge = PlanScore(readers.in_order, found.bank, general=labels[0], tasks=labels[1], beta=options.beta)
+        proved = proof(plan, choices_of(bits, table, {}), total, judge, seed=options.seed)
+        drawn = front(choices, groups, total, judge, FRONT)
     document = {
         "made_for": {"model": own_name(name), "layers": len(chosen), "weights": total},
         "bits_per_weight": round(bits_of(plan, choices) / total, 4),
@@ -107,7 +106,7 @@ def solved(name: str, options: AllocateOptions) -> tuple[dict[str, Any], dict[st
         "cost": found.cost,
         "refinement": steps,
         "proof": proved,
-        "front": front(choices, groups, total, judge, FRONT),
+        "front": drawn,
         "plan": document["plan"],
     }
     return document, numbers
@@ -167,7 +166,28 @@ def read_harms(
         options.seed,
     )
     cache = options.cache or default_cache()
-    return measured(model, task, model_digest(model), cache, workers=options.workers, restart=options.restart)
+    where = Where(options.workers, options.ray)
+    return measured(model, task, model_digest(model), cache, where=where, restart=options.restart)
+
+
+def team(
+    model,
+    name: str,
+    chosen: Sequence[Target],
+    probes: Sequence[ProbeText],
+    found: MeasuredSignals,
+    options: AllocateOptions,
+) -> Team:
+    """Who reads whole plans on the probes: this process, or workers that find the codes in the cache."""
+    folder = Path(found.cost["kept_at"]).absolute()
+    return Team(
+        PlanReader,
+        (name, tuple(probes), tuple(chosen), folder, options.trust_remote_code),
+        Where(options.workers, options.ray),
+        here=PlanLoss(model, probes, chosen, found.bank),
+        shared=folder,
+        models=[resolve(name)],
+    )
 
 
 def plan_json(plan: Mapping[str, int], outside_blocks: Sequence[str]) -> dict[str, Any]:

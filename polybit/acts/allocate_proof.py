@@ -17,16 +17,25 @@ RANKED = 3  # width at which layers are ranked, where it was measured
 def proof(plan: Mapping[str, int], choices: Choices, weights: int, judge: PlanScore, *, seed: int) -> dict[str, Any]:
     """The plan against uniform widths on text nothing was decided on; even bits lie on the line between two of them."""
 
-    def row(label: str, widths: Mapping[str, int]) -> dict[str, Any]:
-        readings = judge.reader(widths)
+    plans = {"this plan": plan} | {
+        f"uniform w{w}": dict.fromkeys(choices, w) for w in sorted(next(iter(choices.values())))
+    }
+    read = dict(zip(plans, judge.read(list(plans.values())), strict=True))
+
+    def row(label: str) -> dict[str, Any]:
+        readings = read[label]
         kl = {
             probe: bootstrap(r.kl_N / r.tokens_N, seed=seed).to_json() | {"value": r.kl}
             for probe, r in readings.items()
         }
-        return {"name": label, "bits": bits_of(widths, choices) / weights, "kl": kl, "score": judge.score(readings)}
+        return {
+            "name": label,
+            "bits": bits_of(plans[label], choices) / weights,
+            "kl": kl,
+            "score": judge.score(readings),
+        }
 
-    ours = row("this plan", plan)
-    uniform = [row(f"uniform w{w}", dict.fromkeys(choices, w)) for w in sorted(next(iter(choices.values())))]
+    ours, *uniform = map(row, plans)
     line = even(ours["bits"], [(r["bits"], r["score"]) for r in uniform])
     return {
         "rows": [ours, *uniform],
@@ -41,8 +50,8 @@ def front(
 ) -> list[dict[str, Any]]:
     """Solved plans at `count` budgets, measured on the text of the proof."""
     found = []
-    for plan in plans_at_budgets(choices, groups, count):
-        readings = judge.reader(plan)
+    plans = list(plans_at_budgets(choices, groups, count))
+    for plan, readings in zip(plans, judge.read(plans), strict=True):
         kl = {probe: r.kl for probe, r in readings.items()}
         found.append({"bits": bits_of(plan, choices) / weights, "score": judge.score(readings), "kl": kl})
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from polybit.compress.sizes import base_model, default_presets, preset_sizes, st
 from polybit.core.memory import fits
 from polybit.core.parts import load
 from polybit.core.records import Run
-from polybit.core.runtime import PolybitError
+from polybit.core.runtime import PolybitError, warn
 from polybit.evals.compare import compare
+from polybit.evals.sharing import Here, PairWorker, Readers, Share
 from polybit.evals.table import SUITES
 from polybit.hub.lm import LocalLM
 from polybit.hub.models import device_of, is_embedded, open_model, resolve
+from polybit.hub.workers import Team, Where
 from polybit.options.checks import names_of, plain
 from polybit.options.evaluate import WINDOWS, EvalOptions
+
+PIECES = 8  # parts of the text for each worker, so that none waits long for the last
 
 
 def evaluate(model: str, options: EvalOptions) -> Run:
@@ -36,7 +41,8 @@ def evaluate(model: str, options: EvalOptions) -> Run:
             if isinstance(pair.quantized, BlockwiseLM):
                 run.config["blockwise"] = True
                 options = of_text_alone(model, options, embedded=is_embedded(reference_name))
-            run.numbers, text_name = measure(pair, options, embedded=is_embedded(reference_name))
+            with pair.share.team if isinstance(pair.share, Readers) else nullcontext():
+                run.numbers, text_name = measure(pair, options, embedded=is_embedded(reference_name))
             run.config |= {"reference_name": Path(reference_name).name, "text_name": text_name}
     return run
 
@@ -62,7 +68,26 @@ def open_pair(target: str, options: EvalOptions) -> tuple[EvalPair, str]:
         raise PolybitError(f"the reference {named} is itself quantized: give the float model it was made from")
     presets: list[str | None] = list(asked or (default_presets(model) if widths else ())) or [None]
     sizes: Mapping[str, Any] = preset_sizes(model, [p for p in presets if p]) if widths else {}
-    return EvalPair(theirs, ours, tuple(presets), sizes), named
+    share = sharing(theirs, ours, target, named, options, blockwise=blockwise)
+    return EvalPair(theirs, ours, tuple(presets), sizes, share), named
+
+
+def sharing(theirs: LocalLM, ours: LocalLM, target: str, named: str, options: EvalOptions, *, blockwise: bool) -> Share:
+    """Who reads: this process, or workers that open both models by their names."""
+    where = Where(options.workers, options.ray)
+    if where.alone:
+        return Here(theirs, ours)
+    if options.breakdown or any(SUITES[name].measure for name in options.suites):
+        warn("workers share text, answers and tasks; suites and --breakdown are measured in this process")
+    names = [resolve(named), resolve(target)]
+    team = Team(PairWorker, (both, target, named, options, blockwise), where, models=names)
+    return Readers(team, where.workers * (1 if blockwise else PIECES))
+
+
+def both(target: str, named: str, options: EvalOptions, blockwise: bool) -> tuple[LocalLM, LocalLM]:
+    """Both models in a worker, the reference first."""
+    theirs, ours = (opened(name, options, blockwise=blockwise) for name in (named, target))
+    return theirs, ours
 
 
 def too_large(target: str, options: EvalOptions) -> bool:
@@ -98,6 +123,7 @@ def measure(pair: EvalPair, options: EvalOptions, *, embedded: bool) -> tuple[di
             sizes=pair.sizes,
             breakdown=options.breakdown,
             seed=options.seed,
+            share=pair.share,
         )
     for name in options.suites:
         if (path := SUITES[name].measure) is not None:

@@ -13,6 +13,7 @@ from polybit.core.runtime import PolybitError
 from polybit.data.squad import open_squad
 from polybit.evals.choices import choice_sets, compare_choices
 from polybit.evals.drift import drift, talk_scripts
+from polybit.evals.sharing import Share
 from polybit.evals.squad import SquadView, compare_squad
 from polybit.hub.lm import LocalLM
 from polybit.hub.models import resolve
@@ -23,12 +24,13 @@ from polybit.options.evaluate import EvalOptions
 
 @dataclass(frozen=True, slots=True)
 class EvalPair:
-    """The float model, the quantized one, the precisions to measure it at, and their sizes by name."""
+    """The float model, the quantized one, the precisions to measure it at, their sizes by name, and who reads."""
 
     reference: LocalLM
     quantized: LocalLM
     presets: tuple[str | None, ...]
     sizes: Mapping[str, Mapping[str, Any]]
+    share: Share
 
 
 def choices(pair: EvalPair, options: EvalOptions) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from polybit.acts.judge_rows import Entrant, gather_rows, open_reference, parse_entrant
+from polybit.acts.judge_rows import Entrant, Speaker, gather_rows, open_reference, parse_entrant, talks
 from polybit.core.records import RUN_FILE, Run
 from polybit.core.runtime import PolybitError, atomic_path
-from polybit.evals import conversation
 from polybit.evals.frozen_answers import FLOAT, AnswerRow, Freezer
 from polybit.evals.judge import Ask, check_answers
 from polybit.evals.judge_client import Endpoint, ReplyCache, ask
@@ -21,6 +21,7 @@ from polybit.evals.judge_prompts import read_prompts, read_skills
 from polybit.evals.judge_questions import Question, questions_digest, read_questions
 from polybit.hub.directory import output_lock
 from polybit.hub.lm import LocalLM
+from polybit.hub.workers import Team, Where
 from polybit.hub.workspace import model_digest
 from polybit.options.checks import plain
 from polybit.options.judge import JudgeOptions
@@ -83,19 +84,29 @@ def answered(
     reference = LocalLM(model, tokenizer)
     freezer = Freezer(options.out, questions, max_tokens=options.max_tokens, restart=options.restart)
     origin = {"model": model_digest(model), "precision": None}
-    talk = partial(conversation.converse, reference, max_tokens=options.max_tokens, label=FLOAT)
-    rows = [freezer.frozen(FLOAT, origin) or freezer.answer(FLOAT, origin, talk)]
-    rows += gather_rows(
-        entrants,
-        freezer,
-        precision=options.precision,
-        max_tokens=options.max_tokens,
-        trust_remote_code=options.trust_remote_code,
-        device=options.device,
-    )
+    with speakers(options) as team:
+        talk = talks(reference, named, None, max_tokens=options.max_tokens, label=FLOAT, team=team)
+        rows = [freezer.frozen(FLOAT, origin) or freezer.answer(FLOAT, origin, talk)]
+        rows += gather_rows(
+            entrants,
+            freezer,
+            precision=options.precision,
+            max_tokens=options.max_tokens,
+            trust_remote_code=options.trust_remote_code,
+            device=options.device,
+            team=team,
+        )
     for row in rows:
         check_answers(row.name, questions, row.answers)
     return named, reference, rows
+
+
+def speakers(options: JudgeOptions) -> AbstractContextManager[Team | None]:
+    """Workers that share the questions; none where this process answers them."""
+    where = Where(options.workers, options.ray)
+    if where.alone:
+        return nullcontext()
+    return Team(Speaker, (options.max_tokens, options.trust_remote_code, options.device), where)
 
 
 def add(numbers: dict[str, Any], found: tuple[Numbers, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from polybit.compress.sizes import base_model, default_presets, preset_sizes, stored_widths
 from polybit.core.runtime import PolybitError
 from polybit.evals import conversation
-from polybit.evals.frozen_answers import FLOAT, AnswerRow, Freezer, digest_of
+from polybit.evals.frozen_answers import FLOAT, AnswerRow, Freezer, Scripts, Talks, digest_of
 from polybit.evals.judge_questions import read_answers
 from polybit.hub.lm import LocalLM
 from polybit.hub.models import open_model
+from polybit.hub.workers import Team
 from polybit.hub.workspace import model_digest
 
 
@@ -74,6 +74,40 @@ def open_reference(entrants: Sequence[Entrant], named: str | None, *, trust_remo
     return name, model, tokenizer
 
 
+class Speaker:
+    """A worker that lets models talk, one at a time: told (model, precision, scripts, label) it gives a Talk."""
+
+    def __init__(self, max_tokens: int, trust_remote_code: bool, device: str) -> None:
+        self.max_tokens, self.trust_remote_code, self.device = max_tokens, trust_remote_code, device
+        self.source: str | None = None
+        self.lm: LocalLM | None = None
+
+    def __call__(self, task: tuple[str, str | None, Scripts, str]) -> conversation.Talk:
+        """Answers to every turn of every script."""
+        source, preset, scripts, label = task
+        if self.lm is None or self.source != source:
+            self.lm = None  # the one before goes first
+            model, tokenizer = open_model(source, trust_remote_code=self.trust_remote_code, device=self.device)
+            self.source, self.lm = source, LocalLM(model, tokenizer)
+        with self.lm.at(preset):
+            return conversation.converse(self.lm, scripts, max_tokens=self.max_tokens, label=label)
+
+
+def talks(
+    lm: LocalLM, source: str, preset: str | None, *, max_tokens: int, label: str, team: Team | None = None
+) -> Talks:
+    """Who answers the parts of a row: `lm` here, or a team of Speakers that open its `source`."""
+
+    def here(parts: list[Scripts]) -> Iterator[tuple[int, conversation.Talk]]:
+        for number, scripts in enumerate(parts):
+            with lm.at(preset):
+                yield number, conversation.converse(lm, scripts, max_tokens=max_tokens, label=label)
+
+    if team is None:
+        return here
+    return lambda parts: team.map([(source, preset, scripts, label) for scripts in parts])
+
+
 def gather_rows(
     entrants: Sequence[Entrant],
     freezer: Freezer,
@@ -82,8 +116,12 @@ def gather_rows(
     max_tokens: int,
     trust_remote_code: bool,
     device: str = "cpu",
+    team: Team | None = None,
 ) -> list[AnswerRow]:
-    """Answers of every entrant at every precision; one model is in memory at a time."""
+    """Answers of every entrant at every precision; one model is in memory at a time.
+
+    team: Speakers who share the questions (default: this process)
+    """
     rows: list[AnswerRow] = []
     for entrant in entrants:
         if entrant.is_file:
@@ -101,13 +139,8 @@ def gather_rows(
         for name, preset in zip(row_names(entrant, presets, alone=len(entrants) == 1), presets, strict=True):
             origin = {"model": digest, "precision": preset}
             if (row := freezer.frozen(name, origin)) is None:
-                with lm.at(preset):
-                    row = freezer.answer(
-                        name,
-                        origin,
-                        partial(conversation.converse, lm, max_tokens=max_tokens, label=name),
-                        sizes.get(preset or ""),
-                    )
+                talk = talks(lm, entrant.source, preset, max_tokens=max_tokens, label=name, team=team)
+                row = freezer.answer(name, origin, talk, sizes.get(preset or ""))
             rows.append(row)
         del model, lm
     names = [row.name for row in rows]

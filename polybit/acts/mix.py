@@ -18,9 +18,10 @@ from polybit.core.journal import Journal
 from polybit.core.records import Run
 from polybit.hub.load import load_float
 from polybit.hub.models import resolve
+from polybit.hub.workers import Where, spread
 from polybit.hub.workspace import model_digest
 from polybit.measure.mixture import search_mixtures, simplex
-from polybit.measure.mixture_truth import judge, measure_mixtures
+from polybit.measure.mixture_truth import MixtureMeter, judge, measure_mixtures
 from polybit.measure.table import CRITERIA
 from polybit.nn.convert import Target, targets
 from polybit.options.checks import plain
@@ -29,7 +30,15 @@ from polybit.options.mix import MixOptions
 VERIFY_STEP = {2: 0.25, 3: 0.5}  # distance of the mixtures that are quantized; 1 beyond, the sources by themselves
 HELD_OUT = 24  # windows of each text to measure on
 DRAWS = 4  # verifying reads this many times the windows it calibrates on, so that every seed draws others
-UNDECIDING = ("json", "restart", "seeds", "criterion", "step")  # options that change nothing of one measurement
+UNDECIDING = (
+    "json",
+    "restart",
+    "seeds",
+    "criterion",
+    "step",
+    "workers",
+    "ray",
+)  # options that change nothing of one measurement
 
 
 def mix(model: str, options: MixOptions) -> Run:
@@ -118,10 +127,27 @@ def verified(
         seeds=range(options.seed, options.seed + options.seeds),
         keep=journal.put,
         kept=journal.done,
+        share=lambda meter, tasks: spread(
+            mixture_meter,
+            (name, windows, held_out, samples, options),
+            tasks,
+            where=Where(options.workers, options.ray),
+            here=meter,
+            models=[resolve(name)],
+        ),
     )
     result = judge(list(windows), found, picks)
     journal.remove()
     return result
+
+
+def mixture_meter(
+    name: str, windows: Mapping[str, Tensor], held_out: Mapping[str, Tensor], samples: int, options: MixOptions
+) -> MixtureMeter:
+    """What measures mixtures in a worker."""
+    model, _ = load_float(resolve(name), trust_remote_code=options.trust_remote_code)
+    chosen = targets(model)
+    return MixtureMeter(model, chosen, windows, held_out, quantizer(model, chosen, options), samples)
 
 
 def quantizer(model, chosen: Sequence[Target], options: MixOptions) -> Callable[[Tensor, int], Mapping[str, Tensor]]:

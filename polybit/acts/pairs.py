@@ -8,6 +8,7 @@ from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
 from polybit.hub.directory import check_output
 from polybit.hub.models import open_model, resolve
+from polybit.hub.workers import Where
 from polybit.nn.rotation import rotation_of
 from polybit.options.checks import plain
 from polybit.options.pairs import PairsOptions
@@ -36,7 +37,7 @@ def pairs(model: str, options: PairsOptions) -> Run:
             top=options.top,
             shard=options.shard,
         )
-        hands = Hands(workers=options.workers, ray=options.ray, device=options.device)
+        hands = Hands(where=Where(options.workers, options.ray), device=options.device)
         run.numbers = make_pairs(
             models, asking, options.out, hands=hands, overwrite=options.overwrite, restart=options.restart
         )

@@ -12,12 +12,13 @@ from torch import nn
 
 from polybit.acts.quantize_source import FloatSource, float_bytes, open_float, writer
 from polybit.compress.ends import end_bits, end_targets, hold_ends, quantize_ends
-from polybit.compress.loop import ExpertTokens, compress_in_place
+from polybit.compress.loop import ExpertTokens, LayerJob, compress_in_place, quantize_layer
 from polybit.compress.mix_files import gather_either
 from polybit.compress.plan_files import check_document, check_plan, read_plan, store_plan
 from polybit.compress.recipe import Recipe, choose, within_memory
 from polybit.compress.sizes import described, preset_sizes
 from polybit.compress.text import AUTO, BATCH, Calibration, auto_source, batches, window_length
+from polybit.core.affine import QWeight
 from polybit.core.memory import fits
 from polybit.core.precision import FLOAT
 from polybit.core.records import RUN_FILE, Run
@@ -28,6 +29,7 @@ from polybit.hub.directory import check_output, output_lock
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import load_float, load_quantized
 from polybit.hub.models import is_embedded, own_name, resolve
+from polybit.hub.workers import ALONE, Team, Where
 from polybit.hub.workspace import Workspace
 from polybit.nn.convert import Target, left_in_float, targets
 from polybit.nn.rotation import Rotation, rotate, rotation_of
@@ -89,7 +91,7 @@ def build(name: str, options: QuantizeOptions, recipe: Recipe, run: Run) -> dict
     store = Workspace(options.out, fingerprint, restart=options.restart)
     try:
         experts: ExpertTokens = {}
-        errors = filled(source, chosen, text, recipe, store, bits_of_ends, experts)
+        errors = filled(source, chosen, text, recipe, store, bits_of_ends, experts, Where(options.workers, options.ray))
         pieces = source.pieces(store)
         notes = {"base_model": own_name(name), "recipe": recipe.to_json(), "text": text.source}
         more: dict[str, Any] = {"widths": recipe.widths, "notes": notes, "overwrite": options.overwrite}
@@ -121,18 +123,36 @@ def filled(
     store: Workspace,
     bits_of_ends: int,
     experts: ExpertTokens,
+    where: Where = ALONE,
 ) -> dict[str, dict[str, float]]:
     """Put codes in the place of weights, in the blocks and at the ends; the relative errors of the blocks."""
     model, windows = source.model, batches(text.windows_NT, BATCH)
-    errors = compress_in_place(
-        model, chosen, windows, recipe, store, source=source.weights, room=source.room(store), experts=experts
-    )
+    with Team(LayerQuantizer, (), where) as team:
+        errors = compress_in_place(
+            model,
+            chosen,
+            windows,
+            recipe,
+            store,
+            source=source.weights,
+            room=source.room(store),
+            experts=experts,
+            quantize=None if where.alone else lambda jobs: team.in_order([(job[0].clone(), *job[1:]) for job in jobs]),
+        )
     if recipe.plan is not None:
         store_plan(model, recipe.plan, nested=recipe.is_nested)
     keep = None if source.lent is None else store.write_planes
     names = quantize_ends(model, bits_of_ends, recipe.grid.group_size, source=source.weights, keep=keep)
     hold_ends(model, names, bits_of_ends, recipe.widths)
     return errors
+
+
+class LayerQuantizer:
+    """A worker that makes codes of a layer from its weight and statistics."""
+
+    def __call__(self, job: LayerJob) -> QWeight:
+        """On the CPU, as in one process."""
+        return quantize_layer(*job)
 
 
 def may_measure(name: str, source: FloatSource, size: int, options: QuantizeOptions) -> bool:
@@ -220,7 +240,7 @@ def measured(
 
 def write_card(saved: Path, name: str, run: Run, numbers: Mapping[str, Any], options: QuantizeOptions) -> None:
     """The model card, and the run beside it; both may change without making the checkpoint another one."""
-    command = command_line("quantize", name, options, leave_out=("overwrite", "restart"))
+    command = command_line("quantize", name, options, leave_out=("overwrite", "restart", "workers", "ray"))
     record = {**run.to_json(), "numbers": numbers, "command": command}
     with atomic_path(saved / "README.md") as staged:
         staged.write_text(model_card(name, record), encoding="utf-8")

@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from polybit.allocate.knapsack import WidthChoice, solve
 
-Loss = Callable[[Mapping[str, int]], float]  # widths by layer -> measured harm of the whole plan
+Losses = Callable[[Sequence[Mapping[str, int]]], Sequence[float]]  # plans -> measured harm of each as a whole
 PAIRS = 12  # exchanges tried when no combination of steps is better
 LEAST_GAIN = 1e-3  # share of the loss by which a plan must be better, so that noise is not chased
 
@@ -29,7 +29,7 @@ def improve(
     choices: Mapping[str, Mapping[int, WidthChoice]],
     groups: Sequence[Sequence[str]],
     budget_bits: float,
-    loss: Loss,
+    losses: Losses,
     *,
     evaluations: int = 80,
 ) -> Progress:
@@ -40,12 +40,12 @@ def improve(
     one down) are tried, the most promising first. Ends when a round finds nothing. One-at-a-time harms are not additive
     (EvoPress, arXiv 2410.14649); these are harms of single steps around the plan itself. Deterministic.
     """
-    now = Progress(dict(start), loss(start), evaluations)
+    now = Progress(dict(start), losses([start])[0], evaluations)
     now.history.append(now.loss)
     while now.evaluations < now.allowed:
-        steps = neighbours(now, choices, groups, loss)
+        steps = neighbours(now, choices, groups, losses)
         room = budget_bits - sum(choices[name][width].bits for name, width in now.widths.items())
-        if not (jump(now, steps, choices, groups, budget_bits, loss) or exchange(now, steps, groups, room, loss)):
+        if not (jump(now, steps, choices, groups, budget_bits, losses) or exchange(now, steps, groups, room, losses)):
             break
     return now
 
@@ -61,7 +61,7 @@ class Step:
 
 
 def neighbours(
-    now: Progress, choices: Mapping[str, Mapping[int, WidthChoice]], groups: Sequence[Sequence[str]], loss: Loss
+    now: Progress, choices: Mapping[str, Mapping[int, WidthChoice]], groups: Sequence[Sequence[str]], losses: Losses
 ) -> list[Step]:
     """Every group one width up and down, measured in the present plan; beyond the allowance as the tables say."""
     wanted = []
@@ -82,12 +82,11 @@ def neighbours(
     order = [i for pair in zip_longest(ups, downs) for i in pair if i is not None]
     level = scale_of(wanted, now.loss)
     found = [replace(step, harm=step.harm * level) for step in wanted]
-    for i in order:
-        if now.evaluations >= now.allowed - 1:
-            break
-        tried = now.widths | dict.fromkeys(groups[wanted[i].group], wanted[i].width)
-        found[i] = replace(wanted[i], harm=loss(tried) - now.loss)
-        now.evaluations += 1
+    measured = order[: max(0, now.allowed - 1 - now.evaluations)]
+    tried = [now.widths | dict.fromkeys(groups[wanted[i].group], wanted[i].width) for i in measured]
+    for i, loss in zip(measured, losses(tried), strict=True):
+        found[i] = replace(wanted[i], harm=loss - now.loss)
+    now.evaluations += len(measured)
     return found
 
 
@@ -103,7 +102,7 @@ def jump(
     choices: Mapping[str, Mapping[int, WidthChoice]],
     groups: Sequence[Sequence[str]],
     budget_bits: float,
-    loss: Loss,
+    losses: Losses,
 ) -> bool:
     """The best combination of all steps, if they added up; taken when it measures better."""
     rows = {str(at): {now.widths[group[0]]: WidthChoice(0.0, 0.0)} for at, group in enumerate(groups)}
@@ -114,10 +113,12 @@ def jump(
         rows[str(step.group)][step.width] = WidthChoice(used[step.group] + step.bits, step.harm)
     picked = solve(rows, [[name] for name in rows], max(budget_bits, sum(used)))
     plan = {name: picked[str(at)] for at, group in enumerate(groups) for name in group}
-    return take(now, plan, loss)
+    return take(now, plan, losses)
 
 
-def exchange(now: Progress, steps: Sequence[Step], groups: Sequence[Sequence[str]], room: float, loss: Loss) -> bool:
+def exchange(
+    now: Progress, steps: Sequence[Step], groups: Sequence[Sequence[str]], room: float, losses: Losses
+) -> bool:
     """One group up and another down, most promising first; the first pair that measures better is taken.
 
     room: bits the present plan leaves of the budget.
@@ -132,16 +133,16 @@ def exchange(now: Progress, steps: Sequence[Step], groups: Sequence[Sequence[str
         plan = dict(now.widths)
         for step in (up, down):
             plan |= dict.fromkeys(groups[step.group], step.width)
-        if take(now, plan, loss):
+        if take(now, plan, losses):
             return True
     return False
 
 
-def take(now: Progress, plan: dict[str, int], loss: Loss) -> bool:
+def take(now: Progress, plan: dict[str, int], losses: Losses) -> bool:
     """Measure a plan and keep it when it is better by more than noise."""
     if plan == now.widths or now.evaluations >= now.allowed:
         return False
-    found = loss(plan)
+    (found,) = losses([plan])
     now.evaluations += 1
     if found >= now.loss * (1 - LEAST_GAIN):
         return False

@@ -10,6 +10,7 @@ from cyclopts import Group, Parameter
 
 from polybit.commands.flags import Json, keep
 from polybit.evals.table import SUITES
+from polybit.options.checks import WorkerOptions
 from polybit.options.evaluate import (
     WINDOWS,
     ChoiceOptions,
@@ -39,6 +40,7 @@ def evaluate(
     squad: Annotated[SquadOptions, part("SQuAD", 5)] = SquadOptions(),
     lm_eval: Annotated[LmEvalOptions, part("lm-eval", 6)] = LmEvalOptions(),
     talk: Annotated[TalkOptions, part("Long conversations", 7)] = TalkOptions(),
+    workers: Annotated[WorkerOptions, part("Who does it", 8)] = WorkerOptions(),
     json: Json = None,
 ) -> None:
     """Compare TARGET (a polybit directory or any model) with its float reference, paired and with intervals.
@@ -46,7 +48,7 @@ def evaluate(
     Suites alone (--tasks, --choices, --squad, --lm-eval, --talk) are measured without text, unless --text or
     --windows asks for it.
     """
-    parts = (model, text, tasks, choices, squad, lm_eval, talk)
+    parts = (model, text, tasks, choices, squad, lm_eval, talk, workers)
     options = EvalOptions(**{field.name: getattr(one, field.name) for one in parts for field in fields(one)})
     if json is not None and options.predictions is None:
         options = replace(options, predictions=json.with_name(json.stem + "-predictions"))

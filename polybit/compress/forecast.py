@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +16,20 @@ import torch
 from torch import Tensor
 
 from polybit.compress.blocks import VisitedBlock
-from polybit.compress.loop import block_codes, handed_on, quantize_layer, relative_errors, rows_of_target, visited
+from polybit.compress.loop import (
+    LayerJob,
+    block_codes,
+    handed_on,
+    quantize_layer,
+    relative_errors,
+    rows_of_target,
+    visited,
+)
 from polybit.compress.recipe import Recipe
 from polybit.compress.text import BATCH
 from polybit.core.affine import Grid, QWeight
 from polybit.core.memory import return_large
 from polybit.core.planes import pack
-from polybit.core.records import LayerStats
 from polybit.hub.lent import LentModel
 from polybit.hub.workspace import Workspace
 from polybit.nn.convert import Target
@@ -117,9 +124,11 @@ def time_block(source: LentModel, targets: Sequence[Target], batches: Sequence[T
     recipe = replace(recipe, block_steps=0, finish_steps=0)
     codes, passes, kept = Stopwatch(), Stopwatch(), Stopwatch()
 
-    def quantize(weight_OI: Tensor, stats: LayerStats | None, recipe: Recipe, grid: Grid | None) -> QWeight:
-        with codes:
-            return quantize_layer(weight_OI, stats, recipe, grid)
+    def quantize(jobs: Iterable[LayerJob]) -> Iterator[QWeight]:
+        for job in jobs:
+            with codes:
+                q = quantize_layer(*job)
+            yield q
 
     by_name = {target.name: target for target in targets}
     for parameter in source.model.parameters():

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -41,7 +41,8 @@ OUTSIDE, FINISH = "outside the blocks", "finish"  # what a store keeps beside th
 Codes = dict[str, QWeight]  # by target name
 ExpertTokens = dict[str, list[int]]  # by module: tokens that went to each of its experts
 LAYERS_SHARE = 0.9  # of a block's time, to tell progress
-QuantizeLayer = Callable[[Tensor, LayerStats | None, Recipe, Grid | None], QWeight]
+LayerJob = tuple[Tensor, LayerStats | None, Recipe, Grid | None]  # the arguments of `quantize_layer`
+QuantizeLayers = Callable[[Iterable[LayerJob]], Iterable[QWeight]]  # codes in the order of the jobs
 
 
 class FinishedBlocks(Protocol):
@@ -77,15 +78,17 @@ def compress_in_place(
     source: WeightSource = IN_MEMORY,
     room: Room | None = None,
     experts: ExpertTokens | None = None,
+    quantize: QuantizeLayers | None = None,
 ) -> dict[str, dict[str, float]]:
     """Quantize `model` itself, each block's float weights going as its codes come.
 
-    experts: is told how many tokens went to each expert
+    experts: is told how many tokens went to each expert · quantize: as in `compress`
     Returns the relative error of every target, by name and preset (`relative_errors`).
     """
     by_name = {target.name: target for target in targets}
     errors = {}
-    for codes in compress(model, targets, batches, recipe, finished, source=source, room=room, experts=experts):
+    told: dict[str, Any] = {"source": source, "room": room, "experts": experts, "quantize": quantize}
+    for codes in compress(model, targets, batches, recipe, finished, **told):
         for name, q in codes.items():
             errors[name] = relative_errors(rows_of_target(model, by_name[name], source), q, recipe)
         source.place(model, {name: pack(q) for name, q in codes.items()})
@@ -102,6 +105,7 @@ def compress(
     source: WeightSource = IN_MEMORY,
     room: Room | None = None,
     experts: ExpertTokens | None = None,
+    quantize: QuantizeLayers | None = None,
 ) -> Iterator[Codes]:
     """Codes of every target, a block at a time, then of what lies outside the blocks.
 
@@ -110,6 +114,7 @@ def compress(
     source: what lends the weights, a block at a time and until the next one is asked for
     room: how much of the hidden states may be in memory (default: all)
     experts: is told how many tokens went to each expert
+    quantize: who makes the codes of layers that see the same (default: this process, one after another)
 
     A block that was yielded is not read again, so the caller may replace its float weights at once. The finish trains
     all weights together and is the exception: with it, everything comes at the end and the float weights must stay
@@ -123,7 +128,7 @@ def compress(
     with progress("quantizing", visits(model, targets)) as step:
         for name, block in walk:
             codes = finished.read(name)
-            found, told = codes is not None, Told(step, block, recipe)
+            found, told = codes is not None, Told(step, block, recipe, quantize or in_turn)
             if codes is None:
                 codes = outside_codes(model, targets, recipe, source) if block is None else told.codes()
                 finished.write(name, codes)
@@ -150,8 +155,8 @@ class Told:
     Layers are all but a tenth of it: statistics and what follows are the rest. With learned rounding they are nothing.
     """
 
-    def __init__(self, step: Advance, block: VisitedBlock | None, recipe: Recipe) -> None:
-        self.step, self.block, self.recipe = step, block, recipe
+    def __init__(self, step: Advance, block: VisitedBlock | None, recipe: Recipe, quantize: QuantizeLayers) -> None:
+        self.step, self.block, self.recipe, self.by = step, block, recipe, quantize
         self.done = 0.0
         self.work = sum(t.size * t.columns for t in block.targets) if block is not None else 0
 
@@ -160,14 +165,14 @@ class Told:
         assert self.block is not None
         return block_codes(self.block, self.recipe, quantize=self.quantize)
 
-    def quantize(self, weight_OI: Tensor, stats: LayerStats | None, recipe: Recipe, grid: Grid | None) -> QWeight:
-        """`quantize_layer`, and a step."""
-        q = quantize_layer(weight_OI, stats, recipe, grid)
-        if not recipe.block_steps:
-            part = LAYERS_SHARE * weight_OI.numel() * weight_OI.shape[1] / max(self.work, 1)
-            self.done += part
-            self.step(part)
-        return q
+    def quantize(self, jobs: Iterable[LayerJob]) -> Iterator[QWeight]:
+        """The codes, and a step for each layer."""
+        for q in self.by(jobs):
+            if not self.recipe.block_steps:
+                part = LAYERS_SHARE * q.codes_OI.numel() * q.codes_OI.shape[1] / max(self.work, 1)
+                self.done += part
+                self.step(part)
+            yield q
 
 
 def visited(
@@ -194,26 +199,25 @@ def visits(model: nn.Module, targets: Sequence[Target]) -> int:
     return len(find_blocks(model, targets)[1]) + bool(outside(model, targets))
 
 
-def block_codes(block: VisitedBlock, recipe: Recipe, *, quantize: QuantizeLayer | None = None) -> Codes:
+def block_codes(block: VisitedBlock, recipe: Recipe, *, quantize: QuantizeLayers | None = None) -> Codes:
     """All targets of one block: layers in the order they run, each seeing what the earlier ones made of the input.
 
-    Those of a nested file see what the float block makes of it, all in one pass. quantize: in place of
-    `quantize_layer`.
+    Those of a nested file see what the float block makes of it, all in one pass. quantize: who makes the codes of
+    layers that see the same (default: `quantize_layer`, one after another).
     """
-    quantize = quantize or quantize_layer
+    quantize = quantize or in_turn
     codes: Codes = {}
     at_once = recipe.is_nested and recipe.layerwise.needs_stats and not recipe.block_steps
     everything = block.stats_and_outputs() if at_once else {}
     if recipe.layerwise.needs_stats and not recipe.is_nested and not recipe.block_steps:
         block.settled = SettledOutputs(block.module, block.name, block.targets, most=settled_bytes(block.room))
-    for stage in block.stages():
+    stages = block.stages()
+    for stage in [tuple(chain.from_iterable(stages))] if at_once else stages:
         stats = everything
         if recipe.layerwise.needs_stats and not at_once:
             stats = block.stats(stage, given=handed_on(codes, recipe))
-        for target in stage:
-            grid = recipe.grid_of(target.name, target.columns)
-            weight_OI = target.weight_OI(block.model)
-            codes[target.name] = quantize(weight_OI, stats.get(target.name), recipe, grid)
+        jobs = ((t.weight_OI(block.model), stats.get(t.name), recipe, recipe.grid_of(t.name, t.columns)) for t in stage)
+        codes |= zip((target.name for target in stage), quantize(jobs), strict=True)
         return_freed()
     if recipe.block_steps:
         codes = refine_block(block, codes, tuning=replace(BLOCK, steps=recipe.block_steps, seed=recipe.seed))
@@ -229,6 +233,12 @@ def quantize_layer(weight_OI: Tensor, stats: LayerStats | None, recipe: Recipe, 
     """One weight by the recipe's method on `grid` (default: the recipe's), or by what a learned one starts from."""
     widths = {"widths": recipe.widths} if recipe.is_nested else {}
     return recipe.layerwise(weight_OI, stats, grid or recipe.grid, **widths, **recipe.knobs)
+
+
+def in_turn(jobs: Iterable[LayerJob]) -> Iterator[QWeight]:
+    """The codes of layers, one after another."""
+    for job in jobs:
+        yield quantize_layer(*job)
 
 
 def handed_on(codes: Codes, recipe: Recipe) -> dict[str, Tensor]:

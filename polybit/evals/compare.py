@@ -19,6 +19,7 @@ from polybit.evals import tasks as tasks_of
 from polybit.evals.breakdown import flip_breakdown
 from polybit.evals.readings import PairedAnswers, PairedReading, PairedTokens
 from polybit.evals.scoring import bootstrap
+from polybit.evals.sharing import Here, Part, Share, said
 from polybit.evals.table import METRICS, REFERENCE
 from polybit.evals.token_flip import QuantizedTokens, ReferenceTokens, answer_batches, measure_tokens, text_batches
 from polybit.hub.lm import LocalLM
@@ -50,18 +51,21 @@ def compare(
     shown: int = 6,
     breakdown: bool = False,
     seed: int = 0,
+    share: Share | None = None,
 ) -> dict[str, Any]:
     """Measure a quantized model at each preset against its reference; schema.py describes the result.
 
-    Both models run in this process; they may be the same one. Text runs once for the reference however many presets
-    there are. `sizes` (preset -> bits per weight, bytes, ...) is passed through; `shown` sample answers are kept;
-    `breakdown` also asks what the flipped token does and what the quantized model does after it.
+    Both models run in this process, or in the workers of `share`; they may be the same one. Text runs once for the
+    reference however many presets there are. `sizes` (preset -> bits per weight, bytes, ...) is passed through; `shown`
+    sample answers are kept; `breakdown` also asks what the flipped token does and what the quantized model does after
+    it.
     Raises PolybitError when the vocabularies differ or a model gives NaN.
     """
     if not presets:
         raise PolybitError("No precision was given to compare; name at least one, such as w4.")
-    seen = read_both(reference, quantized, presets, material, seed=seed)
-    tasks = task_numbers(reference, quantized, presets, material.tasks, seed=seed)
+    share = share or Here(reference, quantized)
+    seen = read_both(reference, quantized, presets, material, seed=seed, share=share)
+    tasks = task_numbers(share, presets, material.tasks, seed=seed)
     result: dict[str, Any] = {"reference": {"tasks": tasks[REF]}, "presets": {}}
     if seen:
         first = seen[presets[0]]
@@ -99,14 +103,16 @@ def read_both(
     material: EvalMaterial,
     *,
     seed: int,
+    share: Share | None = None,
 ) -> dict[str | None, PairedReading]:
     """What both models say on the text, freely, and on the float model's own answers; empty where there is no text."""
     if material.windows_NT is None:
         return {}
     batches = text_batches(_narrower(reference, quantized), material.windows_NT)
-    text, tables = measure_tokens(reference, quantized, presets, batches, label="text")
-    answers = answer_prompts(reference, quantized, presets, material)
-    own, own_tables = _own_answers(reference, quantized, presets, answers)
+    share = share or Here(reference, quantized)
+    text, tables = measure_tokens(reference, quantized, presets, batches, label="text", share=share)
+    answers = answer_prompts(reference, quantized, presets, material, share)
+    own, own_tables = _own_answers(reference, quantized, presets, answers, share)
     return {
         preset: PairedReading(
             PairedTokens(text, tables[preset]),
@@ -125,7 +131,7 @@ def _narrower(reference: LocalLM, quantized: LocalLM) -> LocalLM:
 
 
 def answer_prompts(
-    reference: LocalLM, quantized: LocalLM, presets: Sequence[str | None], material: EvalMaterial
+    reference: LocalLM, quantized: LocalLM, presets: Sequence[str | None], material: EvalMaterial, share: Share
 ) -> dict[str | None, PairedAnswers]:
     """Let both models answer every prompt freely; both see the same tokens, cut to fit the shorter context."""
     if not material.prompts:
@@ -138,15 +144,11 @@ def answer_prompts(
         )
     prompts = [encode_prompt(reference.tokenizer, prompt) for prompt in material.prompts]
     prompts = [prompt[-min(rooms) :] if rooms else prompt for prompt in prompts]
-    theirs = reference.generate_tokens(prompts, max_tokens=material.max_tokens, label="answers, reference")
-    found = {}
-    for preset in presets:
-        with quantized.at(preset):
-            ours = quantized.generate_tokens(
-                prompts, max_tokens=material.max_tokens, label=f"answers, {preset or AS_LOADED}"
-            )
-        found[preset] = PairedAnswers(prompts, theirs, ours)
-    return found
+    length = material.max_tokens
+    parts: list[Part] = [(True, None, prompts, length, "answers, reference")]
+    parts += [(False, preset, prompts, length, f"answers, {preset or AS_LOADED}") for preset in presets]
+    theirs, *ours = share(said, parts)
+    return {preset: PairedAnswers(prompts, theirs, mine) for preset, mine in zip(presets, ours, strict=True)}
 
 
 def _own_answers(
@@ -154,6 +156,7 @@ def _own_answers(
     quantized: LocalLM,
     presets: Sequence[str | None],
     answers: Mapping[str | None, PairedAnswers],
+    share: Share,
 ) -> tuple[ReferenceTokens | None, dict[str | None, QuantizedTokens]]:
     """The token comparison, teacher-forced on the float model's answers.
 
@@ -164,19 +167,14 @@ def _own_answers(
     if not first.prompts:
         return None, {}
     batches = answer_batches(_narrower(reference, quantized), first.prompts, first.reference)
-    return measure_tokens(reference, quantized, presets, batches, label="own answers")
+    return measure_tokens(reference, quantized, presets, batches, label="own answers", share=share)
 
 
 def task_numbers(
-    reference: LocalLM,
-    quantized: LocalLM,
-    presets: Sequence[str | None],
-    tasks: Mapping[str, Sequence[tasks_of.TaskItem]],
-    *,
-    seed: int,
+    share: Share, presets: Sequence[str | None], tasks: Mapping[str, Sequence[tasks_of.TaskItem]], *, seed: int
 ) -> dict[str | None, dict[str, Any]]:
     """Scores of the reference (under REF) and of every preset for every task, with the seals of their predictions."""
-    predicted = predict_tasks(reference, quantized, presets, tasks)
+    predicted = predict_tasks(share, presets, tasks)
     # every prediction is sealed by now; only from here on are right answers read
     scores = {
         preset: {name: tasks_of.score(found, tasks_of.gold(tasks[name])) for name, found in row.items()}
@@ -200,20 +198,14 @@ def _plain(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
 
 
 def predict_tasks(
-    reference: LocalLM,
-    quantized: LocalLM,
-    presets: Sequence[str | None],
-    tasks: Mapping[str, Sequence[tasks_of.TaskItem]],
+    share: Share, presets: Sequence[str | None], tasks: Mapping[str, Sequence[tasks_of.TaskItem]]
 ) -> dict[str | None, dict[str, tasks_of.Predictions]]:
     """Sealed predictions of the reference and of every preset for every task; sees questions only."""
     asked = {name: tasks_of.questions(items) for name, items in tasks.items() if items}
-    found: dict[str | None, dict[str, tasks_of.Predictions]] = {
-        REF: {name: tasks_of.predict(reference, name, questions) for name, questions in asked.items()}
-    }
-    for preset in presets:
-        with quantized.at(preset):
-            found[preset] = {name: tasks_of.predict(quantized, name, questions) for name, questions in asked.items()}
-    return found
+    who = [(REF, True, None), *((preset, False, preset) for preset in presets)]
+    parts = [(of_reference, preset, *row) for _, of_reference, preset in who for row in asked.items()]
+    answers = iter(share(tasks_of.predicted, parts))
+    return {key: {name: next(answers) for name in asked} for key, _, _ in who}
 
 
 def paired_scores(task: str, reference: tasks_of.Scores, quantized: tasks_of.Scores, *, seed: int) -> dict[str, Any]:

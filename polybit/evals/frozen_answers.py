@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from polybit.evals.judge_questions import Question, questions_digest, read_answe
 
 SHARD = 16  # questions per file of unfinished work
 FLOAT = "float"  # the row of the reference
+Scripts = list[tuple[str, ...]]  # the user's turns of each question
+Talks = Callable[[list[Scripts]], Iterable[tuple[int, Any]]]  # parts -> (number, Talk) of each, in any order
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,28 +68,25 @@ class Freezer:
             )
         return AnswerRow(name, answers, found["sha256"], found["dropped"], found.get("sizes"))
 
-    def answer(
-        self, name: str, origin: Mapping[str, Any], talk: Callable[[list[tuple[str, ...]]], Any], sizes: Any = None
-    ) -> AnswerRow:
-        """Let a model answer what is not answered yet, a part at a time, and freeze the whole."""
+    def answer(self, name: str, origin: Mapping[str, Any], talk: Talks, sizes: Any = None) -> AnswerRow:
+        """Have what is not answered yet answered, a part at a time, and freeze the whole."""
         parts = self.folder / f"{slug(name)}.parts"
         wanted = {**self.decides, **origin}
-        answers: dict[str, list[str]] = {}
-        dropped = 0
-        for start in range(0, len(self.questions), SHARD):
-            group = self.questions[start : start + SHARD]
-            path = parts / f"{start:06d}.json"
-            done = None if self.restart else read_part(path, wanted)
-            if done is None:
-                found = talk([question.turns for question in group])
-                done = {
-                    "made_from": wanted,
-                    "answers": {q.id: texts for q, texts in zip(group, found.texts, strict=True)},
-                    "dropped": sum(map(sum, found.dropped)),
-                }
-                write_json(path, done)
-            answers |= done["answers"]
-            dropped += done["dropped"]
+        groups = {start: self.questions[start : start + SHARD] for start in range(0, len(self.questions), SHARD)}
+        paths = {start: parts / f"{start:06d}.json" for start in groups}
+        done = {start: None if self.restart else read_part(path, wanted) for start, path in paths.items()}
+        missing = [start for start, part in done.items() if part is None]
+        for number, found in talk([[question.turns for question in groups[start]] for start in missing]):
+            start = missing[number]
+            done[start] = {
+                "made_from": wanted,
+                "answers": {q.id: texts for q, texts in zip(groups[start], found.texts, strict=True)},
+                "dropped": sum(map(sum, found.dropped)),
+            }
+            write_json(paths[start], done[start])
+        finished = [part for part in done.values() if part is not None]
+        answers = {name: texts for part in finished for name, texts in part["answers"].items()}
+        dropped = sum(part["dropped"] for part in finished)
         return self.keep(AnswerRow(name, answers, digest_of(answers), dropped, sizes), wanted, parts)
 
     def keep(self, row: AnswerRow, made_from: Mapping[str, Any], parts: Path) -> AnswerRow:

@@ -22,7 +22,7 @@ from polybit.data import synth
 from polybit.data.chat import Prompt
 from polybit.evals.scoring import bootstrap
 from polybit.evals.table import TASKS, AnswerTask
-from polybit.hub.lm import LM
+from polybit.hub.lm import LM, LocalLM
 
 Scores = dict[str, NDArray[Any]]
 
@@ -114,6 +114,20 @@ def predict(lm: LM, task: str, asked: Sequence[TaskQuestion]) -> Predictions:
         )
     texts = lm.generate([question.prompt for question in asked], max_tokens=find_task(task).max_tokens)
     return Predictions(task, ids, tuple(texts))
+
+
+def predicted(
+    reference: LocalLM,
+    quantized: LocalLM,
+    of_reference: bool,
+    preset: str | None,
+    task: str,
+    asked: Sequence[TaskQuestion],
+) -> Predictions:
+    """`predict` of one of two models, the quantized one at a preset."""
+    lm = reference if of_reference else quantized
+    with lm.at(None if of_reference else preset):
+        return predict(lm, task, asked)
 
 
 def score(predictions: Predictions, answers: Mapping[str, Sequence[str]]) -> Scores:

@@ -6,8 +6,9 @@ follow QDPO (arXiv 2407.03051): the flip rate, the margin between the two likeli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from torch import Tensor
 from polybit.core.runtime import PolybitError, track
 from polybit.data.batches import buckets, pad
 from polybit.evals.scoring import bootstrap, rates_by_bin, ratio_interval
+from polybit.evals.sharing import Readers, Share
 from polybit.hub.lm import LocalLM
 
 Floats = NDArray[np.float64]
+TokenColumns = tuple[Tensor, Tensor, dict[str | None, Tensor]]  # text numbers [N], reference [3, N], preset -> [4, N]
 HISTOGRAM_BINS = 20
 
 
@@ -65,7 +68,7 @@ def text_batches(lm: LocalLM, windows_NT: Tensor) -> list[Batch]:
     mask_NT[:, 0] = False
     numbers = torch.arange(len(windows_NT))
     parts = zip(windows_NT.split(rows), mask_NT.split(rows), numbers.split(rows), strict=True)
-    return [Batch(*part) for part in parts]
+    return [Batch(*(column.clone() for column in part)) for part in parts]  # a view is sent with all it is a view of
 
 
 def answer_batches(lm: LocalLM, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Batch]:
@@ -81,47 +84,83 @@ def answer_batches(lm: LocalLM, prompts: Sequence[Sequence[int]], answers: Seque
     return found
 
 
-@torch.no_grad()
 def measure_tokens(
-    reference: LocalLM, quantized: LocalLM, presets: Sequence[str | None], batches: Sequence[Batch], *, label: str
+    reference: LocalLM,
+    quantized: LocalLM,
+    presets: Sequence[str | None],
+    batches: Sequence[Batch],
+    *,
+    label: str,
+    share: Share | None = None,
 ) -> tuple[ReferenceTokens, dict[str | None, QuantizedTokens]]:
     """Compare both models token by token, at each preset; a preset of None reads the quantized model as it is.
 
     The reference runs once per batch whatever the number of presets, and only one batch of logits is alive at a time.
+    share: who reads (default: this process)
     """
     texts: list[Tensor] = []
     reference_parts: list[Tensor] = []
     parts: dict[str | None, list[Tensor]] = {preset: [] for preset in presets}
-    asked = [batch.ids_BT[:, :-1] for batch in batches]
-    reference.read_ahead(asked, [None])
-    quantized.read_ahead(asked, presets)
-    for batch in track(batches, label):
-        counted_BT = batch.mask_BT[:, 1:]
-        target_BT = batch.ids_BT[:, 1:]
-        logp_BTV = reference.logits(batch.ids_BT[:, :-1]).log_softmax(-1)
-        p_BTV = logp_BTV.exp()
-        top_BT2 = p_BTV.topk(2, dim=-1)
-        entropy_BT = -torch.where(p_BTV > 0, p_BTV * logp_BTV, 0.0).sum(-1)
-        margin_BT = top_BT2.values[..., 0] - top_BT2.values[..., 1]
-        reference_parts.append(_select(counted_BT, _nll(logp_BTV, target_BT), margin_BT, entropy_BT))
-        texts.append(batch.text_B[:, None].expand_as(counted_BT)[counted_BT])
-        for preset in presets:
-            with quantized.at(preset):
-                logq_BTV = quantized.logits(batch.ids_BT[:, :-1])
-            if logq_BTV.shape[-1] != logp_BTV.shape[-1]:
-                raise PolybitError(
-                    f"The reference has a vocabulary of {logp_BTV.shape[-1]} and the quantized model one of "
-                    f"{logq_BTV.shape[-1]}; give the model it was made from as the reference."
-                )
-            columns = compare_logits(logp_BTV, p_BTV, logq_BTV.to(logp_BTV.device), top_BT2.indices[..., 0], target_BT)
-            parts[preset].append(_select(counted_BT, *columns))
+    rows: Iterable[TokenColumns] = read_batches(reference, quantized, presets, batches)
+    if isinstance(share, Readers):
+        size = max(1, len(batches) // share.pieces)
+        cuts = [(presets, batches[start : start + size]) for start in range(0, len(batches), size)]
+        rows = chain.from_iterable(share(read_part, cuts))
+    for numbers_N, of_reference, by_preset in track(rows, label, len(batches)):
+        texts.append(numbers_N)
+        reference_parts.append(of_reference)
+        for preset, columns in by_preset.items():
+            parts[preset].append(columns)
     text_N = torch.cat(texts).numpy()
     nll_N, margin_N, entropy_N = _columns(reference_parts, "The reference")
     tables = {}
-    for preset, rows in parts.items():
-        kl_N, q_nll_N, q_margin_N, agrees_N = _columns(rows, f"The quantized model at {preset or 'its own precision'}")
+    for preset, found in parts.items():
+        kl_N, q_nll_N, q_margin_N, agrees_N = _columns(found, f"The quantized model at {preset or 'its own precision'}")
         tables[preset] = QuantizedTokens(kl_N, q_nll_N, q_margin_N, agrees_N > 0.5)
     return ReferenceTokens(text_N, nll_N, margin_N, entropy_N), tables
+
+
+def read_part(
+    reference: LocalLM, quantized: LocalLM, presets: Sequence[str | None], batches: Sequence[Batch]
+) -> list[TokenColumns]:
+    """`read_batches` at once, for a worker."""
+    return list(read_batches(reference, quantized, presets, batches))
+
+
+def read_batches(
+    reference: LocalLM, quantized: LocalLM, presets: Sequence[str | None], batches: Sequence[Batch]
+) -> Iterator[TokenColumns]:
+    """What both models say at the counted tokens of each batch."""
+    asked = [batch.ids_BT[:, :-1] for batch in batches]
+    reference.read_ahead(asked, [None])
+    quantized.read_ahead(asked, presets)
+    for batch in batches:
+        yield read_batch(reference, quantized, presets, batch)
+
+
+@torch.no_grad()
+def read_batch(reference: LocalLM, quantized: LocalLM, presets: Sequence[str | None], batch: Batch) -> TokenColumns:
+    """One batch at every preset."""
+    counted_BT = batch.mask_BT[:, 1:]
+    target_BT = batch.ids_BT[:, 1:]
+    logp_BTV = reference.logits(batch.ids_BT[:, :-1]).log_softmax(-1)
+    p_BTV = logp_BTV.exp()
+    top_BT2 = p_BTV.topk(2, dim=-1)
+    entropy_BT = -torch.where(p_BTV > 0, p_BTV * logp_BTV, 0.0).sum(-1)
+    margin_BT = top_BT2.values[..., 0] - top_BT2.values[..., 1]
+    found = {}
+    for preset in presets:
+        with quantized.at(preset):
+            logq_BTV = quantized.logits(batch.ids_BT[:, :-1])
+        if logq_BTV.shape[-1] != logp_BTV.shape[-1]:
+            raise PolybitError(
+                f"The reference has a vocabulary of {logp_BTV.shape[-1]} and the quantized model one of "
+                f"{logq_BTV.shape[-1]}; give the model it was made from as the reference."
+            )
+        columns = compare_logits(logp_BTV, p_BTV, logq_BTV.to(logp_BTV.device), top_BT2.indices[..., 0], target_BT)
+        found[preset] = _select(counted_BT, *columns)
+    text_N = batch.text_B[:, None].expand_as(counted_BT)[counted_BT]
+    return text_N, _select(counted_BT, _nll(logp_BTV, target_BT), margin_BT, entropy_BT), found
 
 
 def compare_logits(

@@ -15,6 +15,8 @@ from polybit.core.affine import QWeight
 from polybit.core.runtime import PolybitError
 from polybit.measure.sensitivity import BlockReading
 
+BLOCKS = "block-*.npz"
+
 
 def packed(reading: BlockReading, codes: Mapping[str, Mapping[int, QWeight]], seconds: float) -> bytes:
     """A block's numbers and codes as one .npz file, without pickle."""
@@ -76,3 +78,8 @@ def unpacked(path: Path) -> tuple[BlockReading, dict[str, dict[int, QWeight]], f
         raise PolybitError(
             f"{path} of an earlier run cannot be read ({error!s:.100}): measure again with --restart"
         ) from (error)
+
+
+def kept_codes(folder: Path) -> dict[str, dict[int, QWeight]]:
+    """The codes of all measured blocks in a folder: layer -> width -> codes."""
+    return {name: row for path in sorted(folder.glob(BLOCKS)) for name, row in unpacked(path)[1].items()}

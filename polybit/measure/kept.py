@@ -6,23 +6,22 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from polybit.compress.blocks import find_blocks
 from polybit.core.affine import QWeight
 from polybit.core.parts import pick
 from polybit.core.records import LayerStats
-from polybit.core.runtime import atomic_path, track
+from polybit.core.runtime import atomic_path, track, warn
 from polybit.hub.load import load_float
 from polybit.hub.models import resolve
+from polybit.hub.workers import ALONE, Where, spread
 from polybit.hub.workspace import Workspace
 from polybit.measure.block_files import packed, unpacked
 from polybit.measure.probe import ProbeText
@@ -79,12 +78,12 @@ def default_cache() -> Path:
 
 
 def measured(
-    model, task: SensitivityTask, digest: str, cache: Path, *, workers: int = 1, restart: bool = False
+    model, task: SensitivityTask, digest: str, cache: Path, *, where: Where = ALONE, restart: bool = False
 ) -> MeasuredSignals:
     """The task's sensitivities: read from the cache, or measured block by block into it.
 
     cache: directory of all measurements; one directory in it belongs to one fingerprint. Memory beyond the model: one
-    block's candidates; with workers, as many models as workers.
+    block's candidates; with workers, as many models as workers, who walk through all blocks and measure some.
     """
     fingerprint = task.fingerprint(digest)
     name = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:20]
@@ -96,7 +95,7 @@ def measured(
         if missing and not task.signal.by_block:
             missing = list(range(len(modules)))
         done = len(modules) - len(missing)
-        for index, content in track(measure(model, task, missing, workers), "sensitivities", len(modules), done=done):
+        for index, content in track(measure(model, task, missing, where), "sensitivities", len(modules), done=done):
             with atomic_path(files[index]) as staged:
                 staged.write_bytes(content)
         blocks = [unpacked(file) for file in files]
@@ -117,41 +116,39 @@ def measured(
     return MeasuredSignals(gather(readings, {t.name: t.size for t in task.targets}), bank, cost)
 
 
-def measure(model, task: SensitivityTask, blocks: Sequence[int], workers: int) -> Iterator[tuple[int, bytes]]:
-    """(block, its file) of every block asked for, in this process or in several."""
-    if not blocks:
+def measure(model, task: SensitivityTask, blocks: Sequence[int], where: Where) -> Iterator[tuple[int, bytes]]:
+    """(block, its file) of every block asked for, in this process or by workers."""
+    if where.alone or not task.signal.by_block:
+        if not where.alone and blocks:
+            warn(f"{task.how} sensitivities are read in one process: every block needs what lies behind it")
+        yield from islice(run(model, task, set(blocks)), len(blocks))  # what lies behind the last is not walked through
         return
-    if workers <= 1 or not task.signal.by_block:
-        yield from run(model, task, blocks)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(blocks)), get_context("spawn"), begin, (torch.get_num_threads(), task))
-    with pool:
-        jobs = [pool.submit(one_block, index) for index in blocks]
-        try:
-            for job in as_completed(jobs):
-                yield job.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for _, content in spread(BlockMeasurer, (task,), blocks, where=where, models=[task.model]):
+        yield content
 
 
-WORKER: dict[str, Any] = {}  # the model and the task of a worker process
+class BlockMeasurer:
+    """Measures blocks in a worker. Asked in ascending order it walks through the model once."""
+
+    def __init__(self, task: SensitivityTask) -> None:
+        model, _ = load_float(resolve(task.model), trust_remote_code=task.trust_remote_code)
+        self.model, self.task = model.requires_grad_(False), task
+        self.asked: set[int] = set()
+        self.walk: Iterator[tuple[int, bytes]] = iter(())
+        self.last: int | None = None
+
+    def __call__(self, index: int) -> tuple[int, bytes]:
+        """(block, its file)."""
+        if self.last is None or index <= self.last:
+            self.walk = run(self.model, self.task, self.asked)
+        self.asked.clear()
+        self.asked.add(index)
+        self.last = index
+        return next(self.walk)
 
 
-def begin(threads: int, task: SensitivityTask) -> None:
-    """Start of a worker process: load the model once."""
-    torch.set_num_threads(threads)
-    model, _ = load_float(resolve(task.model), trust_remote_code=task.trust_remote_code)
-    WORKER.update(model=model.requires_grad_(False), task=task)
-
-
-def one_block(index: int) -> tuple[int, bytes]:
-    """Measure one block in a worker process."""
-    return next(run(WORKER["model"], WORKER["task"], [index]))
-
-
-def run(model, task: SensitivityTask, blocks: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-    """(block, its file) of the blocks, measured here."""
+def run(model, task: SensitivityTask, blocks: Collection[int]) -> Iterator[tuple[int, bytes]]:
+    """(block, its file) of the blocks, measured here; `blocks` is asked when the walk comes to one."""
     codes: dict[str, dict[int, QWeight]] = {}
 
     def candidates(target: Target, weight_OI: Tensor, stats: LayerStats | None) -> dict[int, Tensor]:
@@ -165,14 +162,10 @@ def run(model, task: SensitivityTask, blocks: Sequence[int]) -> Iterator[tuple[i
         task.targets,
         candidates,
         calibration=task.calibration if task.quantizing.needs_stats else (),
-        only=set(blocks),
+        only=blocks,
         seed=task.seed,
     )
-    left = len(blocks)
     for reading in readings:
         names = next(iter(reading.kl.values()))
         seconds, began = time.process_time() - began, time.process_time()
         yield reading.block, packed(reading, {name: codes.pop(name) for name in names}, seconds)
-        left -= 1
-        if not left:
-            return  # what lies behind the last block asked for need not be walked through

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
@@ -18,7 +18,7 @@ from polybit.measure.seeds import over_seeds
 from polybit.nn.convert import Target
 
 Quantize = Callable[[Tensor, int], Mapping[str, Tensor]]  # (windows [N, T], seed) -> weights [O, I] by layer
-Kept = dict[str, Any]  # finished measurements by key, so that a long run goes on where it stopped
+Share = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any]]]  # (work, tasks) -> (number, result)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,28 +56,57 @@ def measure_mixtures(
     seeds: Sequence[int],
     keep: Callable[[str, Any], None] | None = None,
     kept: Mapping[str, Any] | None = None,
+    share: Share | None = None,
 ) -> dict[tuple[float, ...], dict[str, list[Harm]]]:
     """Quantize at every point with every seed and measure every domain: point -> domain -> one Harm per seed.
 
     windows, held_out: source -> [N, T] to calibrate on and to measure on, without a token in common. A seed decides
-    which windows are drawn. kept, keep: finished measurements of an interrupted run, and where to note a new one.
+    which windows are drawn. kept, keep: finished measurements of an interrupted run, and where to note a new one ·
+    share: (work, tasks) -> (number, result) of each, by workers (default: here, one after another).
     """
-    whole = Whole(model, tuple(targets))
-    found: dict[tuple[float, ...], dict[str, list[Harm]]] = {p: {name: [] for name in held_out} for p in points}
+    meter = MixtureMeter(model, targets, windows, held_out, quantize, samples)
+    records = dict(kept or {})
     todo = [(point, seed) for seed in seeds for point in points]
-    for point, seed in track(todo, "mixtures"):
-        key = f"seed {seed} mixture {','.join(f'{w:.4f}' for w in point)}"
-        record = (kept or {}).get(key)
-        if record is None:
-            drawn_NT = draw(windows, dict(zip(windows, point, strict=True)), samples, seed=seed)
-            weights = quantize(drawn_NT, seed)
-            harms = {name: harm(whole, weights, part) for name, part in held_out.items()}
-            record = {name: [h.kl, h.nll] for name, h in harms.items()}
-            if keep is not None:
-                keep(key, record)
-        for name in held_out:
-            found[point][name].append(Harm(*record[name]))
-    return found
+    missing = [task for task in todo if mixture_key(*task) not in records]
+    results = ((n, meter(task)) for n, task in enumerate(missing)) if share is None else share(meter, missing)
+    for number, record in track(results, "mixtures", len(todo), done=len(todo) - len(missing)):
+        key = mixture_key(*missing[number])
+        records[key] = record
+        if keep is not None:
+            keep(key, record)
+    return {
+        point: {name: [Harm(*records[mixture_key(point, seed)][name]) for seed in seeds] for name in held_out}
+        for point in points
+    }
+
+
+def mixture_key(point: tuple[float, ...], seed: int) -> str:
+    """A measurement as it is noted."""
+    return f"seed {seed} mixture {','.join(f'{w:.4f}' for w in point)}"
+
+
+class MixtureMeter:
+    """Measures one mixture with one seed: quantizes at it and reads every domain; domain -> [kl, nll]."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        windows: Mapping[str, Tensor],
+        held_out: Mapping[str, Tensor],
+        quantize: Quantize,
+        samples: int,
+    ) -> None:
+        self.whole = Whole(model, tuple(targets))
+        self.windows, self.held_out, self.quantize, self.samples = windows, held_out, quantize, samples
+
+    def __call__(self, task: tuple[tuple[float, ...], int]) -> dict[str, list[float]]:
+        """(shares of the sources, seed)."""
+        point, seed = task
+        drawn_NT = draw(self.windows, dict(zip(self.windows, point, strict=True)), self.samples, seed=seed)
+        weights = self.quantize(drawn_NT, seed)
+        harms = {name: harm(self.whole, weights, part) for name, part in self.held_out.items()}
+        return {name: [h.kl, h.nll] for name, h in harms.items()}
 
 
 def worst(domains: Mapping[str, list[Harm]]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from polybit.compress.blocks import Whole
 from polybit.core.affine import QWeight
+from polybit.hub.load import load_float
+from polybit.hub.models import resolve
+from polybit.measure.block_files import kept_codes
 from polybit.measure.probe import ProbeText, counted_log_probabilities, read_losses
 from polybit.nn.convert import Target
 
@@ -88,3 +92,17 @@ class PlanLoss:
             self.room -= size
             self.kept[number, index] = found_NV
         return found_NV
+
+
+class PlanReader:
+    """Reads plans in a worker: the model from its path, the codes from the files of measured blocks."""
+
+    def __init__(
+        self, model: str, probes: Sequence[ProbeText], targets: Sequence[Target], folder: Path, trust_remote_code: bool
+    ) -> None:
+        loaded, _ = load_float(resolve(model), trust_remote_code=trust_remote_code)
+        self.read = PlanLoss(loaded.requires_grad_(False), probes, targets, kept_codes(folder))
+
+    def __call__(self, widths: Mapping[str, int]) -> dict[str, PlanReading]:
+        """Readings by probe."""
+        return self.read(widths)

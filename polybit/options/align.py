@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from polybit.core.parts import described, pick
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
-from polybit.options.checks import Device, at_least, names_of
+from polybit.options.checks import Device, WorkerOptions, at_least, names_of
 from polybit.options.pairs import GROUP_SIZE, MAX_TOKENS
 from polybit.train.table import ANSWER_OBJECTIVES, AnswerObjective, PreferenceLoss, Share, rates
 
@@ -22,7 +22,7 @@ RENEWALS = 10  # in a run, unless --refresh-every says otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignOptions:
+class AlignOptions(WorkerOptions):
     """What is aligned, with which answers, by which objective, and how long."""
 
     out: Path
@@ -82,8 +82,6 @@ class AlignOptions:
     """Compute the common beginning of a pair once (qdpo; pays for long prompts)."""
     reference: str | None = None
     """The float model of a polybit checkpoint (default: the one it says it was made from)."""
-    workers: int = 1
-    """Processes that make pairs, with --prompts."""
     device: Device = "auto"
     """Where to train (auto: a GPU where there is one)."""
     seed: int = 0
@@ -96,9 +94,10 @@ class AlignOptions:
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.pairs is None) == (self.prompts is None):
             raise PolybitError("give --pairs DIR (made by polybit pairs) or --prompts FILE, one of the two")
-        at_least(self, steps=1, batch=1, accumulate=1, probes=1, max_tokens=1, rank=1, workers=1)
+        at_least(self, steps=1, batch=1, accumulate=1, probes=1, max_tokens=1, rank=1)
         if self.batch % self.accumulate:
             raise PolybitError(f"--accumulate {self.accumulate} does not divide --batch {self.batch}: choose a divisor")
         if self.shared_prefix and not self.objective.prefix:

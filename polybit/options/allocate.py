@@ -11,7 +11,7 @@ from polybit.core.parts import described
 from polybit.core.precision import check_width, parse_widths
 from polybit.core.runtime import PolybitError
 from polybit.measure.table import SIGNALS
-from polybit.options.checks import at_least
+from polybit.options.checks import WorkerOptions, at_least
 from polybit.quant.table import LAYERWISE, QUANTIZERS
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllocateOptions:
+class AllocateOptions(WorkerOptions):
     """How to spend a budget of bits on the layers of a model."""
 
     bits: float
@@ -68,8 +68,6 @@ class AllocateOptions:
     """Windows of general text the quantizer calibrates on."""
     window: int | None = None
     """Tokens per window (default: 256 or 512 by the model's context)."""
-    workers: int = 1
-    """Processes to share the measuring; each holds the model."""
     cache: Path | None = None
     """Where measured sensitivities are kept for later budgets (default: ~/.cache/polybit/sensitivity)."""
     mix: Path | None = None
@@ -84,12 +82,13 @@ class AllocateOptions:
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_widths(self.widths)
         if not math.isfinite(self.bits) or self.bits <= 0:
             raise PolybitError(f"--bits {self.bits} is not possible: give bits per weight such as 3.5")
         if not 0 <= self.beta <= 1:
             raise PolybitError(f"--beta {self.beta} is not possible: give 0 (general text only) to 1 (tasks only)")
-        at_least(self, samples=1, items=1, calibration_samples=1, workers=1, refine=0)
+        at_least(self, samples=1, items=1, calibration_samples=1, refine=0)
         for pin in self.pin or ():
             read_pin(pin)
         for flag, path in (("out", self.out), ("report", self.report)):

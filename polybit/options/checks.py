@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,20 @@ from polybit.core.runtime import PolybitError
 from polybit.data.table import EMBEDDED
 
 Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """Who shares the work of a verb; changes no number and no byte of what it makes."""
+
+    workers: int = 1
+    """Workers to share the work: processes of this machine, each with the model, or with --ray of a cluster."""
+    ray: str | None = None
+    """Ray cluster whose workers share the work: its address as in 10.0.0.5:6379, auto = the one this machine belongs
+    to, local = a new one on this machine. Models and outputs lie at the same path on all machines."""
+
+    def __post_init__(self) -> None:
+        at_least(self, workers=1)
 
 
 def at_least(options: Any, **least: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from polybit.core.parts import listed
 from polybit.core.runtime import PolybitError
 from polybit.evals.table import CHOICE_FORMS, SQUAD_HEADS, SUITES, TASKS
-from polybit.options.checks import Device, at_least, names_of, possible_memory, squad_is_there
+from polybit.options.checks import Device, WorkerOptions, at_least, names_of, possible_memory, squad_is_there
 
 WINDOWS = 64
 
@@ -159,6 +159,7 @@ class EvalModelOptions:
 
 
 PARTS = (
+    WorkerOptions,
     EvalModelOptions,
     EvalTextOptions,
     EvalTaskOptions,
@@ -171,7 +172,14 @@ PARTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(
-    TalkOptions, LmEvalOptions, ChoiceOptions, SquadOptions, EvalTaskOptions, EvalTextOptions, EvalModelOptions
+    TalkOptions,
+    LmEvalOptions,
+    ChoiceOptions,
+    SquadOptions,
+    EvalTaskOptions,
+    EvalTextOptions,
+    EvalModelOptions,
+    WorkerOptions,
 ):
     """What to measure of a quantized model beside its float model."""
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from polybit.core.runtime import PolybitError
 from polybit.evals.table import JUDGING
-from polybit.options.checks import Device, at_least, names_of
+from polybit.options.checks import Device, WorkerOptions, at_least, names_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeOptions:
+class JudgeOptions(WorkerOptions):
     """What is asked, how answers are judged, and by whom."""
 
     questions: str
@@ -60,6 +60,7 @@ class JudgeOptions:
     """Allow code that a model's repository brings."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.out, str):  # the library takes text as well
             object.__setattr__(self, "out", Path(self.out))
         for mode in self.modes:

@@ -10,7 +10,7 @@ from polybit.core.parts import described
 from polybit.core.precision import check_width
 from polybit.core.runtime import PolybitError
 from polybit.measure.table import CRITERIA
-from polybit.options.checks import at_least
+from polybit.options.checks import WorkerOptions, at_least
 from polybit.quant.table import FIXED, QUANTIZERS
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixOptions:
+class MixOptions(WorkerOptions):
     """How to look for the mixture of texts a model is best calibrated on."""
 
     general: list[str]
@@ -62,6 +62,7 @@ class MixOptions:
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_width("w", self.bits)
         names = [*self.general, *self.tasks]
         twice = sorted({name for name in names if names.count(name) > 1})

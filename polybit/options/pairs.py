@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from polybit.options.checks import Device, at_least
+from polybit.options.checks import Device, WorkerOptions, at_least
 
 SHARD = 512  # prompts of a file
 GROUP_SIZE = 64
@@ -13,7 +13,7 @@ MAX_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsOptions:
+class PairsOptions(WorkerOptions):
     """What is asked, of which two models, and where their answers go."""
 
     prompts: str
@@ -35,10 +35,6 @@ class PairsOptions:
     """Likeliest tokens of the float model to keep per token (default: all of a vocabulary up to 1024, else 64)."""
     shard: int = SHARD
     """Prompts per file; a run that is interrupted goes on after its last file."""
-    workers: int = 1
-    """Processes to spread the work over, each with both models."""
-    ray: bool = False
-    """Spread the work over a Ray cluster instead of processes of this machine."""
     device: Device = "auto"
     """Where both models answer (auto: a GPU where there is one)."""
     overwrite: bool = False
@@ -49,4 +45,5 @@ class PairsOptions:
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
-        at_least(self, max_tokens=1, shard=1, workers=1, limit=2, top=2)
+        super().__post_init__()
+        at_least(self, max_tokens=1, shard=1, limit=2, top=2)

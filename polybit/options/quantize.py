@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from polybit.core.parts import described, listed, pick
 from polybit.core.precision import FLOAT, check_width, parse_widths
 from polybit.core.runtime import PolybitError
-from polybit.options.checks import at_least, possible_memory
+from polybit.options.checks import WorkerOptions, at_least, possible_memory
 from polybit.quant.table import DEFAULT_FIXED, DEFAULT_NESTED, FIXED, NESTED, QUANTIZERS, Effort
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class CodeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeOptions(CodeOptions):
+class QuantizeOptions(CodeOptions, WorkerOptions):
     """How to turn a model into one checkpoint."""
 
     out: Path
@@ -132,6 +132,7 @@ class QuantizeOptions(CodeOptions):
         if self.mix is not None and self.calibration != "auto":
             raise PolybitError("--mix and --calibration exclude each other: name all texts in --mix")
         possible_memory(self.memory)
+        WorkerOptions.__post_init__(self)
         super().__post_init__()
 
     @property

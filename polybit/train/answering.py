@@ -25,7 +25,7 @@ from polybit.hub.directory import MANIFEST, check_output, output_lock, staged_di
 from polybit.hub.lm import LocalLM, longest_input
 from polybit.hub.load import load_float
 from polybit.hub.models import device_of, open_model
-from polybit.hub.workers import spread
+from polybit.hub.workers import ALONE, Where, spread
 from polybit.hub.workspace import Workspace, model_digest
 from polybit.nn.convert import convert, targets
 from polybit.nn.rotation import Rotation
@@ -83,8 +83,7 @@ class Asking:
 class Hands:
     """Who does the work; changes nothing about the result (hub.workers.spread)."""
 
-    workers: int = 1
-    ray: bool = False
+    where: Where = ALONE
     device: str = "auto"
 
 
@@ -202,7 +201,8 @@ def answer_shards(models: AskedModels, shards: Sequence[Task], directory: Path, 
     if not missing:
         return
     arguments = (models, directory, asking.max_tokens, asking.top, hands.device)
-    results = spread(PairMaker, arguments, missing, workers=hands.workers, ray=hands.ray)
+    paths = [name for name in (models.float_name, models.checkpoint) if name is not None]
+    results = spread(PairMaker, arguments, missing, where=hands.where, shared=directory, models=paths)
     for _ in track(results, "shards of prompts", len(shards), done=len(shards) - len(missing)):
         pass
 

@@ -2,9 +2,14 @@
 
 import itertools
 import random
+from functools import partial
 
 from polybit.allocate.knapsack import WidthChoice, solve
 from polybit.allocate.swap import improve
+
+
+def each(loss, plans):
+    return [loss(plan) for plan in plans]
 
 
 def problem(seed, layers=6):
@@ -28,7 +33,7 @@ def test_never_worse_and_within_the_budget():
     for seed in range(10):
         choices, groups, budget, loss = problem(seed)
         start = solve(choices, groups, budget)
-        found = improve(start, choices, groups, budget, loss)
+        found = improve(start, choices, groups, budget, partial(each, loss))
         assert sum(choices[n][w].bits for n, w in found.widths.items()) <= budget
         assert found.loss == loss(found.widths) <= loss(start)
         assert found.history == sorted(found.history, reverse=True)
@@ -48,9 +53,9 @@ def test_groups_stay_together_and_evaluations_are_counted():
     groups = [names[:3], names[3:]]
     calls = []
 
-    def counted(plan):
-        calls.append(dict(plan))
-        return loss(plan)
+    def counted(plans):
+        calls.extend(map(dict, plans))
+        return each(loss, plans)
 
     found = improve(dict.fromkeys(names, 3), choices, groups, budget, counted, evaluations=4)
     assert all(len({plan[n] for n in group}) == 1 for plan in calls for group in groups)
@@ -59,5 +64,5 @@ def test_groups_stay_together_and_evaluations_are_counted():
 
 def test_a_perfect_plan_is_left_alone():
     choices = {n: {2: WidthChoice(2, 1.0), 3: WidthChoice(3, 0.5)} for n in "ab"}
-    found = improve({"a": 3, "b": 2}, choices, [["a"], ["b"]], 5, lambda plan: 0.0)
+    found = improve({"a": 3, "b": 2}, choices, [["a"], ["b"]], 5, lambda plans: [0.0] * len(plans))
     assert found.widths == {"a": 3, "b": 2}

@@ -1,44 +1,100 @@
-"""Work spread over processes: every task once, errors reach the caller, ray only when it is there."""
+"""Work spread over processes and Ray: every task once, errors reach the caller, whoever dies is replaced."""
 
 import builtins
+import os
+import signal
 import sys
-import types
+import time
+from dataclasses import replace
 
 import pytest
 
 from polybit.core.runtime import PolybitError
-from polybit.hub.workers import spread
+from polybit.hub.crew import Greeting, Seen, check_gpus, check_greetings, greet, listing, versions
+from polybit.hub.workers import Team, Where, spread
 
 
 class Squarer:
-    """A worker that must be built once per process."""
+    """A worker that must be built once per process; it can be told to fail, to die once, or always."""
 
-    def __init__(self, offset):
-        self.offset, self.built = offset, True
+    def __init__(self, offset, folder=None):
+        self.offset, self.folder = offset, folder
 
     def __call__(self, task):
         if task == 13:
             raise PolybitError("thirteen is not possible: choose another")
-        return task * task + self.offset
+        if task == 14:
+            raise MemoryError("no room")
+        mark = None if self.folder is None else self.folder / f"died-{task}"
+        if (task == 5 and mark is not None and not mark.exists()) or task == 66:
+            if mark is not None:
+                mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return task * task + self.offset, os.getpid()
+
+
+def squares(tasks, where=None, arguments=(1,), **more):
+    """The squares by number of the task, and how many processes gave them."""
+    found = dict(spread(Squarer, arguments, tasks, where=where or Where(), **more))
+    return [found[n][0] for n in range(len(tasks))], {pid for _, pid in found.values()}
 
 
 def test_one_worker_works_here_and_in_order():
-    assert list(spread(Squarer, (1,), [3, 1, 2])) == [10, 2, 5]
-    assert list(spread(Squarer, (1,), [])) == []
+    assert [value[0] for _, value in spread(Squarer, (1,), [3, 1, 2], where=Where())] == [10, 2, 5]
+    assert squares([]) == ([], set())
+    assert list(spread(Squarer, (1,), [3], where=Where(), here=lambda task: -task)) == [(0, -3)]
 
 
-def test_several_processes_do_every_task_once():
-    assert sorted(spread(Squarer, (1,), list(range(7)), workers=2)) == [n * n + 1 for n in range(7)]
+def test_processes_do_every_task_once_and_the_dead_are_replaced(tmp_path):
+    with Team(Squarer, (1, tmp_path), Where(2)) as team:
+        first = team.in_order(list(range(7)))
+        assert [value for value, _ in first] == [n * n + 1 for n in range(7)]
+        assert len({pid for _, pid in first}) <= 3 and (tmp_path / "died-5").exists()
+        assert os.getpid() not in {pid for _, pid in first}
+        again = team.in_order([2, 3])
+        assert {pid for _, pid in again} <= {pid for _, pid in first}, "workers stay"
+        with pytest.raises(PolybitError, match="thirteen"):
+            team.in_order([1, 13, 2, 3])
 
 
-def test_an_error_reaches_the_caller():
-    with pytest.raises(PolybitError, match="thirteen"):
-        list(spread(Squarer, (0,), [1, 13]))
+@pytest.mark.slow
+def test_a_task_that_kills_twice_ends_the_run_by_name():
+    with pytest.raises(
+        PolybitError, match=r"task 2 of 3 \(66\) ended its worker again and again, the last one was killed \(signal 9"
+    ):
+        squares([1, 66, 2], Where(2))
+    with pytest.raises(PolybitError, match=r"ran out of memory \(no room\): give fewer --workers"):
+        squares([14, 14], Where(2))
 
 
-def test_no_workers_are_refused():
+def test_what_differs_between_workers_is_one_sentence(tmp_path):
+    here = greet(Seen({}))
+    assert check_greetings([here, here]) == [here, here]
+    with pytest.raises(PolybitError, match=r"worker on far has torch 1.0, and this process .*install the same"):
+        check_greetings([here, Greeting("far", {**versions(), "torch": "1.0"})])
+    with pytest.raises(PolybitError, match="polybit none that fits"):
+        check_greetings([Greeting("far", {"polybit": "none that fits (no module)"})])
+    with pytest.raises(PolybitError, match="does not see /models/x as this machine does: put it on a file system"):
+        check_greetings([here, replace(here, unseen="/models/x")])
+    with pytest.raises(PolybitError, match=r"GPUs differ: a has 24 GB and b 80 GB.*CUDA_VISIBLE_DEVICES"):
+        check_gpus({"a": 24_000_000_000, "b": 80_000_000_000})
+    (tmp_path / "weights").write_bytes(b"123")
+    seen = Seen({str(tmp_path): listing(str(tmp_path))}, (str(tmp_path / "token"), "abc"))
+    assert greet(seen).unseen == str(tmp_path)
+    (tmp_path / "token").write_text("abc")
+    assert greet(replace(seen, token=None)).unseen == str(tmp_path), "another file lies there now"
+    assert greet(Seen({}, seen.token)).unseen is None
+
+
+def test_what_cannot_be_meant_is_refused():
     with pytest.raises(PolybitError, match="--workers 0"):
-        list(spread(Squarer, (0,), [1], workers=0))
+        Where(0)
+    pytest.importorskip("ray")
+    for address, said in (("127.0.0.1:1", "does not answer"), ("nonsense", "is no address")):
+        began = time.monotonic()
+        with pytest.raises(PolybitError, match=said):
+            squares([1], Where(1, address))
+        assert time.monotonic() - began < 10
 
 
 def test_a_missing_ray_is_one_sentence(monkeypatch):
@@ -50,35 +106,19 @@ def test_a_missing_ray_is_one_sentence(monkeypatch):
         return plain(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
     with pytest.raises(PolybitError, match="needs ray, which is not installed"):
-        list(spread(Squarer, (0,), [1], ray=True))
+        squares([1], Where(1, "local"))
 
 
-def test_ray_gets_one_actor_per_worker_and_every_task(monkeypatch):
-    """A stand-in with ray's calls; the real one is tried where it is installed."""
-    made = []
-
-    class Pool:
-        def __init__(self, actors):
-            self.actors = actors
-
-        def map_unordered(self, do, tasks):
-            return [do(self.actors[n % len(self.actors)], task) for n, task in enumerate(tasks)]
-
-    def remote(kind):
-        class Actor:
-            def remote(self):
-                worker = kind()
-                made.append(worker)
-                return types.SimpleNamespace(do=types.SimpleNamespace(remote=worker.do))
-
-        return Actor()
-
-    ray = types.ModuleType("ray")
-    ray.remote, ray.is_initialized, ray.init = remote, lambda: True, lambda **_: None
-    util = types.ModuleType("ray.util")
-    util.ActorPool = Pool
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setitem(sys.modules, "ray.util", util)
-    assert list(spread(Squarer, (1,), [1, 2, 3], workers=2, ray=True)) == [2, 5, 10]
-    assert len(made) == 2
+@pytest.mark.slow
+def test_actors_of_a_ray_cluster_and_the_loss_of_one(tmp_path):
+    pytest.importorskip("ray")
+    found, workers = squares(list(range(8)), Where(2, "local"), (1, tmp_path), shared=tmp_path)
+    assert found == [n * n + 1 for n in range(8)]
+    assert os.getpid() not in workers and len(workers) <= 3 and (tmp_path / "died-5").exists()
+    assert not list(tmp_path.glob(".seen-*"))
+    with pytest.raises(PolybitError, match=r"task 2 of 3 \(66\) ended its worker again and again"):
+        squares([1, 66, 2], Where(2, "local"))
+    with pytest.raises(PolybitError, match="thirteen"):
+        squares([13], Where(2, "local"))
