@@ -47,7 +47,7 @@ DOORS = {  # third-party library -> the files or rooms that may import it
     "gguf": ("export/gguf.py", "speed/llama.py"),
     "llama_cpp": ("speed/llama.py",),
     "matplotlib": ("report/plots.py",),
-    "openai": ("evals/judge_client.py",),
+    "openai": ("hub/endpoint.py",),
     "lm_eval": ("evals/lm_eval_bridge.py",),
     "jinja2": ("report/", "serve/template_worker.py"),
     "fastapi": ("serve/app.py",),

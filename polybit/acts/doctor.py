@@ -35,7 +35,7 @@ EXTRAS = {  # extra -> a library of it, and what it is for
     "judge": ("openai", "polybit judge with an endpoint"),
     "lm-eval": ("lm_eval", "polybit eval --lm-eval"),
     "export": ("gguf", "polybit export"),
-    "cluster": ("ray", "polybit pairs --ray"),
+    "cluster": ("ray", "--ray of the verbs that share work"),
 }
 
 

@@ -15,11 +15,11 @@ from polybit.core.records import RUN_FILE, Run
 from polybit.core.runtime import PolybitError, atomic_path
 from polybit.evals.frozen_answers import FLOAT, AnswerRow, Freezer
 from polybit.evals.judge import Ask, check_answers
-from polybit.evals.judge_client import Endpoint, ReplyCache, ask
 from polybit.evals.judge_numbers import Numbers, fidelities, fidelity_baseline, samples, verdicts
 from polybit.evals.judge_prompts import read_prompts, read_skills
 from polybit.evals.judge_questions import Question, questions_digest, read_questions
 from polybit.hub.directory import output_lock
+from polybit.hub.endpoint import Endpoint, ReplyCache, ask
 from polybit.hub.lm import LocalLM
 from polybit.hub.workers import Team, Where
 from polybit.hub.workspace import model_digest

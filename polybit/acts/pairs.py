@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from polybit.compress.sizes import base_model, stored_widths
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
 from polybit.hub.directory import check_output
-from polybit.hub.models import open_model, resolve
+from polybit.hub.endpoint import Endpoint
+from polybit.hub.models import open_model, own_name, resolve
 from polybit.hub.workers import Where
 from polybit.nn.rotation import rotation_of
 from polybit.options.checks import plain
@@ -36,12 +39,28 @@ def pairs(model: str, options: PairsOptions) -> Run:
             max_tokens=options.max_tokens,
             top=options.top,
             shard=options.shard,
+            writer=writer(models, options),
         )
         hands = Hands(where=Where(options.workers, options.ray), device=options.device)
         run.numbers = make_pairs(
             models, asking, options.out, hands=hands, overwrite=options.overwrite, restart=options.restart
         )
     return run
+
+
+def writer(models: AskedModels, options: PairsOptions) -> Endpoint | None:
+    """The endpoint that writes the float answers, if there is one."""
+    if options.endpoint is None:
+        return None
+    return Endpoint(
+        options.endpoint,
+        options.endpoint_model or own_name(models.float_name),
+        key=os.environ.get(options.key_from) or "none",
+        max_tokens=options.max_tokens,
+        timeout=options.timeout,
+        retries=options.retries,
+        concurrency=options.concurrency,
+    )
 
 
 def model_pair(

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from polybit.core.runtime import PolybitError
-from polybit.evals.judge_client import Reply
 from polybit.evals.judge_prompts import JudgePrompt, Prompts, answers_of, choose, values_of
 from polybit.evals.judge_questions import Question
 from polybit.evals.judge_verdicts import grade, preference, skill_grades, two_grades
 from polybit.evals.scoring import bootstrap
+from polybit.hub.endpoint import Reply
 
 Answers = Mapping[str, Sequence[str]]  # question id -> the assistant's text for each turn
 Ask = Callable[[list[list[dict[str, str]]]], list[Reply | None]]

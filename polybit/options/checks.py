@@ -26,6 +26,27 @@ class WorkerOptions:
         at_least(self, workers=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EndpointOptions:
+    """How an OpenAI-compatible endpoint is asked."""
+
+    endpoint: str | None = None
+    """Address of an OpenAI-compatible endpoint, as in http://localhost:8000/v1."""
+    key_from: str = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key; a local one needs none."""
+    timeout: float = 120.0
+    """Seconds to wait for one reply."""
+    retries: int = 4
+    """Further attempts at one reply."""
+    concurrency: int = 4
+    """Requests at a time."""
+
+    def __post_init__(self) -> None:
+        at_least(self, retries=0, concurrency=1)
+        if not self.timeout > 0:
+            raise PolybitError(f"--timeout {self.timeout:g} is not possible: give more than 0 seconds")
+
+
 def at_least(options: Any, **least: int) -> None:
     """Refuse numbers below what is possible; None = the default is meant."""
     for name, smallest in least.items():

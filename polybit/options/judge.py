@@ -7,11 +7,11 @@ from pathlib import Path
 
 from polybit.core.runtime import PolybitError
 from polybit.evals.table import JUDGING
-from polybit.options.checks import Device, WorkerOptions, at_least, names_of
+from polybit.options.checks import Device, EndpointOptions, WorkerOptions, at_least, names_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeOptions(WorkerOptions):
+class JudgeOptions(EndpointOptions, WorkerOptions):
     """What is asked, how answers are judged, and by whom."""
 
     questions: str
@@ -30,8 +30,6 @@ class JudgeOptions(WorkerOptions):
     """Address of the judge, OpenAI-compatible, as in http://localhost:8000/v1."""
     judge: str | None = None
     """Name of the judge model at the endpoint."""
-    key_from: str = "OPENAI_API_KEY"
-    """Environment variable that holds the endpoint's key; a local judge needs none."""
     references: Path | None = None
     """Reference answers by question_id, shown to the judge for math, reasoning and coding."""
     prompts: Path | None = None
@@ -44,12 +42,6 @@ class JudgeOptions(WorkerOptions):
     """Longest answer."""
     judge_tokens: int = 2048
     """Longest reply of the judge."""
-    timeout: float = 120.0
-    """Seconds to wait for one reply."""
-    retries: int = 4
-    """Further attempts at one reply."""
-    concurrency: int = 4
-    """Requests at a time."""
     seed: int = 0
     """Seed of intervals."""
     restart: bool = False
@@ -60,7 +52,8 @@ class JudgeOptions(WorkerOptions):
     """Allow code that a model's repository brings."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        EndpointOptions.__post_init__(self)
+        WorkerOptions.__post_init__(self)
         if isinstance(self.out, str):  # the library takes text as well
             object.__setattr__(self, "out", Path(self.out))
         for mode in self.modes:
@@ -71,9 +64,7 @@ class JudgeOptions(WorkerOptions):
                 f"--mode {','.join(self.asking)} asks a judge: give --endpoint URL and --judge NAME, or --mode "
                 "fidelity for the offline one"
             )
-        at_least(self, limit=1, max_tokens=1, judge_tokens=1, retries=0, concurrency=1)
-        if not self.timeout > 0:
-            raise PolybitError(f"--timeout {self.timeout:g} is not possible: give more than 0 seconds")
+        at_least(self, limit=1, max_tokens=1, judge_tokens=1)
         if self.out.is_file():
             raise PolybitError(f"--out {self.out} is a file: give a directory")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from polybit.options.checks import Device, WorkerOptions, at_least
+from polybit.core.runtime import PolybitError
+from polybit.options.checks import Device, EndpointOptions, WorkerOptions, at_least
 
 SHARD = 512  # prompts of a file
 GROUP_SIZE = 64
@@ -13,7 +14,7 @@ MAX_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsOptions(WorkerOptions):
+class PairsOptions(EndpointOptions, WorkerOptions):
     """What is asked, of which two models, and where their answers go."""
 
     prompts: str
@@ -21,6 +22,11 @@ class PairsOptions(WorkerOptions):
     (owner/name:config:split)."""
     out: Path
     """Directory of the pairs."""
+    endpoint: str | None = None
+    """Address of an OpenAI-compatible server of the float model, as vLLM is, which then writes the float answers: it
+    is asked for completions of token ids, and this machine only scores what it says."""
+    endpoint_model: str | None = None
+    """Name of the float model at the endpoint (default: as MODEL, or the checkpoint, calls it)."""
     precision: str | None = None
     """Precision of the quantized model, as in w3 (default: a checkpoint's narrowest width, w4 for a float model)."""
     reference: str | None = None
@@ -45,5 +51,8 @@ class PairsOptions(WorkerOptions):
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        EndpointOptions.__post_init__(self)
+        WorkerOptions.__post_init__(self)
+        if self.endpoint_model is not None and self.endpoint is None:
+            raise PolybitError(f"--endpoint-model {self.endpoint_model} needs --endpoint URL")
         at_least(self, max_tokens=1, shard=1, limit=2, top=2)

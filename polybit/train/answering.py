@@ -20,8 +20,9 @@ from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError, sha256_file, track, warn, write_json
 from polybit.data.chat import Prompt, encode_prompt
 from polybit.data.prompts import gather_prompts
-from polybit.data.text import has_chat_template
+from polybit.data.text import encode, has_chat_template
 from polybit.hub.directory import MANIFEST, check_output, output_lock, staged_directory
+from polybit.hub.endpoint import Continue, Endpoint, Reply, ReplyCache, ask
 from polybit.hub.lm import LocalLM, longest_input
 from polybit.hub.load import load_float
 from polybit.hub.models import device_of, open_model
@@ -69,7 +70,8 @@ class Asking:
     """What both models are asked, and how their answers are kept; decides the result together with the models.
 
     prompts: a source of prompts (data.prompts), at most `limit` of them · max_tokens: longest answer · top: likeliest
-    tokens of the float model kept per token (material.kept_tokens) · shard: prompts per file.
+    tokens of the float model kept per token (material.kept_tokens) · shard: prompts per file · writer: who writes the
+    float answers (default: the float model here).
     """
 
     prompts: str
@@ -77,6 +79,7 @@ class Asking:
     max_tokens: int
     top: int | None = None
     shard: int
+    writer: Endpoint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +148,7 @@ def plan_shards(models: AskedModels, asking: Asking) -> tuple[dict[str, Any], li
         "max_tokens": asking.max_tokens,
         "top": asking.top,
         "shard": asking.shard,
+        "writer": None if asking.writer is None else asking.writer.model,
         "prompts_digest": hashlib.sha256(json.dumps(sifted.prompts).encode()).hexdigest(),
         "empty": sifted.empty + blank,
         "duplicate": sifted.duplicate,
@@ -168,22 +172,59 @@ def checkpoint_digest(checkpoint: str | None) -> str | None:
 class PairMaker:
     """Answers and scores one shard of prompts; made once per process."""
 
-    def __init__(self, models: AskedModels, directory: Path, max_tokens: int, top: int | None, device: str) -> None:
+    def __init__(self, models: AskedModels, directory: Path, asking: Asking, device: str) -> None:
         float_model, tokenizer = load_float(models.float_name, trust_remote_code=models.trust_remote_code)
         self.fingerprint = model_digest(float_model)
         self.reference = LocalLM(float_model.to(device_of(device)), tokenizer)
         self.quantized = LocalLM(quantized_of(models).to(device_of(device)), tokenizer)
-        self.precision, self.directory, self.max_tokens, self.top = models.precision, directory, max_tokens, top
+        self.precision, self.directory, self.asking = models.precision, directory, asking
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """Write the shard's answers and then its scores; returns what was counted."""
         number, prompts = task
+        replies = self.directory / f"replies-{number:05d}.sqlite"
+        writer = None if self.asking.writer is None else Written(self.reference, self.asking.writer, replies)
         with self.quantized.at(self.precision):
-            found = answer_pairs(self.reference, self.quantized, prompts, self.max_tokens)
-        material = prepare(self.reference, found, top=self.top)
+            found = answer_pairs(writer or self.reference, self.quantized, prompts, self.asking.max_tokens)
+        material = prepare(self.reference, found, top=self.asking.top)
         write_cache(self.directory / scores_name(number), material, reference=self.fingerprint)
         write_shard(self.directory / shard_name(number), found)  # last: a shard that is there is whole
+        replies.unlink(missing_ok=True)
         return count(found)
+
+
+class Written:
+    """The float model behind an endpoint: it writes, and the one here only says how its texts are spelt in tokens.
+
+    cache: where replies are kept until their shard is whole
+    """
+
+    def __init__(self, lm: LocalLM, endpoint: Endpoint, cache: Path) -> None:
+        self.lm, self.endpoint, self.cache = lm, endpoint, cache
+
+    def generate_tokens(
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, stop: Sequence[str] = (), label: str = "generate"
+    ) -> list[list[int]]:
+        """Greedy answers as token ids, the EOS included where the model ended by itself."""
+        asked = [Continue(tuple(prompt)) for prompt in prompts]
+        replies = ask(self.endpoint, asked, ReplyCache(self.cache), label=label)
+        silent = sum(reply is None for reply in replies)
+        if silent:
+            raise PolybitError(
+                f"the endpoint at {self.endpoint.url} gave no answer to {silent} of {len(prompts)} prompts: run again, "
+                "what it answered is kept"
+            )
+        pairs = zip(prompts, replies, strict=True)
+        return [self.spelt(prompt, reply)[:max_tokens] for prompt, reply in pairs if reply is not None]
+
+    def spelt(self, prompt: Sequence[int], reply: Reply) -> list[int]:
+        """An answer as the tokens that read like it after its prompt."""
+        ways = [encode(self.lm.tokenizer, reply.text).tolist()]
+        before = encode(self.lm.tokenizer, "\n").tolist()
+        ways.append(encode(self.lm.tokenizer, "\n" + reply.text).tolist()[len(before) :])  # without a blank at first
+        exact = (way for way in ways if self.lm.decode(way, after=prompt) == reply.text)
+        ended = [self.lm.tokenizer.eos_token_id] if reply.finish == "stop" else []
+        return [*next(exact, ways[0]), *ended] or [self.lm.tokenizer.eos_token_id]
 
 
 def quantized_of(models: AskedModels):
@@ -200,7 +241,7 @@ def answer_shards(models: AskedModels, shards: Sequence[Task], directory: Path, 
     missing = [task for task in shards if not (directory / shard_name(task[0])).is_file()]
     if not missing:
         return
-    arguments = (models, directory, asking.max_tokens, asking.top, hands.device)
+    arguments = (models, directory, asking, hands.device)
     paths = [name for name in (models.float_name, models.checkpoint) if name is not None]
     results = spread(PairMaker, arguments, missing, where=hands.where, shared=directory, models=paths)
     for _ in track(results, "shards of prompts", len(shards), done=len(shards) - len(missing)):

@@ -106,10 +106,11 @@ def sift(encoded: Iterable[Sequence[int]], *, room: int | None) -> Sifted:
     return Sifted(kept, empty, duplicate, too_long)
 
 
-def answer_pairs(
-    reference: LocalLM, quantized: LocalLM, prompts: Sequence[Sequence[int]], max_tokens: int
-) -> list[Pair]:
-    """Both models' greedy answers to token prompts, batched with a KV cache and sorted by length."""
+def answer_pairs(reference: Any, quantized: LocalLM, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Pair]:
+    """Both models' greedy answers to token prompts, batched with a KV cache and sorted by length.
+
+    reference: a LocalLM, or what else has its `generate_tokens`
+    """
     theirs = reference.generate_tokens(prompts, max_tokens=max_tokens, label="float answers")
     ours = quantized.generate_tokens(prompts, max_tokens=max_tokens, label="quantized answers")
     return [Pair.of(*row) for row in zip(prompts, theirs, ours, strict=True)]

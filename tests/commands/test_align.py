@@ -12,11 +12,14 @@ from polybit.cli import main
 from polybit.commands.pairs import next_step
 from polybit.core.planes import unpack
 from polybit.hub.checkpoint import describe
+from polybit.hub.lm import LocalLM
 from polybit.hub.load import load
+from polybit.hub.models import open_model
 from polybit.nn.switch import panel
 from polybit.train import answering
 from polybit.train.chain import Chain
 from polybit.train.pairs import read_pairs
+from tests.hub.endpoint import serve
 
 QUICK = ["--group-size", "16", "--max-tokens", "8"]
 
@@ -63,6 +66,26 @@ def test_pairs_are_counted_and_whole(made):
     assert numbers["pairs"] + numbers["identical"] == 18 and numbers["pairs"] > 0
     assert len(list(made.glob("shard-*.jsonl"))) == 4 == len(list(made.glob("scores-*.safetensors")))
     assert not made.with_name("pairs.partial").exists()
+
+
+def test_float_answers_of_an_endpoint_are_those_of_the_model(tmp_path):
+    pytest.importorskip("openai")
+    lm, asked = LocalLM(*open_model("tinychat")), tmp_path / "asked.txt"
+    asked.write_text("How are you?\nWhat is 3 plus 4?\nTell me a story.\nWho are you?\n")
+
+    def rule(ids):
+        (said,) = lm.generate_tokens([ids], max_tokens=8)
+        ended = "stop" if said[-1] in lm.end_tokens() else "length"
+        choice = {"index": 0, "finish_reason": ended, "text": lm.decode(said, after=ids)}
+        return {"id": "1", "object": "text_completion", "choices": [choice]}
+
+    make("tinychat", asked, tmp_path / "here", "--shard", "3")
+    with serve(rule) as server:
+        make("tinychat", asked, tmp_path / "there", "--shard", "3", "--endpoint", server.url)
+    assert len(server.asked) == 4 and read_pairs(tmp_path / "there") == read_pairs(tmp_path / "here")
+    names = sorted(path.name for path in (tmp_path / "there").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "here").iterdir())
+    assert json.loads((tmp_path / "there" / "pairs.json").read_text())["writer"] == "tinychat"
 
 
 def test_interrupted_pairs_go_on_and_end_the_same(tiny_llama, prompts, made, tmp_path, monkeypatch):

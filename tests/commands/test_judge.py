@@ -7,7 +7,7 @@ import pytest
 from polybit.acts.judge_rows import Entrant, parse_entrant, row_names
 from polybit.cli import main
 from polybit.core.runtime import PolybitError
-from tests.evals.endpoint import serve
+from tests.hub.endpoint import serve
 
 
 @pytest.fixture(scope="module")

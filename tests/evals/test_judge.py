@@ -10,9 +10,9 @@ import pytest
 
 from polybit.core.runtime import PolybitError
 from polybit.evals import judge as judged
-from polybit.evals.judge_client import Reply
 from polybit.evals.judge_prompts import OWN, SKILLS, choose, read_prompts, read_skills
 from polybit.evals.judge_questions import Question, read_answers, read_questions
+from polybit.hub.endpoint import Reply
 
 DATA = Path(os.environ.get("POLYBIT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 HERE = pytest.mark.skipif(

@@ -1,6 +1,6 @@
-"""Ask a judge behind an OpenAI-compatible endpoint: retried, a few at a time, every reply kept on disk at once.
+"""Ask a model behind an OpenAI-compatible endpoint: retried, a few at a time, every reply kept on disk at once.
 
-A reply is filed under a digest of everything that decides it (judge, messages, sampling), so a run that was killed asks
+A reply is filed under a digest of everything that decides it (model, messages, sampling), so a run that was killed asks
 only for what is missing, and two runs that ask the same share the answer. The network enters by this file only.
 """
 
@@ -25,9 +25,9 @@ PATIENCE = 5  # requests in a row that may fail after all retries before the end
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the judge is and how it is asked.
+    """Where a model is and how it is asked.
 
-    url: base address, as in https://api.openai.com/v1 or http://localhost:8000/v1 · model: the judge's name there ·
+    url: base address, as in https://api.openai.com/v1 or http://localhost:8000/v1 · model: its name there ·
     timeout: seconds for one reply · retries: further attempts after a timeout, a refused connection, 429 or a server
     error, with growing pauses and the server's Retry-After · concurrency: requests at a time.
     """
@@ -43,17 +43,28 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Continue:
+    """A prompt as token ids, to be gone on with; other requests are the messages of a chat."""
+
+    ids: tuple[int, ...]
+
+
+Request = Messages | Continue
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back: `text` and why it ended; `refused` when the judge declined to answer."""
+    """What came back: `text` and why it ended; `refused` when the model declined to answer."""
 
     text: str
     finish: str
     refused: bool = False
 
 
-def request_key(endpoint: Endpoint, messages: Messages) -> str:
-    """sha256 of all that decides a reply; where the judge runs and how patient we are do not."""
-    decides = [endpoint.model, endpoint.temperature, endpoint.max_tokens, [dict(message) for message in messages]]
+def request_key(endpoint: Endpoint, request: Request) -> str:
+    """sha256 of all that decides a reply; where the model runs and how patient we are do not."""
+    asked = list(request.ids) if isinstance(request, Continue) else [dict(message) for message in request]
+    decides = [endpoint.model, endpoint.temperature, endpoint.max_tokens, asked]
     return hashlib.sha256(json.dumps(decides, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -70,7 +81,7 @@ class ReplyCache:
                 )
         except sqlite3.DatabaseError as error:
             raise PolybitError(
-                f"The judge's replies in {path} cannot be read ({error}); move the file away to ask again."
+                f"The replies in {path} cannot be read ({error}); move the file away to ask again."
             ) from error
 
     def _open(self) -> sqlite3.Connection:
@@ -93,16 +104,16 @@ class ReplyCache:
 
 
 def ask(
-    endpoint: Endpoint, requests: Sequence[Messages], cache: ReplyCache, *, label: str = "judge"
+    endpoint: Endpoint, requests: Sequence[Request], cache: ReplyCache, *, label: str = "judge"
 ) -> list[Reply | None]:
     """Replies in the order of the requests, None where the endpoint gave none after all retries.
 
     What fails is not cached, so the next run asks for it again. Raises PolybitError, which says how many replies are
     kept, when the endpoint cannot be used at all: wrong key, unknown model, or PATIENCE failures in a row.
     """
-    keys = [request_key(endpoint, messages) for messages in requests]
+    keys = [request_key(endpoint, request) for request in requests]
     found: dict[str, Reply | None] = dict(cache.read(keys))
-    missing = {key: messages for key, messages in zip(keys, requests, strict=True) if key not in found}
+    missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
     if missing:
         send = open_client(endpoint)
         failures = 0
@@ -129,13 +140,13 @@ class Failure(Exception):
 
 
 def _in_parallel(
-    send: Callable[[Messages], Reply], requests: Mapping[str, Messages], concurrency: int
+    send: Callable[[Request], Reply], requests: Mapping[str, Request], concurrency: int
 ) -> Iterator[tuple[str, Reply | Failure]]:
     """Each request's outcome as it arrives; when the consumer stops, nothing further is sent.
 
-    The threads are daemons: Ctrl-C ends the program at once and does not wait for a judge that is thinking.
+    The threads are daemons: Ctrl-C ends the program at once and does not wait for a model that is thinking.
     """
-    waiting: SimpleQueue[tuple[str, Messages]] = SimpleQueue()
+    waiting: SimpleQueue[tuple[str, Request]] = SimpleQueue()
     outcomes: SimpleQueue[tuple[str, Reply | Failure | BaseException]] = SimpleQueue()
     stop = threading.Event()
     for item in requests.items():
@@ -144,15 +155,15 @@ def _in_parallel(
     def work() -> None:
         while not stop.is_set():
             try:
-                key, messages = waiting.get_nowait()
+                key, request = waiting.get_nowait()
             except Empty:
                 return
             try:
-                outcomes.put((key, send(messages)))
+                outcomes.put((key, send(request)))
             except BaseException as error:
                 if not isinstance(error, Failure) or error.fatal:
                     stop.set()  # before anybody can send the next one
-                # handed over: what the judge did as an outcome, what we did to the caller
+                # handed over: what the endpoint did as an outcome, what we did to the caller
                 outcomes.put((key, error))
 
     for _ in range(min(concurrency, len(requests))):
@@ -167,56 +178,64 @@ def _in_parallel(
         stop.set()
 
 
-def open_client(endpoint: Endpoint) -> Callable[[Messages], Reply]:
+def open_client(endpoint: Endpoint) -> Callable[[Request], Reply]:
     """A function that sends one request through the `openai` library, which retries; failures become Failure."""
     try:
         import openai
     except ImportError as error:
-        raise PolybitError("A judge is asked through the library openai: run pip install 'polybit[judge]'.") from error
+        raise PolybitError(
+            "An endpoint is asked through the library openai: run pip install 'polybit[judge]'."
+        ) from error
     try:
         client = openai.OpenAI(
             base_url=endpoint.url, api_key=endpoint.key, timeout=endpoint.timeout, max_retries=endpoint.retries
         )
     except Exception as error:  # the library's own complaint about an address that is none
         raise PolybitError(
-            f"The judge's address {endpoint.url!r} cannot be used ({error}); give one as in http://localhost:8000/v1."
+            f"The address {endpoint.url!r} cannot be used ({error}); give one as in http://localhost:8000/v1."
         ) from error
 
-    def send(messages: Messages) -> Reply:
+    def send(request: Request) -> Reply:
+        how: Any = {
+            "model": endpoint.model,
+            "temperature": endpoint.temperature,
+            "max_tokens": endpoint.max_tokens,
+        }
         try:
-            answer = client.chat.completions.create(
-                model=endpoint.model,
-                messages=[dict(message) for message in messages],  # type: ignore[misc]
-                temperature=endpoint.temperature,
-                max_tokens=endpoint.max_tokens,
-            )
+            if isinstance(request, Continue):
+                answer: Any = client.completions.create(prompt=list(request.ids), **how)
+            else:
+                messages: Any = [dict(message) for message in request]
+                answer = client.chat.completions.create(messages=messages, **how)
         except openai.OpenAIError as error:
             if refusal := _refusal(error):
                 return refusal
             raise explain(error, endpoint) from error
         except ValueError:  # a reply that calls itself JSON and is none
-            raise no_judge(endpoint) from None
+            raise no_endpoint(endpoint) from None
         return read_answer(answer, endpoint)
 
     return send
 
 
-def no_judge(endpoint: Endpoint) -> Failure:
+def no_endpoint(endpoint: Endpoint) -> Failure:
     """What answers there is something else."""
     return Failure(
-        f"The judge at {endpoint.url} answers, but not with a chat completion; give the address of an "
+        f"The endpoint at {endpoint.url} answers, but not with a completion; give the address of an "
         "OpenAI-compatible endpoint, usually one that ends in /v1.",
         fatal=True,
     )
 
 
 def read_answer(answer: Any, endpoint: Endpoint) -> Reply:
-    """The text of a chat completion; something that is none is a Failure."""
+    """The text of a completion; something that is none is a Failure."""
     try:
         choice = answer.choices[0]
-        text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
+        message = getattr(choice, "message", None)
+        text = choice.text if message is None else message.content
+        refusal = getattr(message, "refusal", None)
     except (AttributeError, IndexError, TypeError):
-        raise no_judge(endpoint) from None
+        raise no_endpoint(endpoint) from None
     finish = str(choice.finish_reason or "")
     refused = bool(refusal) or finish == "content_filter"
     return Reply(str(text or refusal or ""), finish, refused)
@@ -232,7 +251,7 @@ def explain(error: Any, endpoint: Endpoint) -> Failure:
     """The sentence for one exception of the library."""
     import openai
 
-    where, status = f"The judge at {endpoint.url}", getattr(error, "status_code", None)
+    where, status = f"The endpoint at {endpoint.url}", getattr(error, "status_code", None)
     said = " ".join(str(getattr(error, "message", "") or error).split())[:160]
     attempts = f"after {endpoint.retries + 1} attempts" if endpoint.retries else "at the first attempt"
     if isinstance(error, openai.APITimeoutError):

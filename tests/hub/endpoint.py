@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-Rule = Callable[[list[dict[str, str]]], str | tuple[int, object] | dict]
+Rule = Callable[..., str | tuple[int, object] | dict]
 
 
 class FakeJudge:
-    """`rule(messages)` gives the reply's text, (status, body) for an error, or a whole completion as a dict."""
+    """`rule(messages)`, or rule(token ids) of a prompt to be gone on with, gives the reply's text, (status, body) for
+    an error, or a whole completion as a dict."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule, self.asked, self.busy, self.most_busy = rule, [], 0, 0
@@ -21,7 +22,7 @@ class FakeJudge:
         self.url = ""
         self.seconds = 0.0
 
-    def answer(self, messages: list[dict[str, str]]) -> tuple[int, bytes]:
+    def answer(self, messages: list) -> tuple[int, bytes]:
         with self.lock:
             self.asked.append(messages)
             self.busy += 1
@@ -35,6 +36,8 @@ class FakeJudge:
         if isinstance(found, tuple):
             return found[0], json.dumps(found[1]).encode() if not isinstance(found[1], bytes) else found[1]
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": found}}
+        if isinstance(messages[0], int):
+            choice = {"index": 0, "finish_reason": "stop", "text": found}
         body = found if isinstance(found, dict) else {"id": "1", "object": "chat.completion", "choices": [choice]}
         return 200, json.dumps(body).encode()
 
@@ -47,7 +50,7 @@ def serve(rule: Rule) -> Iterator[FakeJudge]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, data = judge.answer(body["messages"])
+            status, data = judge.answer(body.get("messages") or body["prompt"])
             try:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")

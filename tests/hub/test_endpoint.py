@@ -1,12 +1,12 @@
-"""The judge's endpoint: replies are cached and resumed; slow, refusing, broken and mad endpoints end in a sentence."""
+"""An endpoint: replies are cached and resumed; slow, refusing, broken and mad endpoints end in a sentence."""
 
 import socket
 
 import pytest
 
 from polybit.core.runtime import PolybitError
-from polybit.evals.judge_client import Endpoint, Reply, ReplyCache, ask, request_key
-from tests.evals.endpoint import serve
+from polybit.hub.endpoint import Endpoint, Reply, ReplyCache, ask, request_key
+from tests.hub.endpoint import serve
 
 pytest.importorskip("openai")
 
@@ -97,9 +97,9 @@ def test_a_refusing_endpoint(tmp_path, status, word, asked):
 
 def test_an_endpoint_that_is_no_judge(tmp_path):
     sentence, asked = failing(tmp_path, lambda m: (200, {"hello": "world"}))
-    assert "not with a chat completion" in sentence and asked == 1
+    assert "not with a completion" in sentence and asked == 1
     sentence, asked = failing(tmp_path, lambda m: (200, b"<html>welcome</html>"))
-    assert "not with a chat completion" in sentence and asked == 1
+    assert "not with a completion" in sentence and asked == 1
 
 
 def test_an_endpoint_that_is_down(tmp_path):

@@ -1,0 +1,61 @@
+"""Verbs with two workers: the numbers and the bytes of one process."""
+
+import hashlib
+import json
+
+import pytest
+
+from polybit.cli import main
+
+SMALL = ["--samples", "8", "--window", "64", "--no-measure", "--seed", "3"]
+TIMES = ("seconds", "cpu_seconds", "kept_at", "measured_now", "peak_memory_bytes")
+WAYS = [["--workers", "2"], ["--workers", "2", "--ray", "local"]]
+
+pytestmark = pytest.mark.slow
+
+
+def lasting(value):
+    """What a run found, without its times and places."""
+    if isinstance(value, dict):
+        return {key: lasting(part) for key, part in value.items() if key not in TIMES}
+    return [lasting(part) for part in value] if isinstance(value, list) else value
+
+
+def numbers(path):
+    return lasting(json.loads(path.read_text())["numbers"])
+
+
+def bytes_of(folder):
+    files = [path for path in folder.iterdir() if path.name not in ("README.md", "run.json", ".lock")]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("codes", [["--bits", "3", "--method", "gptq"], ["--widths", "4,2", "--effort", "fast"]])
+def test_quantize(tmp_path, codes):
+    for name, way in (("one", []), ("two", WAYS[0]), ("ray", WAYS[1])):
+        main(["quantize", "tinychat", *SMALL, *codes, "--out", str(tmp_path / name), *way])
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two") == bytes_of(tmp_path / "ray")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_eval_judge_mix_and_allocate(tmp_path, way):
+    main(["quantize", "tinychat", *SMALL, "--widths", "4,3", "--effort", "fast", "--out", str(tmp_path / "q")])
+    questions = tmp_path / "q.jsonl"
+    rows = [{"question_id": n, "category": "a", "turns": [f"What is {n} plus 2?", "Who are you?"]} for n in range(20)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = {
+        "eval": ["eval", str(tmp_path / "q"), "--windows", "8", "--answers", "4", "--tasks", "reading", "--items", "8"],
+        "mix": ["mix", "tinychat", "--general", "tinychat", "--tasks", str(questions), "--samples", "4", "--verify"],
+        "allocate": ["allocate", "tinychat", "--bits", "3.5", "--samples", "4", "--items", "4", "--refine", "8"],
+    }
+    words["mix"] += ["--method", "rtn", "--seeds", "2", "--window", "32"]
+    words["allocate"] += ["--method", "rtn", "--calibration-samples", "4", "--window", "64"]
+    for number, more in enumerate(([], way)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for verb, said in words.items():
+            own = ["--cache", str(folder / "cache"), "--out", str(folder / "plan.json")] if verb == "allocate" else []
+            main([*said, *own, "--json", str(folder / f"{verb}.json"), *more])
+        main(["judge", str(tmp_path / "q"), "--questions", str(questions), "--out", str(folder / "judge"), *more])
+    for name in ("eval.json", "mix.json", "allocate.json", "judge/run.json"):
+        assert numbers(tmp_path / "0" / name) == numbers(tmp_path / "1" / name), name
