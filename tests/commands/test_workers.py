@@ -43,9 +43,13 @@ def test_eval_judge_mix_and_allocate(tmp_path, way):
     questions = tmp_path / "q.jsonl"
     rows = [{"question_id": n, "category": "a", "turns": [f"What is {n} plus 2?", "Who are you?"]} for n in range(20)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    story = tmp_path / "story.txt"
+    story.write_text(
+        "\n\n".join(f"Once there were {n} birds, and one of them could count to {n + 1}." for n in range(400))
+    )
     words = {
         "eval": ["eval", str(tmp_path / "q"), "--windows", "8", "--answers", "4", "--tasks", "reading", "--items", "8"],
-        "mix": ["mix", "tinychat", "--general", "tinychat", "--tasks", str(questions), "--samples", "4", "--verify"],
+        "mix": ["mix", "tinychat", "--general", str(story), "--tasks", "embedded", "--samples", "4", "--verify"],
         "allocate": ["allocate", "tinychat", "--bits", "3.5", "--samples", "4", "--items", "4", "--refine", "8"],
     }
     words["mix"] += ["--method", "rtn", "--seeds", "2", "--window", "32"]
