@@ -109,6 +109,9 @@ def progress(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
+    if not Shown.progress:
+        yield lambda amount, found=False: None
+        return
     if not console.is_terminal:  # no bar, which would leave a thread that draws nothing: a line now and then
         yield Lines(label, total, done, clock or monotonic)
         return
@@ -127,6 +130,12 @@ def progress(
             bar.update(task, eta="-:--:--" if left is None else str(timedelta(seconds=round(left))))
 
         yield step
+
+
+class Shown:
+    """Whether this process shows progress; a worker leaves that to who hired it."""
+
+    progress = True
 
 
 class Lines:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 
 import polybit
-from polybit.core.runtime import PolybitError
+from polybit.core.runtime import PolybitError, Shown
 
 Work = Callable[[Any], Any]
 Make = Callable[..., Work]  # builds what a worker works with: a model is loaded once there
@@ -140,7 +139,7 @@ def check_gpus(memory: Mapping[str, int | None]) -> None:
 
 def ready(threads: int) -> None:
     """Called in a worker before all else: its threads, and no progress bars of its own."""
-    os.environ["TTY_COMPATIBLE"] = "0"
+    Shown.progress = False
     torch.set_num_threads(threads)
 
 
