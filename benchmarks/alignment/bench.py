@@ -162,10 +162,11 @@ class Bench:
             found |= done
         return found
 
-    def trainable(self, method: str, bits: int, margin: float = 0.1) -> nn.Module:
-        """A fresh trainable model of one width at its start; plain rounding keeps its scales those of its weights."""
-        scales = "recomputed" if method == "rtn" else "learned"
-        freedom = Freedom(scales=scales, margin=0.0 if method == "rtn" else margin)
+    def trainable(self, method: str, bits: int, margin: float = 0.1, scales: str = "") -> nn.Module:
+        """A fresh trainable model of one width at its start; plain rounding keeps its scales those of its weights,
+        unless told otherwise."""
+        scales = scales or ("recomputed" if method == "rtn" else "learned")
+        freedom = Freedom(scales=scales, margin=0.0 if scales == "recomputed" else margin)
         return make_trainable(
             copy.deepcopy(self.model), {f"w{bits}": Plan.uniform(bits)}, start=self.start(method, bits),
             group_size=self.setting.group_size, zero="group", freedom=freedom,

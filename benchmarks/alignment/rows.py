@@ -46,13 +46,17 @@ def objective(name: str, knobs: dict[str, Any], steps: int) -> tuple[Any, int]:
     renewed = int(knobs.get("refresh", max(1, steps // 10)))
     beta, gamma = knobs.get("beta", 0.1), knobs.get("gamma", 10.0)
     both = Preference(beta, gamma=gamma, distill=Distillation())
+    single = Preference(
+        beta, nll=knobs.get("nll", 0.0), mean=bool(knobs.get("mean")), anchor=knobs.get("anchor", 0.0),
+        gamma=knobs.get("kd", 0.0), distill=Distillation() if knobs.get("kd") else None,
+    )  # fmt: skip
     half = steps // 2
     made: dict[str, Callable[[], tuple[Any, int]]] = {
         "kd": lambda: (kd, renewed if knobs.get("both") else 0),
         "kd-own": lambda: (replace(kd, answers="own", kind=knobs.get("kind", "reverse")), renewed),
         "features": lambda: (Features(knobs["weight"], kd), 0),
-        "qdpo-static": lambda: (Preference(beta), 0),
-        "qdpo-refreshed": lambda: (Preference(beta), renewed),
+        "qdpo-static": lambda: (single, 0),
+        "qdpo-refreshed": lambda: (single, renewed),
         "qdpo-nll": lambda: (Preference(beta, nll=1.0), renewed),
         "ipo": lambda: (Preference(beta, "ipo"), renewed),
         "qdpo+kd": lambda: (both, renewed),
@@ -67,14 +71,14 @@ def run(bench: Bench, spec: str, bits: int, method: str, seed: int, course: Cour
     """One row: train from a start, keep the best moment of its own probe, measure on the held-out prompts."""
     name, rate, knobs = read(spec)
     preset = f"w{bits}"
-    model = bench.trainable(method, bits, knobs.get("margin", 0.1))
+    model = bench.trainable(method, bits, knobs.get("margin", 0.1), knobs.get("scales", ""))
     record: dict[str, Any] = {"row": spec, "bits": bits, "start": method, "seed": seed, "seconds": 0.0}
     if name != "start":
         chosen, renewed = objective(name, knobs, course.steps)
         if isinstance(chosen, Features):
             chosen.listen(model)
         material, probe = bench.material(method, bits)
-        course = replace(course, learning_rate=rate, seed=seed)
+        course = replace(course, learning_rate=rate, seed=seed, back=knobs.get("back"))
         outcome, record["seconds"], record["cpu"] = train(
             bench, model, (material, probe), chosen, (preset,), course, renewed=renewed
         )

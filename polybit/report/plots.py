@@ -248,3 +248,16 @@ def lines_over(
     if lines:
         axes.legend(frameon=False)
     return svg(drawn)
+
+
+def dots(points: Sequence[tuple[str, float, Mapping[str, float]]], across: str, up: str) -> str:
+    """Named points (label, x, y with its interval), and a line at zero."""
+    drawn, axes = figure()
+    axes.axhline(0, color=OTHER, linewidth=0.8, linestyle="--")
+    for label, x, y in points:
+        error = [[max(y["value"] - y["low"], 0)], [max(y["high"] - y["value"], 0)]]
+        axes.errorbar([x], [y["value"]], yerr=error, color=COLOURS["w8"], marker="o", capsize=3)
+        axes.annotate(label, (x, y["value"]), (5, 5), textcoords="offset points", fontsize=7)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    return svg(drawn)

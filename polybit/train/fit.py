@@ -33,7 +33,9 @@ class Course:
     last weights are kept) · balance: how the gradients of the presets are put together · slack: how much worse than at
     its start a preset may be before a moment is refused, as a share · patience: probes below the start before a run is
     stopped · allowed: presets of the same file that are probed and not trained -> nats of KL they may lose · exact: the
-    same for trained ones that begin nearer to the float model than this (Picker) · further: TrainingArguments.
+    same for trained ones that begin nearer to the float model than this (Picker) · back: how much worse than
+    the best moment a probe may be before the run goes back to that and on at a third of the rate (None = it never
+    does) · further: TrainingArguments.
     """
 
     steps: int = 200
@@ -47,6 +49,7 @@ class Course:
     patience: int = 3
     allowed: Mapping[str, float] = field(default_factory=dict)
     exact: float = 0.0
+    back: float | None = None
     further: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,7 +70,14 @@ class Course:
 
     def picker(self, judged: Sequence[str]) -> Picker:
         """Who chooses the moment that is kept, by these numbers of a probe."""
-        return Picker(slack=self.slack, patience=self.patience, judged=judged, allowed=self.allowed, exact=self.exact)
+        return Picker(
+            slack=self.slack,
+            patience=self.patience,
+            judged=judged,
+            allowed=self.allowed,
+            exact=self.exact,
+            back=self.back,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

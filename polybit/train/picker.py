@@ -25,7 +25,9 @@ class Picker:
     run; the first steps of a good run may well be a hair below · judged: numbers of a probe that count, low is good ·
     allowed: widths that are stored with the others but not trained -> nats of KL they may lose, or `alarm`
     as a share where that is more; they count nothing otherwise · exact: a trained width whose KL at the start is below
-    so many nats is treated like these, with so much allowed, as long as another one has more to gain.
+    so many nats is treated like these, with so much allowed, as long as another one has more to gain · back: a probe
+    whose score lies above the best one's by more than this share sends the run back to the best weights (`goes_back`),
+    and the alarm is off; None = never.
     """
 
     slack: float = 0.0
@@ -34,6 +36,7 @@ class Picker:
     judged: Sequence[str] = JUDGED
     allowed: Mapping[str, float] = field(default_factory=dict)
     exact: float = 0.0
+    back: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     stopped: str | None = None
 
@@ -45,17 +48,24 @@ class Picker:
         entry["lost"] = sorted(lost)
         entry["score"] = 1.0 if not self.history else self.score(probed)
         best = self.best
+        if self.back is not None and best is not None:
+            entry["back"] = bool(lost) or not entry["score"] <= best["score"] * (1 + self.back)
         self.history.append(entry)
         excused = self.excused
         trained = len(probed) - len(excused)
         falling = [e for e in self.history[-self.patience :] if len({*e["lost"]} - excused.keys()) == trained]
-        if len(falling) == self.patience:
+        if len(falling) == self.patience and self.back is None:
             names = ", ".join(sorted(worse))
             self.stopped = (
                 f"stopped at step {step}: {names} fell below the start for {self.patience} probes in a row "
                 f"({'; '.join(worse.values())}); a lower learning rate is the usual remedy"
             )
         return best is None or (not worse and entry["score"] < best["score"])
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the last probe was so much worse than the best that the run goes on from the best weights."""
+        return bool(self.history and self.history[-1].get("back"))
 
     @property
     def excused(self) -> Mapping[str, float]:
@@ -101,10 +111,12 @@ class Picker:
             return "nothing was probed"
         if self.stopped:
             return f"{self.stopped}; step {best['step']} is kept"
+        returns = sum(bool(entry.get("back")) for entry in self.history)
         if best["step"] == self.history[0]["step"] and len(self.history) > 1:
             last = "; ".join(self.history[-1]["worse"].values()) or "no later probe was better"
             return f"the start is kept, because every later probe was below it for some width ({last})"
-        return f"step {best['step']} is kept, the best of {len(self.history)} probes by {judged}"
+        gone = f", after {returns} returns to the best weights at a smaller rate" if returns else ""
+        return f"step {best['step']} is kept, the best of {len(self.history)} probes by {judged}{gone}"
 
     def write(self, directory: Path) -> None:
         """Keep the history beside the run."""

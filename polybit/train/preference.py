@@ -63,6 +63,8 @@ class Preference:
     distill: Distillation | None = None
     shared: bool = False
     weights: Mapping[str, float] | None = None
+    mean: bool = False
+    anchor: float = 0.0
     separable: bool = True
 
     def __post_init__(self) -> None:
@@ -130,8 +132,8 @@ class Preference:
             gain_N = torch.where(after_N, logq_N - part["logp_N"], 0.0)
             gain_B = sum_rows(gain_N, part["row_N"], len(pairs["star_B"]))
             count_B = sum_rows(after_N.to(gain_N.dtype), part["row_N"], len(pairs["star_B"]))
-            sides.append(gain_B / count_B.clamp(min=1) if self.kind == "ipo" else gain_B)
-        return sides[0] - sides[1]
+            sides.append(gain_B / count_B.clamp(min=1) if self.kind == "ipo" or self.mean else gain_B)
+        return sides[0] - sides[1] - self.anchor * (-sides[0]).clamp(min=0)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ Objective = Callable[[Forward, Any, tuple[str, ...]], tuple[Tensor, Mapping[str,
 Switch = Callable[[nn.Module, str], object]
 
 STATE, BEST, WHOLE = "trainable.safetensors", "best.safetensors", "whole"
+SMALLER = 1 / 3  # the rate after a return to the best weights, in parts of what it was
 
 
 def settings(
@@ -241,6 +242,15 @@ class PrecisionTrainer(Trainer):
             write_tensors(self.out / BEST, self.trainable())
         self.picker.write(self.out)
 
+    def go_back(self) -> None:
+        """Take the best weights again and go on from them with smaller steps and without momentum."""
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        self.put(self.out / BEST)
+        self.optimizer.state.clear()
+        self.lr_scheduler.base_lrs = [rate * SMALLER for rate in self.lr_scheduler.base_lrs]
+        for group in self.optimizer.param_groups:
+            group["lr"] *= SMALLER
+
 
 class _Watch(TrainerCallback):
     """Renews material, probes, and stops where the Trainer lets others act."""
@@ -268,6 +278,8 @@ class _Watch(TrainerCallback):
         due = trainer.probe_every and state.global_step % trainer.probe_every == 0
         if trainer.probe is not None and (due or state.global_step == state.max_steps):
             trainer.take_probe(state.global_step)
+            if trainer.picker.goes_back:
+                trainer.go_back()
             control.should_training_stop |= trainer.picker.stopped is not None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
