@@ -32,14 +32,16 @@ from polybit.allocate.groups import fused_groups
 from polybit.allocate.knapsack import solve
 from polybit.allocate.swap import improve
 from polybit.compress.refine import FINISH, finish_model
+from polybit.compress.source import IN_MEMORY
 from polybit.core.records import machine
 from polybit.core.runtime import write_json
 from polybit.data.answers import encode_task, read_task
 from polybit.data.text import read_windows
 from polybit.hub.load import load_float
 from polybit.hub.models import resolve
-from polybit.measure.block_files import unpacked
+from polybit.measure.block_files import KeptCodes, unpacked
 from polybit.measure.kept import SensitivityTask, run
+from polybit.measure.passage import weights_of
 from polybit.measure.plan_loss import PlanLoss
 from polybit.measure.probe import ProbeText, answer_probe, text_probe
 from polybit.measure.quantizing import Quantizing, knobs_of, measurable
@@ -87,14 +89,13 @@ class Bench:
         began = time.process_time()
         folder = Path(self.args.work) / f"{Path(self.args.model).name}-{how}-{self.seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        blocks = []
-        for index, content in run(self.model, task, range(10**6)):
-            file = folder / f"{index}.npz"
-            file.write_bytes(content)
-            blocks.append(unpacked(file))
+        files = []
+        for index, content in run(self.model, task, range(10**6), IN_MEMORY, None):
+            files.append(folder / f"{index}.npz")
+            files[-1].write_bytes(content)
         seconds = time.process_time() - began
-        readings = [reading for reading, _, _ in blocks]
-        bank = {name: row for _, codes, _ in blocks for name, row in codes.items()}
+        readings = [unpacked(file)[0] for file in files]
+        bank = KeptCodes(files)
         naive = sum(r.naive for r in readings)
         share = sum(r.work for r in readings) / naive if naive else math.nan
         return gather(readings, {t.name: t.size for t in self.targets}), bank, seconds, share
@@ -136,7 +137,7 @@ def finish(bench: Bench, label: str, plan: dict[str, int], bank, judge: PlanLoss
         bench.model, list(bench.calibration), bench.targets, start, tuning=replace(FINISH, steps=130, seed=bench.seed)
     )
     seconds = time.process_time() - began + before
-    reading = judge.read({name: q.dequantize() for name, q in done.items()})["text"]
+    reading = judge.read(weights_of({name: q.dequantize() for name, q in done.items()}))["text"]
     per_window = reading.kl_N / reading.tokens_N
     count = {name: q.codes_OI.numel() for name, q in done.items()}
     bits = sum(q.bits_per_weight() * count[name] for name, q in done.items()) / sum(count.values())
@@ -337,7 +338,7 @@ def versus(args: argparse.Namespace) -> dict[str, Any]:
             row: dict[str, Any] = {"seed": seed, "name": label}
             if codes is not None:
                 dense = {name: q.dequantize() for name, q in codes.items()}
-                row["task_kl"] = float(np.mean([r.kl for r in judge.read(dense).values()]))
+                row["task_kl"] = float(np.mean([r.kl for r in judge.read(weights_of(dense)).values()]))
                 row["bits"] = sum(q.bits_per_weight() * q.codes_OI.numel() for q in codes.values()) / bench.total
                 for t in bench.targets:
                     t.parameter(bench.model).data = as_stored(t, dense[t.name], bench.model)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from polybit.acts.allocate_proof import agreements, front, layer_rows, proof
+from polybit.acts.float_source import FloatSource, is_own_text, open_fitting, writer
 from polybit.allocate.budget import bits_of, check_mean, choices_of, pinned
 from polybit.allocate.costs import harms
 from polybit.allocate.groups import fused_groups
@@ -20,10 +21,8 @@ from polybit.core.precision import Precision, parse_widths
 from polybit.core.records import Run, read_run
 from polybit.core.runtime import atomic_path, write_json
 from polybit.data.table import EMBEDDED_TASKS
-from polybit.hub.load import load_float
 from polybit.hub.models import is_embedded, own_name, resolve
 from polybit.hub.workers import Team, Where
-from polybit.hub.workspace import model_digest
 from polybit.measure.kept import MeasuredSignals, SensitivityTask, default_cache, measured
 from polybit.measure.plan_loss import PlanLoss, PlanReader
 from polybit.measure.plan_score import PlanScore
@@ -62,26 +61,26 @@ def allocate(model: str, options: AllocateOptions) -> Run:
 
 def solved(name: str, options: AllocateOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the plan's document, the run's numbers)."""
-    model, tokenizer = load_float(resolve(name), trust_remote_code=options.trust_remote_code)
-    model.requires_grad_(False)
+    float_source = open_fitting(name, options)
+    model = float_source.model.requires_grad_(False)
     chosen = measurable(model, name)
     total = sum(target.size for target in chosen)
     quantizing = quantizing_of(options)
     bits = quantizing.bits(chosen)
     check_mean(options.bits, bits, total, options.group_size)
     pins = pinned([read_pin(pin) for pin in options.pin or ()], list(bits), quantizing.widths)
-    general, tasks = read_texts(model, tokenizer, name, options)
-    found = read_harms(model, name, chosen, [*general, *tasks], quantizing, options)
+    general, tasks = read_texts(float_source, name, options)
+    found = read_harms(float_source, name, chosen, [*general, *tasks], quantizing, options)
     labels = [pair.search.name for pair in general], [pair.search.name for pair in tasks]
     table = harms({probe: s.table(options.signal) for probe, s in found.signals.items()}, *labels, options.beta)
     choices, groups = choices_of(bits, table, pins), fused_groups(bits, free=options.free_groups)
     plan, steps = solve(choices, groups, options.bits * total), {"evaluations": 0, "history": []}
     if options.refine:
-        with team(model, name, chosen, [pair.search for pair in (*general, *tasks)], found, options) as readers:
+        with team(float_source, name, chosen, [pair.search for pair in (*general, *tasks)], found, options) as readers:
             search = PlanScore(readers.in_order, found.bank, general=labels[0], tasks=labels[1], beta=options.beta)
             done = improve(plan, choices, groups, options.bits * total, search, evaluations=options.refine)
         plan, steps = done.widths, {"evaluations": done.evaluations, "history": done.history}
-    with team(model, name, chosen, [pair.proof for pair in (*general, *tasks)], found, options) as readers:
+    with team(float_source, name, chosen, [pair.proof for pair in (*general, *tasks)], found, options) as readers:
         judge = PlanScore(readers.in_order, found.bank, general=labels[0], tasks=labels[1], beta=options.beta)
         proved = proof(plan, choices_of(bits, table, {}), total, judge, seed=options.seed)
         drawn = front(choices, groups, total, judge, FRONT)
@@ -120,24 +119,28 @@ def quantizing_of(options: AllocateOptions) -> Quantizing:
     return Quantizing(widths, options.method, options.group_size, zero, knobs)
 
 
-def read_texts(model, tokenizer, name: str, options: AllocateOptions) -> tuple[list[ProbePair], list[ProbePair]]:
+def read_texts(
+    float_source: FloatSource, name: str, options: AllocateOptions
+) -> tuple[list[ProbePair], list[ProbePair]]:
     """(general texts, tasks), part of each kept for the proof."""
-    embedded = is_embedded(name)
+    model, tokenizer, embedded = float_source.model, float_source.tokenizer, is_embedded(name)
     length = text.window_length(model, options.window)
     sources = options.general or [text.AUTO]
-    general = [
-        general_probe(
-            model,
-            tokenizer,
-            source,
-            samples=options.samples,
-            calibrate=-(-options.calibration_samples // len(sources)),
-            length=length,
-            seed=options.seed,
-            embedded=embedded,
-        )
-        for source in sources
-    ]
+    writes = any(is_own_text(source, embedded=embedded) for source in sources)
+    with writer(name, float_source, options, writes=writes) as author:
+        general = [
+            general_probe(
+                author,
+                tokenizer,
+                source,
+                samples=options.samples,
+                calibrate=-(-options.calibration_samples // len(sources)),
+                length=length,
+                seed=options.seed,
+                embedded=embedded,
+            )
+            for source in sources
+        ]
     asked = options.tasks if options.tasks is not None else (list(EMBEDDED_TASKS) if embedded else [])
     tasks = [
         task_probe(model, tokenizer, source, items=options.items, length=length, seed=options.seed) for source in asked
@@ -147,7 +150,7 @@ def read_texts(model, tokenizer, name: str, options: AllocateOptions) -> tuple[l
 
 
 def read_harms(
-    model,
+    float_source: FloatSource,
     name: str,
     chosen: Sequence[Target],
     texts: Sequence[ProbePair],
@@ -156,8 +159,7 @@ def read_harms(
 ) -> MeasuredSignals:
     """Sensitivities of the layers on all texts, from the cache where they were measured before."""
     task = SensitivityTask(
-        resolve(name),
-        options.trust_remote_code,
+        float_source.by_name(name, options),
         tuple(chosen),
         tuple(pair.search for pair in texts),
         tuple(batch for pair in texts for batch in pair.calibration),
@@ -166,12 +168,12 @@ def read_harms(
         options.seed,
     )
     cache = options.cache or default_cache()
-    where = Where(options.workers, options.ray)
-    return measured(model, task, model_digest(model), cache, where=where, restart=options.restart)
+    more: dict[str, Any] = {"where": Where(options.workers, options.ray), "restart": options.restart}
+    return measured(float_source.model, task, float_source.digest(), cache, **more, **float_source.where)
 
 
 def team(
-    model,
+    float_source: FloatSource,
     name: str,
     chosen: Sequence[Target],
     probes: Sequence[ProbeText],
@@ -182,9 +184,9 @@ def team(
     folder = Path(found.cost["kept_at"]).absolute()
     return Team(
         PlanReader,
-        (name, tuple(probes), tuple(chosen), folder, options.trust_remote_code),
+        (float_source.by_name(name, options), tuple(probes), tuple(chosen), folder),
         Where(options.workers, options.ray),
-        here=PlanLoss(model, probes, chosen, found.bank),
+        here=PlanLoss(float_source.model, probes, chosen, found.bank, **float_source.where),
         shared=folder,
         models=[resolve(name)],
     )

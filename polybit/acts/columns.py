@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from polybit.acts.columns_search import ColumnSearch, search_layers
+from polybit.acts.float_source import FloatSource, is_own_text, open_fitting, writer
 from polybit.allocate.columns import Split, base_width, block_lengths, ranked_offsets
 from polybit.compress import text
-from polybit.compress.blocks import Whole
-from polybit.compress.loop import compress
-from polybit.compress.mix_files import gather_either
+from polybit.compress.loop import Codes, compress
+from polybit.compress.mix_files import gather_either, read_mix
 from polybit.compress.plan_files import check_document, check_plan, read_plan, write_plan
 from polybit.compress.recipe import choose, largest_width
 from polybit.compress.sorting import sort_model
 from polybit.core.plan import LEAST_GROUP, ColumnWidths, Plan
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
-from polybit.hub.load import load_float
-from polybit.hub.models import is_embedded, resolve
-from polybit.measure.mixture_truth import harm
+from polybit.hub.models import is_embedded
+from polybit.measure.mixture_truth import Harms
 from polybit.nn.convert import Target, targets
 from polybit.options.checks import plain
 from polybit.options.columns import ColumnsOptions
@@ -43,28 +42,31 @@ def columns(model: str, options: ColumnsOptions) -> Run:
 
 def searched(name: str, options: ColumnsOptions) -> tuple[Plan, dict[str, Any]]:
     """Load, calibrate, sort when asked, search layer by layer, check on held-out text: (plan, numbers)."""
-    model, tokenizer = load_float(resolve(name), trust_remote_code=options.trust_remote_code)
-    gathered = gather_either(
-        model,
-        tokenizer,
-        options.calibration,
-        options.mix,
-        samples=options.samples,
-        length=text.window_length(model, options.window),
-        seed=options.seed,
-        embedded=is_embedded(name),
-    )
+    source = open_fitting(name, options, whole_for="--sort" if options.sort is not None else None)
+    model = source.model
+    embedded = is_embedded(name)
+    with writer(name, source, options, writes=writes_text(options, embedded=embedded)) as author:
+        gathered = gather_either(
+            author,
+            source.tokenizer,
+            options.calibration,
+            options.mix,
+            samples=options.samples,
+            length=text.window_length(model, options.window),
+            seed=options.seed,
+            embedded=embedded,
+        )
     batches = text.batches(gathered.windows_NT, text.BATCH)
     every = targets(model)
     base, means = starting_plan(options, every)
     chosen = [target for target in every if target.name in means]
     model.requires_grad_(False)
     if options.sort is not None:
-        sort_model(model, tokenizer, chosen, batches, options.sort)
+        sort_model(model, source.tokenizer, chosen, batches, options.sort)
     asked = ColumnSearch(options.block, options.group_size, options.search, options.method)
-    splits = search_layers(model, chosen, batches, means, asked)
+    splits = search_layers(model, chosen, batches, means, asked, **source.where)
     plan = replace(base, columns=column_widths(splits, options.block))
-    checked = check_plans(model, chosen, base, plan, gathered, options)
+    checked = check_plans(source, chosen, base, plan, gathered, options)
     layers = {
         key: {"offsets": list(s.offsets), "harm": s.harm, "tried": [list(t) for t in s.tried]}
         for key, s in splits.items()
@@ -89,7 +91,7 @@ def column_widths(splits: Mapping[str, Split], block: int) -> dict[str, ColumnWi
 
 
 def check_plans(
-    model: Any,
+    source: FloatSource,
     chosen: Sequence[Target],
     base: Plan,
     plan: Plan,
@@ -104,12 +106,13 @@ def check_plans(
     without, fraction = base, options.bits is not None and bool(options.bits % 1)
     if options.bits is not None and fraction:
         without = replace(base, columns=counted_widths(chosen, options.bits, options.block))
-    whole = Whole(model, tuple(chosen))
+    harms = Harms(source.model, chosen, {"held out": gathered.held_out_MT}, **source.where)
+    sizes = {target.name: target.size for target in chosen}
     found: dict[str, dict[str, float]] = {}
     for key, tried in (("without", without), ("with", plan)):
-        weights, bits = quantized_by(model, chosen, gathered.windows_NT, tried, options)
-        measured = harm(whole, weights, gathered.held_out_MT)
-        found[key] = {"kl": measured.kl, "nll": measured.nll, "bits_per_weight": bits}
+        counted = Counted(quantized_by(source, chosen, gathered.windows_NT, tried, options), sizes)
+        measured = harms(counted)["held out"]
+        found[key] = {"kl": measured.kl, "nll": measured.nll, "bits_per_weight": counted.bits / sum(sizes.values())}
     better = found["with"]["kl"] < found["without"]["kl"]
     return {**found, "better": better, "kept": bool(plan.columns) and (better or fraction)}
 
@@ -125,10 +128,22 @@ def counted_widths(chosen: Sequence[Target], mean: float, block: int) -> dict[st
     return counted
 
 
+class Counted:
+    """Codes on their way, and the bits of those that went by."""
+
+    def __init__(self, parts: Iterable[Codes], sizes: Mapping[str, int]) -> None:
+        self.parts, self.sizes, self.bits = parts, sizes, 0.0
+
+    def __iter__(self) -> Iterator[Codes]:
+        for codes in self.parts:
+            self.bits += sum(q.bits_per_weight() * self.sizes[name] for name, q in codes.items())
+            yield codes
+
+
 def quantized_by(
-    model: Any, chosen: Sequence[Target], windows_NT: Tensor, plan: Plan, options: ColumnsOptions
-) -> tuple[dict[str, Tensor], float]:
-    """Dequantized weights of a plan, block after block, and effective bits per weight."""
+    source: FloatSource, chosen: Sequence[Target], windows_NT: Tensor, plan: Plan, options: ColumnsOptions
+) -> Iterable[Codes]:
+    """The codes of a plan, block after block."""
     recipe = choose(
         options.method,
         (largest_width(plan),),
@@ -138,8 +153,11 @@ def quantized_by(
         seed=options.seed,
         plan=plan,
     )
-    parts = compress(model, chosen, text.batches(windows_NT, text.BATCH), recipe)
-    codes = {name: q for part in parts for name, q in part.items()}
-    sizes = {target.name: target.size for target in chosen}
-    total = sum(q.bits_per_weight() * sizes[name] for name, q in codes.items())
-    return {name: q.dequantize() for name, q in codes.items()}, total / sum(sizes.values())
+    return compress(source.model, chosen, text.batches(windows_NT, text.BATCH), recipe, **source.where)
+
+
+def writes_text(options: ColumnsOptions, *, embedded: bool) -> bool:
+    """Whether the model has to write its own calibration text."""
+    if options.mix is not None:
+        return text.SELF in read_mix(options.mix)
+    return is_own_text(options.calibration, embedded=embedded)

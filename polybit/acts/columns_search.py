@@ -44,13 +44,18 @@ class ColumnSearch:
 
 
 def search_layers(
-    model: Any, chosen: Sequence[Target], batches: Sequence[Tensor], means: Mapping[str, float], asked: ColumnSearch
+    model: Any,
+    chosen: Sequence[Target],
+    batches: Sequence[Tensor],
+    means: Mapping[str, float],
+    asked: ColumnSearch,
+    **where: Any,
 ) -> dict[str, Split]:
-    """Offsets of every layer, a decoder block at a time, on the float model's inputs."""
+    """Offsets of every layer, a decoder block at a time, on the float model's inputs; where: as for `run_blocks`."""
     rest = {target.name for target in outside(model, chosen)}
     _, modules = find_blocks(model, chosen)
     splits = {}
-    for block in track(run_blocks(model, batches, chosen, references=False), "columns", total=len(modules)):
+    for block in track(run_blocks(model, batches, chosen, references=False, **where), "columns", total=len(modules)):
         stats = block.stats()
         for target in block.targets:
             if target.name not in rest:

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polybit.acts.evaluate_blockwise import BlockwiseLM, loaded_bytes, noted_base, of_text_alone, open_blockwise
+from polybit.acts.evaluate_blockwise import BlockwiseLM, noted_base, of_text_alone, open_blockwise
 from polybit.acts.evaluate_material import gather_material
 from polybit.acts.evaluate_suites import EvalPair, span_numbers
+from polybit.acts.float_source import loaded_bytes
 from polybit.compress.sizes import base_model, default_presets, preset_sizes, stored_widths
 from polybit.core.memory import fits
 from polybit.core.parts import load

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from polybit.compress.blocks import find_blocks, run_blocks
 from polybit.compress.sizes import base_model
-from polybit.compress.source import RowReader
 from polybit.compress.states import HiddenStates, Room
 from polybit.core.memory import allowed_bytes, return_large
 from polybit.core.runtime import PolybitError, track, warn
@@ -28,18 +26,17 @@ from polybit.evals.table import SUITES
 from polybit.hub.checkpoint import METHOD
 from polybit.hub.gguf_file import is_gguf
 from polybit.hub.lent import LentModel, open_lent
+from polybit.hub.lent_calls import head_by_rows
 from polybit.hub.lent_checkpoint import open_lent_checkpoint
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import TOKENIZER_FILES, fetch, guarded, load_config, load_tokenizer, quantization_of
 from polybit.hub.models import resolve
-from polybit.hub.pieces import read_places
 from polybit.measure.sensitivity import entered
-from polybit.nn.convert import Target, ends, targets
+from polybit.nn.convert import Target, targets
 from polybit.options.evaluate import EvalOptions
 
 STATES_SHARE = 32  # one part in so many of the memory allowed is for hidden states
 LOGITS = 1 << 22  # numbers in one tensor of logits, of which eight are there at once
-HEAD_ROWS = 1 << 22  # weights of a head that are in memory at once
 
 
 class BlockwiseLM(LocalLM):
@@ -127,45 +124,6 @@ class BlockwiseLM(LocalLM):
 def key_of(ids_BT: Tensor) -> bytes:
     """A batch as the key of what was read ahead."""
     return repr(tuple(ids_BT.shape)).encode() + ids_BT.contiguous().numpy().tobytes()
-
-
-@contextmanager
-def head_by_rows(model: nn.Module, source: LentModel) -> Iterator[None]:
-    """While inside, the output head multiplies; a float one is read some rows at a time and never there as a whole."""
-    _, head = ends(model)
-    name = next((path for path, module in model.named_modules() if module is head), "")
-    matrix = source.matrix(f"{name}.weight") if isinstance(head, nn.Linear) else None
-    if head is None or matrix is None:
-        with source.lend(name):
-            yield
-        return
-    head.forward = lambda x: multiplied(x, matrix, head.bias)
-    try:
-        yield
-    finally:
-        del head.forward
-
-
-def multiplied(x: Tensor, matrix: RowReader, bias: Any) -> Tensor:
-    """x W^T + bias, [..., O]."""
-    rows, columns = matrix.shape
-    size = max(1, HEAD_ROWS // columns)
-    y = x.new_empty(*x.shape[:-1], rows)
-    for start in range(0, rows, size):
-        part = slice(start, min(start + size, rows))
-        y[..., part] = nn.functional.linear(x, matrix.rows(part.start, part.stop))
-    return y if bias is None else y + bias
-
-
-def loaded_bytes(name: str, *, trust_remote_code: bool) -> int:
-    """Bytes of a model's weights in memory, by the headers of its files; 0 for one that is never read by blocks."""
-    if is_gguf(name):
-        return 0
-    quantization_of(name, trust_remote_code=trust_remote_code)  # refuses a name that is none
-    directory = Path(name) if Path(name).is_dir() else fetch(name)
-    places = read_places(sorted(directory.glob("*.safetensors"))) or {}
-    sizes = ((prod(p.shape), 4 if p.dtype.is_floating_point else p.dtype.itemsize) for p in places.values())
-    return sum(count * size for count, size in sizes)
 
 
 def noted_base(target: str, *, trust_remote_code: bool) -> str | None:

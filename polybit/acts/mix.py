@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from polybit.compress.loop import compress
+from polybit.acts.float_source import FloatSource, is_own_text, open_fitting, writer
+from polybit.compress.loop import Codes, compress
 from polybit.compress.mix_files import about
 from polybit.compress.recipe import choose
+from polybit.compress.source import SourceName
 from polybit.compress.text import BATCH, batches, gather, window_length
 from polybit.core.journal import Journal
 from polybit.core.records import Run
-from polybit.hub.load import load_float
 from polybit.hub.models import resolve
 from polybit.hub.workers import Where, spread
-from polybit.hub.workspace import model_digest
 from polybit.measure.mixture import search_mixtures, simplex
-from polybit.measure.mixture_truth import MixtureMeter, judge, measure_mixtures
+from polybit.measure.mixture_truth import Harms, MixtureMeter, judge, measure_mixtures
 from polybit.measure.table import CRITERIA
 from polybit.nn.convert import Target, targets
 from polybit.options.checks import plain
@@ -38,6 +38,8 @@ UNDECIDING = (
     "step",
     "workers",
     "ray",
+    "device",
+    "memory",
 )  # options that change nothing of one measurement
 
 
@@ -56,11 +58,13 @@ def mix(model: str, options: MixOptions) -> Run:
 
 def searched(name: str, options: MixOptions) -> dict[str, Any]:
     """Load, read the texts, search, and verify when asked."""
-    model, tokenizer = load_float(resolve(name), trust_remote_code=options.trust_remote_code)
-    chosen = targets(model)
-    windows, held_out = read_texts(model, tokenizer, options)
+    source = open_fitting(name, options)
+    chosen = targets(source.model)
+    writes = any(is_own_text(text, embedded=False) for text in (*options.general, *options.tasks))
+    with writer(name, source, options, writes=writes) as author:
+        windows, held_out = read_texts(author, source.tokenizer, options)
     found = search_mixtures(
-        model,
+        source.model,
         {source: list(cut[: options.samples].split(4)) for source, cut in windows.items()},
         chosen,
         general=options.general,
@@ -68,13 +72,14 @@ def searched(name: str, options: MixOptions) -> dict[str, Any]:
         normalise=options.normalise,
         family={source: list(kept.split(4)) for source, kept in held_out.items()},
         step=options.step,
+        **source.where,
     )
     numbers: dict[str, Any] = {"mixture": found[options.criterion].to_json()}
     if options.verify:
         numbers["others"] = {c: m.to_json()["best"] for c, m in found.items() if c != options.criterion}
         numbers["curves"] = {criterion: m.to_json()["curve"] for criterion, m in found.items()}
         picks = {criterion: m.best.weights for criterion, m in found.items()}
-        numbers["verified"] = verified(name, model, chosen, windows, held_out, picks, options)
+        numbers["verified"] = verified(name, source, chosen, windows, held_out, picks, options)
     return numbers
 
 
@@ -94,7 +99,7 @@ def read_texts(model, tokenizer, options: MixOptions) -> tuple[dict[str, Tensor]
 
 def verified(
     name: str,
-    model,
+    source: FloatSource,
     chosen: Sequence[Target],
     windows: Mapping[str, Tensor],
     held_out: Mapping[str, Tensor],
@@ -113,28 +118,29 @@ def verified(
     grid = [tuple(row) for row in simplex(len(windows), VERIFY_STEP.get(len(windows), 1.0)).tolist()]
     points = [*grid, *(point for point in dict.fromkeys(picks.values()) if point not in grid)]
     fingerprint = {key: value for key, value in plain(options).items() if key not in UNDECIDING}
-    fingerprint |= {"model": model_digest(model), "samples": samples}
+    fingerprint |= {"model": source.digest(), "samples": samples}
     base = options.json or Path(f"mix-{Path(name).name}.json")
     journal = Journal(base.with_name(f"{base.name}.partial"), fingerprint, restart=options.restart)
     found = measure_mixtures(
-        model,
+        source.model,
         chosen,
         windows,
         held_out,
         points,
-        quantizer(model, chosen, options),
+        quantizer(source.model, source.where, chosen, options),
         samples=samples,
         seeds=range(options.seed, options.seed + options.seeds),
         keep=journal.put,
         kept=journal.done,
         share=lambda meter, tasks: spread(
             mixture_meter,
-            (name, windows, held_out, samples, options),
+            (source.by_name(name, options), windows, held_out, samples, options),
             tasks,
             where=Where(options.workers, options.ray),
             here=meter,
             models=[resolve(name)],
         ),
+        **source.where,
     )
     result = judge(list(windows), found, picks)
     journal.remove()
@@ -142,22 +148,24 @@ def verified(
 
 
 def mixture_meter(
-    name: str, windows: Mapping[str, Tensor], held_out: Mapping[str, Tensor], samples: int, options: MixOptions
+    name: SourceName, windows: Mapping[str, Tensor], held_out: Mapping[str, Tensor], samples: int, options: MixOptions
 ) -> MixtureMeter:
     """What measures mixtures in a worker."""
-    model, _ = load_float(resolve(name), trust_remote_code=options.trust_remote_code)
+    model, where = name.open()
     chosen = targets(model)
-    return MixtureMeter(model, chosen, windows, held_out, quantizer(model, chosen, options), samples)
+    harms = Harms(model, chosen, held_out, **where)
+    return MixtureMeter(harms, windows, quantizer(model, where, chosen, options), samples)
 
 
-def quantizer(model, chosen: Sequence[Target], options: MixOptions) -> Callable[[Tensor, int], Mapping[str, Tensor]]:
-    """(windows, seed) -> dequantized weights by layer, as `quantize` would make them."""
+def quantizer(
+    model: Any, where: Mapping[str, Any], chosen: Sequence[Target], options: MixOptions
+) -> Callable[[Tensor, int], Iterable[Codes]]:
+    """(windows, seed) -> the codes `quantize` would make, block by block."""
     recipe = choose(
         options.method, (options.bits,), options.group_size, asymmetric=None, effort="normal", seed=options.seed
     )
 
-    def quantize(windows_NT: Tensor, seed: int) -> dict[str, Tensor]:
-        parts = compress(model, chosen, batches(windows_NT, BATCH), replace(recipe, seed=seed))
-        return {key: q.dequantize() for part in parts for key, q in part.items()}
+    def quantize(windows_NT: Tensor, seed: int) -> Iterable[Codes]:
+        return compress(model, chosen, batches(windows_NT, BATCH), replace(recipe, seed=seed), **where)
 
     return quantize

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from polybit.acts.quantize_source import FloatSource, float_bytes, open_float, writer
+from polybit.acts.float_source import FloatSource, float_bytes, is_own_text, open_float, writer
 from polybit.compress.ends import end_bits, end_targets, hold_ends, quantize_ends
 from polybit.compress.loop import ExpertTokens, LayerJob, compress_in_place, quantize_layer
-from polybit.compress.mix_files import gather_either
+from polybit.compress.mix_files import gather_either, read_mix
 from polybit.compress.plan_files import check_document, check_plan, read_plan, store_plan
 from polybit.compress.recipe import Recipe, choose, within_memory
 from polybit.compress.sizes import described, preset_sizes
-from polybit.compress.text import AUTO, BATCH, Calibration, auto_source, batches, window_length
+from polybit.compress.text import AUTO, BATCH, SELF, Calibration, auto_source, batches, window_length
 from polybit.core.affine import QWeight
 from polybit.core.memory import fits
 from polybit.core.precision import FLOAT
@@ -28,7 +28,7 @@ from polybit.hub.checkpoint import save, verify
 from polybit.hub.directory import check_output, output_lock
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import load_float, load_quantized
-from polybit.hub.models import is_embedded, own_name, resolve
+from polybit.hub.models import device_of, is_embedded, own_name, resolve
 from polybit.hub.workers import ALONE, Team, Where
 from polybit.hub.workspace import Workspace
 from polybit.nn.convert import Target, left_in_float, targets
@@ -92,6 +92,8 @@ def build(name: str, options: QuantizeOptions, recipe: Recipe, run: Run) -> dict
     try:
         experts: ExpertTokens = {}
         errors = filled(source, chosen, text, recipe, store, bits_of_ends, experts, Where(options.workers, options.ray))
+        if source.lent is None:
+            model.to("cpu")  # from where it is written
         pieces = source.pieces(store)
         notes = {"base_model": own_name(name), "recipe": recipe.to_json(), "text": text.source}
         more: dict[str, Any] = {"widths": recipe.widths, "notes": notes, "overwrite": options.overwrite}
@@ -135,7 +137,7 @@ def filled(
             recipe,
             store,
             source=source.weights,
-            room=source.room(store),
+            room=source.room(store.path),
             experts=experts,
             quantize=None if where.alone else lambda jobs: team.in_order([(job[0].clone(), *job[1:]) for job in jobs]),
         )
@@ -186,7 +188,7 @@ def calibration(name: str, source: FloatSource, options: QuantizeOptions, recipe
     asked = options.mix is not None or options.calibration != AUTO
     if not (asked or options.measure or recipe.reads_text):
         return Calibration.empty(auto_source(embedded=is_embedded(name)), length)
-    with writer(name, source, options) as model:
+    with writer(name, source, options, writes=writes_its_text(name, options)) as model:
         return gather_either(
             model,
             source.tokenizer,
@@ -197,6 +199,13 @@ def calibration(name: str, source: FloatSource, options: QuantizeOptions, recipe
             seed=options.seed,
             embedded=is_embedded(name),
         )
+
+
+def writes_its_text(name: str, options: QuantizeOptions) -> bool:
+    """Whether the model has to write its own calibration text."""
+    if options.mix is not None:
+        return SELF in read_mix(options.mix)
+    return is_own_text(options.calibration, embedded=is_embedded(name))
 
 
 def expert_numbers(experts: ExpertTokens) -> dict[str, Any]:
@@ -227,10 +236,11 @@ def measured(
     name: str, quantized: nn.Module, tokenizer: Any, text: Calibration, recipe: Recipe, options: QuantizeOptions
 ) -> dict[str, Any]:
     """Compare the new checkpoint with a fresh copy of the float model on windows calibration never saw."""
+    device = device_of(options.device)
     reference, _ = load_float(resolve(name), trust_remote_code=options.trust_remote_code)
     return compare(
-        LocalLM(reference, tokenizer),
-        LocalLM(quantized, tokenizer),
+        LocalLM(reference.to(device), tokenizer),
+        LocalLM(quantized.to(device), tokenizer),
         recipe.presets,
         EvalMaterial(text.held_out_MT),
         sizes=preset_sizes(quantized, recipe.presets),

@@ -342,6 +342,7 @@ def passed_over(modules: nn.ModuleList) -> Iterator[list[tuple[Tensor, Call]]]:
             answer = answers[0]
             return type(answer)((hidden_BTD, *answer[1:])) if type(answer) in (tuple, list) else hidden_BTD
 
+        forward.weightless = True  # type: ignore[attr-defined]  # the first block's weights are there, others' not needed
         return forward
 
     answers: list[Any] = []  # what the first block gives back: a tensor, or a tuple or list that begins with it

@@ -60,7 +60,7 @@ def rounded(model: Any, target: Target, grid: Grid, source: WeightSource) -> Pla
     if matrix is not None and is_large(matrix):
         return round_rows(matrix, grid)
     with source.lend(target.module_name):
-        return pack(rtn(target.weight_OI(model), None, grid))
+        return pack(rtn(target.weight_OI(model).cpu(), None, grid))
 
 
 def hold_ends(model: Any, names: list[str], bits: int, widths: tuple[int, ...]) -> None:

@@ -131,6 +131,7 @@ def compress(
             found, told = codes is not None, Told(step, block, recipe, quantize or in_turn)
             if codes is None:
                 codes = outside_codes(model, targets, recipe, source) if block is None else told.codes()
+                codes = on_cpu(codes)  # from where they are packed, and as a finished block would be read
                 finished.write(name, codes)
             if block is not None:
                 block.finish(handed_on(codes, recipe))
@@ -144,7 +145,7 @@ def compress(
     if recipe.finish_steps:
         trained = finished.read(FINISH)
         if trained is None:
-            trained = finish_codes(model, targets, batches, everything, recipe)
+            trained = on_cpu(finish_codes(model, targets, batches, everything, recipe))
             finished.write(FINISH, trained)
         yield everything | trained
 
@@ -249,6 +250,11 @@ def handed_on(codes: Codes, recipe: Recipe) -> dict[str, Tensor]:
     return {} if recipe.is_nested else {name: q.dequantize() for name, q in codes.items()}
 
 
+def on_cpu(codes: Codes) -> Codes:
+    """Codes in main memory, wherever they were made."""
+    return {name: q.to("cpu") for name, q in codes.items()}
+
+
 def outside_codes(
     model: nn.Module, targets: Sequence[Target], recipe: Recipe, source: WeightSource = IN_MEMORY
 ) -> Codes:
@@ -290,7 +296,7 @@ def relative_errors(rows: Iterable[tuple[slice, Tensor]], q: QWeight, recipe: Re
     fixed = recipe.plan is not None and not recipe.is_nested
     widths = {PLAN: None} if fixed else {f"w{b}": b for b in recipe.widths}
     whole, lost = 0.0, dict.fromkeys(widths, 0.0)
-    for part, weight_PI in rows:
+    for part, weight_PI in ((part, rows_PI.cpu()) for part, rows_PI in rows):
         whole += float(weight_PI.pow(2).sum())
         cut = q_rows(q, part)
         for name, width in widths.items():

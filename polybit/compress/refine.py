@@ -64,6 +64,7 @@ def finish_model(
     whole = Whole(model, tuple(target for target in targets if target.name in start))
     teacher = Teacher(whole, batches, HIDDEN if widths is None else NESTED_HIDDEN)
     weights = {target.name: target.weight_OI(model) for target in whole.targets}
+    start = {name: q.to(weights[name].device) for name, q in start.items()}
     if widths is None:
         return refine(start, weights, teacher.distance, len(batches), tuning=tuning, score=teacher.divergence)
     stats = collect(model, batches, whole.targets)

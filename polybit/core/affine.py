@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import frexp, isfinite
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -155,6 +155,15 @@ class QWeight:
     def shape(self) -> tuple[int, int]:
         """(output rows, input columns)."""
         return self.codes_OI.shape[0], self.codes_OI.shape[1]
+
+    def to(self, device: torch.device | str) -> QWeight:
+        """The same on another device."""
+        there: dict[str, Any] = {
+            name: value.to(device)
+            for name in ("codes_OI", "scale_OG", "zero", "column_scale_I", "bits_G")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, ratios={width: ratio.to(device) for width, ratio in self.ratios.items()}, **there)
 
     def stored_widths(self) -> Tensor:
         """Bits stored of every group, int64 [G]."""

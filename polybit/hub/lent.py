@@ -3,6 +3,8 @@
     lent = open_lent(name)             # shapes alone; None where the weights cannot be had one by one
     with lent.lend("model.layers.3"):  # this block's weights are there, in float32
         ...
+    with lent.calls("model.layers"):   # the whole model can be called, a block of weights there at a time
+        ...
     lent.pieces("model.norm.weight")   # any tensor of the model, a piece at a time
 
 What a block is lent is bit for bit what `load_float` would have loaded: names are translated and experts put together
@@ -13,8 +15,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from polybit.core.memory import return_freed
 from polybit.core.planes import Planes
 from polybit.core.runtime import PolybitError
 from polybit.hub.files import shards_of
+from polybit.hub.lent_calls import head_by_rows, lent_when_called
 from polybit.hub.load import check_directory, check_report, fetch, quantization_of
 from polybit.hub.pieces import PIECE, Place, raw, read_places
 from polybit.hub.skeleton import load_skeleton
@@ -69,6 +73,8 @@ class LentModel:
     def __init__(self, name: str, model: nn.Module, places: Mapping[str, Place], mapping: Sequence[Any] | None) -> None:
         self.name, self.model, self.places, self.mapping = name, model, places, mapping
         self.held: set[str] = set()
+        self.surrounded = False
+        self.device = torch.device("cpu")
         state = model.state_dict()
         self.sources: dict[str, list[str]] = {}  # tensor of the model -> tensors of the files
         self.copied: set[str] = set()  # those that are one tensor of the files, at most renamed
@@ -78,6 +84,15 @@ class LentModel:
             if not converted and known in state and tuple(state[known].shape) == places[key].shape:
                 self.copied.add(known)
         self.tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+    def on(self, device: torch.device) -> LentModel:
+        """Lend weights on a device from now on, where a call of the model computes then."""
+        self.device = device
+        for module in self.model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[leaf] = buffer.to(device)
+        return self
 
     @contextmanager
     def lend(self, path: str) -> Iterator[None]:
@@ -98,6 +113,26 @@ class LentModel:
     def entry(self, blocks: str, first: str) -> Iterator[None]:
         """While inside, the model can be called up to its blocks: all small weights outside them are there, the block
         `first` as well, and rows of the embedding are read as they are looked up."""
+        with self._around(blocks), self.lend(first):
+            yield
+
+    @contextmanager
+    def calls(self, blocks: str) -> Iterator[None]:
+        """While inside, the model can be called as a whole: each block's weights come when it is called and go after
+        it, and a float head is read some rows at a time. Gradients reach hidden states, not weights."""
+        with ExitStack() as stack:
+            stack.enter_context(self._around(blocks))
+            stack.enter_context(head_by_rows(self.model, self))
+            for name, module in self.model.get_submodule(blocks).named_children():
+                stack.enter_context(lent_when_called(module, partial(self.lend, f"{blocks}.{name}")))
+            yield
+
+    @contextmanager
+    def _around(self, blocks: str) -> Iterator[None]:
+        """All small weights outside the blocks, and an embedding that reads the rows it looks up."""
+        if self.surrounded:
+            yield
+            return
         embedding, head = ends(self.model)
         paths = {module: name for name, module in self.model.named_modules()}
         looked_up = isinstance(embedding, nn.Embedding)
@@ -108,10 +143,11 @@ class LentModel:
         handles: list[Any] = []
         if key in apart and isinstance(embedding, nn.Embedding):
             handles = self._look_up(embedding, self.places[self.sources[key][0]])
+        self.surrounded = True
         try:
-            with self.lend(first):
-                yield
+            yield
         finally:
+            self.surrounded = False
             for handle in handles:
                 handle.remove()
             for name, parameter in list(self.model.named_parameters()):
@@ -141,10 +177,10 @@ class LentModel:
             return
         owner, _, leaf = key.rpartition(".")
         if key not in self.sources and not any(name.startswith(f"{owner}.") for name in self.sources):
-            yield getattr(self.model.get_submodule(owner), leaf).detach().flatten()  # a buffer the model computes
+            yield getattr(self.model.get_submodule(owner), leaf).detach().cpu().flatten()  # a buffer it computes
             return
         with self.lend(owner):
-            whole = getattr(self.model.get_submodule(owner), leaf).detach().flatten()
+            whole = getattr(self.model.get_submodule(owner), leaf).detach().cpu().flatten()
         yield from whole.split(PIECE // whole.element_size())
 
     def digest(self) -> str:
@@ -166,9 +202,9 @@ class LentModel:
         found = {key: self.places[key] for known, keys in self.sources.items() if wanted(known) for key in keys}
         if self.mapping is None:
             for key, place in found.items():
-                put(self.model, key, as_float(place[...]))
+                put(self.model, key, as_float(place[...]).to(self.device))
         elif found:
-            load_into(self.model, found, self.mapping, device=None)
+            load_into(self.model, found, self.mapping, device=None if self.device.type == "cpu" else str(self.device))
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
@@ -191,7 +227,7 @@ class LentModel:
             ids = args[0] if args else kwargs["input"]
             unique_U, at = ids.unique(return_inverse=True)
             rows = [place.rows(row, row + 1) for row in unique_U.tolist()]
-            embedding.weight = nn.Parameter(as_float(torch.cat(rows)), requires_grad=False)
+            embedding.weight = nn.Parameter(as_float(torch.cat(rows)).to(ids.device), requires_grad=False)
             embedding.padding_idx = None
             return (at, *args[1:]), {name: value for name, value in kwargs.items() if name != "input"}
 

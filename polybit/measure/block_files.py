@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from polybit.core.runtime import PolybitError
 from polybit.measure.sensitivity import BlockReading
 
 BLOCKS = "block-*.npz"
+CODES_BYTES = 1 << 30  # of codes that stay in memory once they were read
 
 
 def packed(reading: BlockReading, codes: Mapping[str, Mapping[int, QWeight]], seconds: float) -> bytes:
@@ -51,35 +55,88 @@ def packed(reading: BlockReading, codes: Mapping[str, Mapping[int, QWeight]], se
     return buffer.getvalue()
 
 
-def unpacked(path: Path) -> tuple[BlockReading, dict[str, dict[int, QWeight]], float]:
-    """The inverse of `packed`."""
+def unpacked(path: Path) -> tuple[BlockReading, float]:
+    """A block's numbers and its CPU seconds; the codes stay in the file for a `KeptCodes`."""
+    with opened(path) as (file, meta):
+        reading = BlockReading(meta["block"], work=meta["work"], naive=meta["naive"])
+        for at, probe in enumerate(meta["probes"]):
+            reading.tokens[probe] = file[f"tokens.{at}"]
+            if f"float.{at}" in file:
+                reading.float_nll[probe] = file[f"float.{at}"]
+            for kind, table in (("kl", reading.kl), ("nll", reading.nll)):
+                table[probe] = {
+                    name: dict(zip(widths, file[f"{kind}.{at}.{name}"], strict=True))
+                    for name, widths in meta["widths"].items()
+                }
+        return reading, float(meta["seconds"])
+
+
+class KeptCodes(Mapping[str, "LayerCodes"]):
+    """layer -> width -> its codes, read from the files of blocks when they are asked for.
+
+    room: bytes of codes that stay in memory once they were read
+    """
+
+    def __init__(self, paths: Sequence[Path], room: int = CODES_BYTES) -> None:
+        self.room = room
+        self.layers: dict[str, LayerCodes] = {}
+        for path in paths:
+            with opened(path) as (_, meta):
+                for name, widths in meta["widths"].items():
+                    self.layers[name] = LayerCodes(self, path, name, widths)
+
+    def __getitem__(self, name: str) -> LayerCodes:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+class LayerCodes(Mapping[int, QWeight]):
+    """width -> codes of one layer."""
+
+    def __init__(self, owner: KeptCodes, path: Path, name: str, widths: Sequence[int]) -> None:
+        self.owner, self.path, self.name, self.widths = owner, path, name, tuple(widths)
+        self.kept: dict[int, QWeight] = {}
+
+    def __getitem__(self, width: int) -> QWeight:
+        if width in self.kept:
+            return self.kept[width]
+        if width not in self.widths:
+            raise KeyError(width)
+        with opened(self.path) as (file, meta):
+            key = f"{self.name}@{width}"
+            fields = meta["codes"][key]
+            part = {leaf: torch.from_numpy(file[f"{leaf}.{key}"]) for leaf in "uszc" if f"{leaf}.{key}" in file}
+            q = QWeight(part["u"], part["s"], part["z"], fields["bits"], fields["group_size"], {}, part.get("c"))
+        size = sum(tensor.nbytes for tensor in part.values())
+        if size <= self.owner.room:
+            self.owner.room -= size
+            self.kept[width] = q
+        return q
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.widths)
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A block's file and what it says of itself; anything wrong with it is one sentence."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            meta = json.loads(bytes(file["meta"]))
-            reading = BlockReading(meta["block"], work=meta["work"], naive=meta["naive"])
-            for at, probe in enumerate(meta["probes"]):
-                reading.tokens[probe] = file[f"tokens.{at}"]
-                if f"float.{at}" in file:
-                    reading.float_nll[probe] = file[f"float.{at}"]
-                for kind, table in (("kl", reading.kl), ("nll", reading.nll)):
-                    table[probe] = {
-                        name: dict(zip(widths, file[f"{kind}.{at}.{name}"], strict=True))
-                        for name, widths in meta["widths"].items()
-                    }
-            codes: dict[str, dict[int, QWeight]] = {}
-            for key, fields in meta["codes"].items():
-                name, _, width = key.rpartition("@")
-                part = {leaf: torch.from_numpy(file[f"{leaf}.{key}"]) for leaf in "uszc" if f"{leaf}.{key}" in file}
-                codes.setdefault(name, {})[int(width)] = QWeight(
-                    part["u"], part["s"], part["z"], fields["bits"], fields["group_size"], {}, part.get("c")
-                )
-            return reading, codes, float(meta["seconds"])
-    except (OSError, ValueError, KeyError) as error:
+            yield file, json.loads(bytes(file["meta"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise PolybitError(
             f"{path} of an earlier run cannot be read ({error!s:.100}): measure again with --restart"
-        ) from (error)
+        ) from error
 
 
-def kept_codes(folder: Path) -> dict[str, dict[int, QWeight]]:
-    """The codes of all measured blocks in a folder: layer -> width -> codes."""
-    return {name: row for path in sorted(folder.glob(BLOCKS)) for name, row in unpacked(path)[1].items()}
+def kept_codes(folder: Path) -> KeptCodes:
+    """The codes of all measured blocks in a folder."""
+    return KeptCodes(sorted(folder.glob(BLOCKS)))

@@ -15,15 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from polybit.compress.blocks import find_blocks
+from polybit.compress.source import IN_MEMORY, SourceName, WeightSource
+from polybit.compress.states import Room
 from polybit.core.affine import QWeight
 from polybit.core.parts import pick
 from polybit.core.records import LayerStats
 from polybit.core.runtime import atomic_path, track, warn
-from polybit.hub.load import load_float
-from polybit.hub.models import resolve
 from polybit.hub.workers import ALONE, Where, spread
 from polybit.hub.workspace import Workspace
-from polybit.measure.block_files import packed, unpacked
+from polybit.measure.block_files import KeptCodes, packed, unpacked
 from polybit.measure.probe import ProbeText
 from polybit.measure.quantizing import Quantizing
 from polybit.measure.signals import Signal, gather
@@ -35,8 +35,7 @@ from polybit.nn.convert import Target
 class SensitivityTask:
     """All a process needs to measure some blocks."""
 
-    model: str
-    trust_remote_code: bool
+    model: SourceName
     targets: tuple[Target, ...]
     probes: tuple[ProbeText, ...]
     calibration: tuple[Tensor, ...]
@@ -68,7 +67,7 @@ class MeasuredSignals:
     """Signals by probe, the codes that were measured (layer -> width), and what it took."""
 
     signals: dict[str, Signal]
-    bank: dict[str, dict[int, QWeight]]
+    bank: KeptCodes
     cost: dict[str, Any]
 
 
@@ -78,12 +77,21 @@ def default_cache() -> Path:
 
 
 def measured(
-    model, task: SensitivityTask, digest: str, cache: Path, *, where: Where = ALONE, restart: bool = False
+    model,
+    task: SensitivityTask,
+    digest: str,
+    cache: Path,
+    *,
+    where: Where = ALONE,
+    restart: bool = False,
+    source: WeightSource = IN_MEMORY,
+    room: Room | None = None,
 ) -> MeasuredSignals:
     """The task's sensitivities: read from the cache, or measured block by block into it.
 
-    cache: directory of all measurements; one directory in it belongs to one fingerprint. Memory beyond the model: one
-    block's candidates; with workers, as many models as workers, who walk through all blocks and measure some.
+    cache: directory of all measurements; one directory in it belongs to one fingerprint · source, room: what lends the
+    model's weights, and how much of the hidden states may be in memory. Memory beyond the model: one block's
+    candidates; with workers, as many models as workers, who walk through all blocks and measure some.
     """
     fingerprint = task.fingerprint(digest)
     name = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:20]
@@ -95,35 +103,38 @@ def measured(
         if missing and not task.signal.by_block:
             missing = list(range(len(modules)))
         done = len(modules) - len(missing)
-        for index, content in track(measure(model, task, missing, where), "sensitivities", len(modules), done=done):
+        found = measure(model, task, missing, where, source, room)
+        for index, content in track(found, "sensitivities", len(modules), done=done):
             with atomic_path(files[index]) as staged:
                 staged.write_bytes(content)
         blocks = [unpacked(file) for file in files]
     finally:
         store.close()
-    readings = [reading for reading, _, _ in blocks]
-    bank = {name: row for _, codes, _ in blocks for name, row in codes.items()}
+    readings = [reading for reading, _ in blocks]
     work, naive = sum(r.work for r in readings), sum(r.naive for r in readings)
     cost = {
         "how": task.how,
-        "cpu_seconds": sum(seconds for _, _, seconds in blocks),
+        "cpu_seconds": sum(seconds for _, seconds in blocks),
         "block_forwards": work,
         "naive_block_forwards": naive,
         "share_of_naive": work / naive if naive else None,
         "kept_at": str(store.path),
         "measured_now": len(missing),
     }
-    return MeasuredSignals(gather(readings, {t.name: t.size for t in task.targets}), bank, cost)
+    return MeasuredSignals(gather(readings, {t.name: t.size for t in task.targets}), KeptCodes(files), cost)
 
 
-def measure(model, task: SensitivityTask, blocks: Sequence[int], where: Where) -> Iterator[tuple[int, bytes]]:
+def measure(
+    model, task: SensitivityTask, blocks: Sequence[int], where: Where, source: WeightSource, room: Room | None
+) -> Iterator[tuple[int, bytes]]:
     """(block, its file) of every block asked for, in this process or by workers."""
     if where.alone or not task.signal.by_block:
         if not where.alone and blocks:
             warn(f"{task.how} sensitivities are read in one process: every block needs what lies behind it")
-        yield from islice(run(model, task, set(blocks)), len(blocks))  # what lies behind the last is not walked through
+        found = run(model, task, set(blocks), source, room)
+        yield from islice(found, len(blocks))  # what lies behind the last is not walked through
         return
-    for _, content in spread(BlockMeasurer, (task,), blocks, where=where, models=[task.model]):
+    for _, content in spread(BlockMeasurer, (task,), blocks, where=where, models=[task.model.name]):
         yield content
 
 
@@ -131,8 +142,8 @@ class BlockMeasurer:
     """Measures blocks in a worker. Asked in ascending order it walks through the model once."""
 
     def __init__(self, task: SensitivityTask) -> None:
-        model, _ = load_float(resolve(task.model), trust_remote_code=task.trust_remote_code)
-        self.model, self.task = model.requires_grad_(False), task
+        self.model, self.where = task.model.open()
+        self.task = task
         self.asked: set[int] = set()
         self.walk: Iterator[tuple[int, bytes]] = iter(())
         self.last: int | None = None
@@ -140,20 +151,23 @@ class BlockMeasurer:
     def __call__(self, index: int) -> tuple[int, bytes]:
         """(block, its file)."""
         if self.last is None or index <= self.last:
-            self.walk = run(self.model, self.task, self.asked)
+            self.walk = run(self.model, self.task, self.asked, **self.where)
         self.asked.clear()
         self.asked.add(index)
         self.last = index
         return next(self.walk)
 
 
-def run(model, task: SensitivityTask, blocks: Collection[int]) -> Iterator[tuple[int, bytes]]:
+def run(
+    model, task: SensitivityTask, blocks: Collection[int], source: WeightSource, room: Room | None
+) -> Iterator[tuple[int, bytes]]:
     """(block, its file) of the blocks, measured here; `blocks` is asked when the walk comes to one."""
     codes: dict[str, dict[int, QWeight]] = {}
 
     def candidates(target: Target, weight_OI: Tensor, stats: LayerStats | None) -> dict[int, Tensor]:
-        codes[target.name] = task.quantizing.codes(weight_OI, stats)
-        return {width: q.dequantize() for width, q in codes[target.name].items()}
+        found = task.quantizing.codes(weight_OI, stats)
+        codes[target.name] = {width: q.to("cpu") for width, q in found.items()}
+        return {width: q.dequantize() for width, q in found.items()}
 
     began = time.process_time()
     readings = task.signal(
@@ -164,6 +178,8 @@ def run(model, task: SensitivityTask, blocks: Collection[int]) -> Iterator[tuple
         calibration=task.calibration if task.quantizing.needs_stats else (),
         only=blocks,
         seed=task.seed,
+        source=source,
+        room=room,
     )
     for reading in readings:
         names = next(iter(reading.kl.values()))

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from polybit.compress.blocks import VisitedBlock, find_blocks, run_blocks
+from polybit.compress.source import IN_MEMORY, WeightSource
+from polybit.compress.states import Room
 from polybit.compress.stats import watch
 from polybit.core.parts import pick
 from polybit.core.runtime import PolybitError, track
@@ -141,8 +143,11 @@ def search_mixtures(
     normalise: Normalise = "size",
     family: Mapping[str, Sequence[Tensor]] | None = None,
     step: float | None = None,
+    source: WeightSource = IN_MEMORY,
+    room: Room | None = None,
 ) -> dict[str, Mixture]:
-    """`best_mixture` by several criteria, from the same forward passes."""
+    """`best_mixture` by several criteria, from the same forward passes; source, room: what lends the weights, and how
+    much of the hidden states may be in memory."""
     general = check_sources(sources, general)
     asked = [pick(CRITERIA, criterion, "mixture criterion") for criterion in criteria]
     if normalise not in get_args(Normalise):
@@ -153,8 +158,10 @@ def search_mixtures(
     points_PS = simplex(len(names), step)
     ranked = any(criterion.needs_rank for criterion in asked)
     asked_PS = torch.cat([points_PS, pool(names, general)[None]]) if ranked else None
-    traces = collect_traces(model, sources, targets, erank_at=asked_PS)
-    wanted = collect_traces(model, family, targets) if family and any(c.target == "family" for c in asked) else traces
+    where: dict[str, Any] = {"source": source, "room": room}
+    traces = wanted = collect_traces(model, sources, targets, erank_at=asked_PS, **where)
+    if family and any(criterion.target == "family" for criterion in asked):
+        wanted = collect_traces(model, family, targets, **where)
     found = {}
     for criterion in criteria:
         points = score_points(traces, points_PS, general, criterion, normalise, wanted)
@@ -201,14 +208,22 @@ def pool(names: Sequence[str], chosen: Sequence[str]) -> Tensor:
 
 @torch.no_grad()
 def collect_traces(
-    model, sources: Mapping[str, Sequence[Tensor]], targets: Sequence[Target], *, erank_at: Tensor | None = None
+    model,
+    sources: Mapping[str, Sequence[Tensor]],
+    targets: Sequence[Target],
+    *,
+    erank_at: Tensor | None = None,
+    source: WeightSource = IN_MEMORY,
+    room: Room | None = None,
 ) -> Traces:
     """Walk all sources through the float model together, block by block, one forward pass each.
 
     erank_at: mixtures [P, S] whose Hessians' effective ranks are wanted; the Hessians of one block at a time are kept.
     """
     names = tuple(sources)
-    walks = [run_blocks(model, list(sources[name]), targets, references=False) for name in names]
+    walks = [
+        run_blocks(model, list(sources[name]), targets, references=False, source=source, room=room) for name in names
+    ]
     energies, columns, layers, eranks = [], [], [], []
     tokens = [sum(ids_BT.numel() for ids_BT in sources[name]) for name in names]
     _, modules = find_blocks(model, targets)
@@ -217,11 +232,11 @@ def collect_traces(
         seen = [watch_through(block, heads) for block in blocks]
         for target in heads:
             hessians = [stats[target.name] for stats in seen]
-            energies.append(torch.stack([hessian_II.diagonal().double().sum() for hessian_II in hessians]))
+            energies.append(torch.stack([hessian_II.diagonal().double().sum() for hessian_II in hessians]).cpu())
             columns.append(target.columns)
             layers.append(target.name)
             if erank_at is not None:
-                eranks.append(torch.stack([effective_rank(blend(hessians, shares_S)) for shares_S in erank_at]))
+                eranks.append(torch.stack([effective_rank(blend(hessians, shares_S)) for shares_S in erank_at]).cpu())
     return Traces(
         names,
         tuple(layers),

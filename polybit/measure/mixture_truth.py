@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 
-from polybit.compress.blocks import Whole
 from polybit.compress.mix_files import draw
+from polybit.compress.source import IN_MEMORY, WeightSource
+from polybit.compress.states import Room
+from polybit.core.affine import QWeight
 from polybit.core.runtime import PolybitError, track
+from polybit.measure.passage import States, WholePassage
 from polybit.measure.seeds import over_seeds
 from polybit.nn.convert import Target
 
-Quantize = Callable[[Tensor, int], Mapping[str, Tensor]]  # (windows [N, T], seed) -> weights [O, I] by layer
+Quantize = Callable[[Tensor, int], Iterable[Mapping[str, QWeight]]]  # (windows [N, T], seed) -> codes, block by block
 Share = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any]]]  # (work, tasks) -> (number, result)
+BATCH = 8  # windows that are read at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +33,51 @@ class Harm:
     nll: float
 
 
-@torch.no_grad()
-def harm(whole: Whole, weights: Mapping[str, Tensor], windows_NT: Tensor, *, batch: int = 8) -> Harm:
-    """Harm on some windows; the float model is run beside, so that nothing but one batch is kept."""
-    kl = nll = 0.0
-    for ids_BT in windows_NT.split(batch):
-        wanted_BTV = log_softmax(whole.forward({}, ids_BT)[:, :-1].float(), -1)
-        given_BTV = log_softmax(whole.forward(weights, ids_BT)[:, :-1].float(), -1)
-        kl += float((wanted_BTV.exp() * (wanted_BTV - given_BTV)).sum())
-        index_BT1 = ids_BT[:, 1:, None].to(given_BTV.device)
-        nll += float((wanted_BTV - given_BTV).gather(-1, index_BT1).sum())
-    count = windows_NT.shape[0] * (windows_NT.shape[1] - 1)
-    return Harm(kl / count, nll / count)
+class Harms:
+    """Reads the harm of quantized models on some texts, against the float model.
+
+    held_out: text -> windows [N, T] · source, room: what lends the model its weights, and how much of the hidden
+    states may be in memory
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        held_out: Mapping[str, Tensor],
+        *,
+        source: WeightSource = IN_MEMORY,
+        room: Room | None = None,
+    ) -> None:
+        self.batches = {name: windows_NT.split(BATCH) for name, windows_NT in held_out.items()}
+        every = [ids_BT for batches in self.batches.values() for ids_BT in batches]
+        self.passage = WholePassage(model, every, targets, source=source, room=room)
+        self.as_float: States | None = None  # made at the first reading: there may be none here, but in workers
+
+    def __call__(self, parts: Iterable[Mapping[str, QWeight]]) -> dict[str, Harm]:
+        """Harm by text of codes that come block after block, as `compress` yields them; none is kept."""
+        if self.as_float is None:
+            self.as_float = self.passage.through()
+        codes = iter(parts)
+        states = self.passage.through(lambda _: {name: q.dequantize() for name, q in next(codes).items()})
+        assert next(codes, None) is None, "there were codes beyond the blocks"
+        found, at = {}, 0
+        with self.passage.open():
+            for name, batches in self.batches.items():
+                kl = nll = count = 0.0
+                for ids_BT in batches:
+                    counted_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+                    wanted_NV = self.passage.log_probabilities(self.as_float, at, counted_BT)
+                    given_NV = self.passage.log_probabilities(states, at, counted_BT)
+                    kl += float((wanted_NV.exp() * (wanted_NV - given_NV)).sum())
+                    nll += float(
+                        (wanted_NV - given_NV).gather(1, ids_BT[:, 1:].reshape(-1, 1).to(given_NV.device)).sum()
+                    )
+                    count += len(given_NV)
+                    at += 1
+                found[name] = Harm(kl / count, nll / count)
+        self.passage.let_go(states)
+        return found
 
 
 def measure_mixtures(
@@ -57,14 +93,18 @@ def measure_mixtures(
     keep: Callable[[str, Any], None] | None = None,
     kept: Mapping[str, Any] | None = None,
     share: Share | None = None,
+    source: WeightSource = IN_MEMORY,
+    room: Room | None = None,
 ) -> dict[tuple[float, ...], dict[str, list[Harm]]]:
     """Quantize at every point with every seed and measure every domain: point -> domain -> one Harm per seed.
 
     windows, held_out: source -> [N, T] to calibrate on and to measure on, without a token in common. A seed decides
     which windows are drawn. kept, keep: finished measurements of an interrupted run, and where to note a new one ·
-    share: (work, tasks) -> (number, result) of each, by workers (default: here, one after another).
+    share: (work, tasks) -> (number, result) of each, by workers (default: here, one after another) · source, room: what
+    lends the weights, and how much of the hidden states may be in memory.
     """
-    meter = MixtureMeter(model, targets, windows, held_out, quantize, samples)
+    harms = Harms(model, targets, held_out, source=source, room=room)
+    meter = MixtureMeter(harms, windows, quantize, samples)
     records = dict(kept or {})
     todo = [(point, seed) for seed in seeds for point in points]
     missing = [task for task in todo if mixture_key(*task) not in records]
@@ -88,25 +128,14 @@ def mixture_key(point: tuple[float, ...], seed: int) -> str:
 class MixtureMeter:
     """Measures one mixture with one seed: quantizes at it and reads every domain; domain -> [kl, nll]."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: Sequence[Target],
-        windows: Mapping[str, Tensor],
-        held_out: Mapping[str, Tensor],
-        quantize: Quantize,
-        samples: int,
-    ) -> None:
-        self.whole = Whole(model, tuple(targets))
-        self.windows, self.held_out, self.quantize, self.samples = windows, held_out, quantize, samples
+    def __init__(self, harms: Harms, windows: Mapping[str, Tensor], quantize: Quantize, samples: int) -> None:
+        self.harms, self.windows, self.quantize, self.samples = harms, windows, quantize, samples
 
     def __call__(self, task: tuple[tuple[float, ...], int]) -> dict[str, list[float]]:
         """(shares of the sources, seed)."""
         point, seed = task
         drawn_NT = draw(self.windows, dict(zip(self.windows, point, strict=True)), self.samples, seed=seed)
-        weights = self.quantize(drawn_NT, seed)
-        harms = {name: harm(self.whole, weights, part) for name, part in self.held_out.items()}
-        return {name: [h.kl, h.nll] for name, h in harms.items()}
+        return {name: [h.kl, h.nll] for name, h in self.harms(self.quantize(drawn_NT, seed)).items()}
 
 
 def worst(domains: Mapping[str, list[Harm]]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from polybit.compress.blocks import Whole
+from polybit.compress.blocks import VisitedBlock
+from polybit.compress.source import IN_MEMORY, SourceName, WeightSource
+from polybit.compress.states import Room
 from polybit.core.affine import QWeight
-from polybit.hub.load import load_float
-from polybit.hub.models import resolve
 from polybit.measure.block_files import kept_codes
-from polybit.measure.probe import ProbeText, counted_log_probabilities, read_losses
+from polybit.measure.passage import States, Weights, WholePassage, as_they_are
+from polybit.measure.probe import ProbeText, read_losses
 from polybit.nn.convert import Target
 
 Array = NDArray[np.float64]
@@ -46,62 +48,77 @@ class PlanReading:
 class PlanLoss:
     """Reads plans on probes with a bank of codes; the codes of a layer do not depend on the other layers' widths.
 
-    Memory: the bank (a byte per weight and width), one dense copy of the model's weights, and the float model's
-    distributions at the counted tokens.
+    Memory: the hidden states of all probes twice (with a `room` only as much of them as it allows), one block's dense
+    weights, the float model's distributions at the counted tokens up to REFERENCE_BYTES, and what the bank holds.
+    source: what lends the model its weights
     """
 
-    def __init__(self, model: nn.Module, probes: Sequence[ProbeText], targets: Sequence[Target], bank: Bank) -> None:
-        self.whole = Whole(model, tuple(targets))
+    def __init__(
+        self,
+        model: nn.Module,
+        probes: Sequence[ProbeText],
+        targets: Sequence[Target],
+        bank: Bank,
+        *,
+        source: WeightSource = IN_MEMORY,
+        room: Room | None = None,
+    ) -> None:
         self.probes, self.bank = tuple(probes), bank
-        self.kept: dict[tuple[int, int], Tensor] = {}
-        self.room = REFERENCE_BYTES
+        batches = [ids_BT for probe in self.probes for ids_BT in probe.ids]
+        self.passage = WholePassage(model, batches, targets, source=source, room=room)
+        self.as_float: States | None = None  # made at the first reading: there may be none here, but in workers
+        self.kept: dict[int, Tensor] = {}
+        self.left = REFERENCE_BYTES
 
     def __call__(self, widths: Mapping[str, int]) -> dict[str, PlanReading]:
         """Readings by probe; layers that are not named keep their float weights."""
-        return self.read({name: self.bank[name][width].dequantize() for name, width in widths.items()})
+        return self.read(partial(self.decoded, widths))
 
-    @torch.no_grad()
-    def read(self, weights: Mapping[str, Tensor]) -> dict[str, PlanReading]:
+    def decoded(self, widths: Mapping[str, int], block: VisitedBlock) -> dict[str, Tensor]:
+        """The weights of one block at these widths."""
+        names = [target.name for target in block.targets if target.name in widths]
+        return {name: self.bank[name][widths[name]].dequantize() for name in names}
+
+    def read(self, weights: Weights = as_they_are) -> dict[str, PlanReading]:
         """Readings by probe of any weights [O, I]."""
-        found = {}
-        for number, probe in enumerate(self.probes):
-            kl, nll, tokens = [], [], []
-            for index, (ids_BT, counted_BT) in enumerate(zip(probe.ids, probe.counted, strict=True)):
-                reference_NV = self.reference(number, index)
-                before = read_losses(reference_NV, reference_NV, ids_BT, counted_BT)
-                after = read_losses(
-                    counted_log_probabilities(self.whole.forward(weights, ids_BT), counted_BT),
-                    reference_NV,
-                    ids_BT,
-                    counted_BT,
-                )
-                kl.append(after.kl_B)
-                nll.append(after.nll_B - before.nll_B)
-                tokens.append(counted_BT[:, 1:].sum(1))
-            found[probe.name] = PlanReading(*(torch.cat(part).double().numpy() for part in (kl, nll, tokens)))
+        if self.as_float is None:
+            self.as_float = self.passage.through()
+        states = self.passage.through(weights)
+        found, at = {}, 0
+        with self.passage.open():
+            for probe in self.probes:
+                kl, nll, tokens = [], [], []
+                for ids_BT, counted_BT in zip(probe.ids, probe.counted, strict=True):
+                    float_NV = self.reference(at, counted_BT)
+                    now_NV = self.passage.log_probabilities(states, at, counted_BT)
+                    before = read_losses(float_NV, float_NV, ids_BT, counted_BT)
+                    after = read_losses(now_NV, float_NV, ids_BT, counted_BT)
+                    kl.append(after.kl_B)
+                    nll.append(after.nll_B - before.nll_B)
+                    tokens.append(counted_BT[:, 1:].sum(1))
+                    at += 1
+                found[probe.name] = PlanReading(*(torch.cat(part).double().numpy() for part in (kl, nll, tokens)))
+        self.passage.let_go(states)
         return found
 
-    def reference(self, number: int, index: int) -> Tensor:
+    def reference(self, index: int, counted_BT: Tensor) -> Tensor:
         """The float model's log-probabilities [N, V] at the counted tokens of one batch."""
-        if (number, index) in self.kept:
-            return self.kept[number, index]
-        probe = self.probes[number]
-        found_NV = counted_log_probabilities(self.whole.forward({}, probe.ids[index]), probe.counted[index])
-        size = found_NV.numel() * found_NV.element_size()
-        if size <= self.room:
-            self.room -= size
-            self.kept[number, index] = found_NV
+        if index in self.kept:
+            return self.kept[index]
+        assert self.as_float is not None
+        found_NV = self.passage.log_probabilities(self.as_float, index, counted_BT)
+        if found_NV.nbytes <= self.left:
+            self.left -= found_NV.nbytes
+            self.kept[index] = found_NV
         return found_NV
 
 
 class PlanReader:
     """Reads plans in a worker: the model from its path, the codes from the files of measured blocks."""
 
-    def __init__(
-        self, model: str, probes: Sequence[ProbeText], targets: Sequence[Target], folder: Path, trust_remote_code: bool
-    ) -> None:
-        loaded, _ = load_float(resolve(model), trust_remote_code=trust_remote_code)
-        self.read = PlanLoss(loaded.requires_grad_(False), probes, targets, kept_codes(folder))
+    def __init__(self, model: SourceName, probes: Sequence[ProbeText], targets: Sequence[Target], folder: Path) -> None:
+        opened, where = model.open()
+        self.read = PlanLoss(opened, probes, targets, kept_codes(folder), **where)
 
     def __call__(self, widths: Mapping[str, int]) -> dict[str, PlanReading]:
         """Readings by probe."""

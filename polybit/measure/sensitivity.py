@@ -13,7 +13,7 @@ hidden states of the probes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from polybit.compress.blocks import VisitedBlock, as_stored, find_blocks, parameter_name, run_blocks
+from polybit.compress.source import IN_MEMORY, WeightSource
+from polybit.compress.states import Room
 from polybit.compress.stats import HOOKED, plain_experts
+from polybit.compress.unlike import Captured
 from polybit.core.records import LayerStats
 from polybit.measure.probe import ProbeText, counted_log_probabilities, read_losses
 from polybit.nn.convert import Target
@@ -60,27 +63,35 @@ def measure_layers(
     calibration: Sequence[Tensor] = (),
     only: Collection[int] | None = None,
     seed: int = 0,
+    source: WeightSource = IN_MEMORY,
+    room: Room | None = None,
 ) -> Iterator[BlockReading]:
     """Quantize each layer of each decoder block by itself and read the loss of every probe; block by block.
 
     candidates(target, weight, stats): the weights to try, by width; stats are those of the layer's float input over
     `calibration` (batches of token ids), None where none is given · only: indices of the blocks to measure, default
-    all; the others are walked through, so that several processes can share the work · seed: nothing is drawn.
+    all; the others are walked through, so that several processes can share the work · seed: nothing is drawn ·
+    source, room: what lends the weights, and how much of the hidden states may be in memory; weights that are lent are
+    read again for every candidate, a block at a time.
     One-at-a-time sensitivities as TASA (arXiv 2607.00908) §3 takes them. The model is never changed.
     """
     batches = [ids_BT for probe in probes for ids_BT in probe.ids]
-    _, modules = find_blocks(model, targets)
-    wraps = answers_with_tuple(model, modules[0], batches[0])
-    seen: Iterable[VisitedBlock | None] = (
-        run_blocks(model, calibration, targets, references=False) if calibration else (None for _ in modules)
-    )
-    for block, calibrated in zip(run_blocks(model, batches, targets), seen, strict=True):
-        if only is None or block.index in only:
-            stats = calibrated.stats() if calibrated is not None else {}
-            yield measure_block(block, modules, probes, candidates, stats, wraps=wraps)
-        block.finish()
-        if calibrated is not None:
-            calibrated.finish()
+    path, modules = find_blocks(model, targets)
+    with source.calls(path):
+        wraps = answers_with_tuple(model, modules[0], batches[0])
+        seen: Iterable[VisitedBlock | None] = (
+            run_blocks(model, calibration, targets, references=False, source=source, room=room)
+            if calibration
+            else (None for _ in modules)
+        )
+        walk = run_blocks(model, batches, targets, source=source, room=room)
+        for block, calibrated in zip(walk, seen, strict=True):
+            if only is None or block.index in only:
+                stats = calibrated.stats() if calibrated is not None else {}
+                yield measure_block(block, modules, probes, candidates, stats, wraps=wraps)
+            block.finish()
+            if calibrated is not None:
+                calibrated.finish()
 
 
 @torch.no_grad()
@@ -196,6 +207,7 @@ def entered(modules: nn.ModuleList, start: int, hidden_BTD: Tensor, wraps: bool)
     def give(*_: Any, **__: Any) -> Any:
         return (hidden_BTD,) if wraps else hidden_BTD
 
+    skip.weightless = give.weightless = True  # type: ignore[attr-defined]  # no weight is lent for them
     try:
         for module in modules[:start]:
             module.forward = skip
@@ -222,13 +234,24 @@ def remembered(model: nn.Module, known: Mapping[str, Tensor]) -> Iterator[None]:
             vars(module).pop("forward", None)
 
 
+def where_called(model: nn.Module) -> torch.device:
+    """The device a model computes on; weights that are not there just now are on none."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 @torch.no_grad()
 def answers_with_tuple(model: nn.Module, module: nn.Module, ids_BT: Tensor) -> bool:
-    """Whether decoder blocks of this model answer with a tuple, learnt from one short forward."""
+    """Whether decoder blocks of this model answer with a tuple or list, learnt from one call of the first."""
     found: list[bool] = []
-    handle = module.register_forward_hook(lambda _module, _args, output: found.append(isinstance(output, tuple)))
+
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        found.append(isinstance(output, (tuple, list)))
+        raise Captured
+
+    handle = module.register_forward_hook(note)
     try:
-        model(input_ids=ids_BT[:1, :2].to(next(model.parameters()).device), use_cache=False)
+        with suppress(Captured):
+            model(input_ids=ids_BT[:1, :2].to(where_called(model)), use_cache=False)
     finally:
         handle.remove()
     return found[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from polybit.core.parts import load
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:  # the table is read where no torch is loaded
 class HarmSignal:
     """One way to read what quantizing each layer alone does to the model.
 
-    Call it as `(model, probes, targets, candidates, *, calibration, only, seed) -> BlockReading of every block`, sums
-    over counted tokens in `unit`. function: dotted path of that function · summary: half a sentence for `--help` ·
-    by_block: a block can be measured without the others, so an interrupted run goes on by block and workers share the
-    blocks; otherwise it is all or nothing · drawn: it draws something, so the seed decides its numbers.
+    Call it as `(model, probes, targets, candidates, *, calibration, only, seed, source, room) -> BlockReading of every
+    block`, sums over counted tokens in `unit`. function: dotted path of that function · summary: half a sentence for
+    `--help` · by_block: a block can be measured without the others, so an interrupted run goes on by block and workers
+    share the blocks; otherwise it is all or nothing · drawn: it draws something, so the seed decides its numbers.
     """
 
     function: str
@@ -42,9 +42,12 @@ class HarmSignal:
         calibration: Sequence[Tensor] = (),
         only: Collection[int] | None = None,
         seed: int = 0,
+        **where: Any,
     ) -> Iterator[BlockReading]:
-        """The readings of all blocks, or of those in `only`."""
-        return load(self.function)(model, probes, targets, candidates, calibration=calibration, only=only, seed=seed)
+        """The readings of all blocks, or of those in `only`; where: a `source` that lends weights, and a `room`."""
+        return load(self.function)(
+            model, probes, targets, candidates, calibration=calibration, only=only, seed=seed, **where
+        )
 
 
 SIGNALS: dict[str, HarmSignal] = {

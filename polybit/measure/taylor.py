@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from polybit.compress.blocks import VisitedBlock, find_blocks, run_blocks
+from polybit.compress.source import IN_MEMORY, WeightSource
+from polybit.compress.states import HiddenStates, Room
 from polybit.compress.stats import HOOKED
+from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
 from polybit.measure.probe import ProbeText
 from polybit.measure.sensitivity import BlockReading, Candidates, answers_with_tuple, entered
@@ -35,13 +38,16 @@ def estimate_layers(
     only: Collection[int] | None = None,
     passes: int = PASSES,
     seed: int = 0,
+    source: WeightSource = IN_MEMORY,
+    room: Room | None = None,
 ) -> Iterator[BlockReading]:
     """Second-order estimates of what `sensitivity.measure_layers` measures, in the same form (`nll` = `kl`).
 
     Fisher information with labels drawn from the model (Amari 1998), tokens of one row taken as independent: the sum
     over t of (g_t' E x_t)^2, which has a hundredth of the variance of the square of the sum. One forward walk, then per
     drawn label one forward and backward, block by block from the last to the first: memory is one block's activations
-    of one batch and the hidden states of the probes before every block. `only` saves nothing but the handing over.
+    of one batch, and before every block the hidden states of the probes and the statistics of its layers; with a room
+    as much of these as it allows. `only` saves nothing but the handing over.
     """
     unknown = [target.name for target in targets if target.kind == "experts"]
     if unknown:
@@ -49,25 +55,63 @@ def estimate_layers(
             f"fused experts such as {unknown[0]!r} are not estimated from gradients: measure with --sensitivity exact"
         )
     batches = [ids_BT for probe in probes for ids_BT in probe.ids]
-    _, modules = find_blocks(model, targets)
-    wraps = answers_with_tuple(model, modules[0], batches[0])
-    blocks, stats = [], []
-    for block in run_blocks(model, batches, targets, references=False):
-        block.finish()
-        blocks.append(
-            VisitedBlock(
-                block.index, block.name, block.module, block.targets, model, list(block.calls), block.inputs, []
-            )
-        )
-        last = block.outputs
-    for calibrated in run_blocks(model, calibration, targets, references=False) if calibration else ():
-        stats.append(calibrated.stats())
-        calibrated.finish()
-    draws = [output_gradients(model, modules, probes, last, wraps, seed=seed + at) for at in range(passes)]
-    for block in reversed(blocks):
-        reading = back_through(block, probes, candidates, stats[block.index] if stats else {}, draws)
-        if only is None or block.index in only:
-            yield reading
+    path, modules = find_blocks(model, targets)
+    with source.calls(path):
+        wraps = answers_with_tuple(model, modules[0], batches[0])
+        blocks: list[VisitedBlock] = []
+        for block in run_blocks(model, batches, targets, references=False, source=source, room=room):
+            blocks.append(passed(block, room))
+            block.finish()
+            last = block.outputs
+        stats: list[dict[str, LayerStats] | SpilledStats] = []
+        for calibrated in (
+            run_blocks(model, calibration, targets, references=False, source=source, room=room) if calibration else ()
+        ):
+            stats.append(calibrated.stats() if room is None else SpilledStats(calibrated.stats(), room))
+            calibrated.finish()
+        draws = [output_gradients(model, modules, probes, last, wraps, seed=seed + at) for at in range(passes)]
+        for block in reversed(blocks):
+            with source.lend(block.name):
+                reading = back_through(block, probes, candidates, stats[block.index] if stats else {}, draws)
+            if only is None or block.index in only:
+                yield reading
+
+
+def passed(block: VisitedBlock, room: Room | None) -> VisitedBlock:
+    """The block with the hidden states it was handed, which stay."""
+    inputs = block.inputs
+    if room is not None:  # they would become its outputs
+        inputs = HiddenStates(room)
+        for hidden_BTD in block.inputs:
+            inputs.append(hidden_BTD)
+    return VisitedBlock(
+        block.index, block.name, block.module, block.targets, block.model, list(block.calls), inputs, []
+    )
+
+
+class SpilledStats(Mapping[str, LayerStats]):
+    """Statistics of a block's layers, in memory as far as a room allows."""
+
+    def __init__(self, stats: Mapping[str, LayerStats], room: Room) -> None:
+        self.tensors = HiddenStates(room)
+        self.spots: dict[str, tuple[int, int, int]] = {}  # layer -> its Hessian, its magnitudes, tokens
+        known: dict[int, int] = {}  # layers that read the same input share a Hessian
+        for name, found in stats.items():
+            for tensor in (found.hessian_II, found.absmean_I):
+                if tensor.data_ptr() not in known:
+                    known[tensor.data_ptr()] = len(self.tensors)
+                    self.tensors.append(tensor)
+            self.spots[name] = known[found.hessian_II.data_ptr()], known[found.absmean_I.data_ptr()], found.tokens
+
+    def __getitem__(self, name: str) -> LayerStats:
+        hessian, absmean, tokens = self.spots[name]
+        return LayerStats(self.tensors[hessian], self.tensors[absmean], tokens)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.spots)
+
+    def __len__(self) -> int:
+        return len(self.spots)
 
 
 def output_gradients(

@@ -12,6 +12,7 @@ from polybit.core.precision import check_width, parse_widths
 from polybit.core.runtime import PolybitError
 from polybit.measure.table import SIGNALS
 from polybit.options.checks import WorkerOptions, at_least
+from polybit.options.loading import LoadingOptions
 from polybit.quant.table import LAYERWISE, QUANTIZERS
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllocateOptions(WorkerOptions):
+class AllocateOptions(WorkerOptions, LoadingOptions):
     """How to spend a budget of bits on the layers of a model."""
 
     bits: float
@@ -78,11 +79,10 @@ class AllocateOptions(WorkerOptions):
     """Seed of everything that is drawn."""
     restart: bool = False
     """Measure again instead of using what an earlier run kept."""
-    trust_remote_code: bool = False
-    """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        WorkerOptions.__post_init__(self)
+        LoadingOptions.__post_init__(self)
         parse_widths(self.widths)
         if not math.isfinite(self.bits) or self.bits <= 0:
             raise PolybitError(f"--bits {self.bits} is not possible: give bits per weight such as 3.5")

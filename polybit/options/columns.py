@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from polybit.core.parts import described
 from polybit.core.runtime import PolybitError
+from polybit.options.loading import LoadingOptions
 from polybit.quant.table import LAYERWISE, QUANTIZERS
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColumnsOptions:
+class ColumnsOptions(LoadingOptions):
     """How to search widths for blocks of columns inside the layers of a model."""
 
     out: Path
@@ -52,10 +53,9 @@ class ColumnsOptions:
     """Tokens per window (default: 256 or 512 by the model's context)."""
     seed: int = 0
     """Seed of what is drawn."""
-    trust_remote_code: bool = False
-    """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.bits is None) == (self.plan is None):
             raise PolybitError("give either --bits, the mean of every layer, or --plan, a width per layer")
         if self.bits is not None and not 2 <= self.bits <= 8:

@@ -11,6 +11,7 @@ from polybit.core.precision import check_width
 from polybit.core.runtime import PolybitError
 from polybit.measure.table import CRITERIA
 from polybit.options.checks import WorkerOptions, at_least
+from polybit.options.loading import LoadingOptions
 from polybit.quant.table import FIXED, QUANTIZERS
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixOptions(WorkerOptions):
+class MixOptions(WorkerOptions, LoadingOptions):
     """How to look for the mixture of texts a model is best calibrated on."""
 
     general: list[str]
@@ -58,11 +59,10 @@ class MixOptions(WorkerOptions):
     """Forget what an interrupted --verify has finished."""
     json: Path | None = None
     """Write the search, and the measured table, there; --verify keeps what it has finished beside it."""
-    trust_remote_code: bool = False
-    """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        WorkerOptions.__post_init__(self)
+        LoadingOptions.__post_init__(self)
         check_width("w", self.bits)
         names = [*self.general, *self.tasks]
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from polybit.core.parts import described, listed, pick
 from polybit.core.precision import FLOAT, check_width, parse_widths
 from polybit.core.runtime import PolybitError
-from polybit.options.checks import WorkerOptions, at_least, possible_memory
+from polybit.options.checks import Device, WorkerOptions, at_least, possible_memory
 from polybit.quant.table import DEFAULT_FIXED, DEFAULT_NESTED, FIXED, NESTED, QUANTIZERS, Effort
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ class QuantizeOptions(CodeOptions, WorkerOptions):
     """Seed of everything that is drawn."""
     measure: bool = True
     """Measure the new checkpoint on held-out windows for its model card."""
+    device: Device = "auto"
+    """Where to compute; auto = a GPU where there is one."""
     memory: float | None = None
     """Gigabytes of memory the run should keep to: hidden states beyond a part of it go to a file, and what needs the
     whole model at once is refused or left out (default: as this machine has)."""

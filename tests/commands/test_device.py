@@ -18,6 +18,10 @@ from polybit.hub import models
         ["align", "tinychat", "--prompts", "PROMPTS", "--precision", "w2", "--out", "OUT"],
         ["serve", "tinychat", "--port", "0"],
         ["generate", "tinychat", "--prompt", "Hello"],
+        ["quantize", "tinychat", "--out", "OUT"],
+        ["allocate", "tinychat", "--bits", "4", "--out", "OUT"],
+        ["mix", "tinychat", "--general", "PROMPTS", "--tasks", "QUESTIONS"],
+        ["columns", "tinychat", "--bits", "4", "--out", "OUT"],
     ],
     ids=lambda words: words[0],
 )

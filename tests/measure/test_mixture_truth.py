@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from polybit.compress.blocks import Whole
+from polybit.compress.blocks import Whole, find_blocks
+from polybit.core.affine import Grid
 from polybit.core.runtime import PolybitError
-from polybit.measure.mixture_truth import Harm, harm, judge, measure_mixtures
+from polybit.measure.mixture_truth import Harm, Harms, judge, measure_mixtures
 from polybit.nn.convert import targets
+from polybit.quant.rtn import rtn
 from tests.families import tiny_model
 
 
@@ -21,22 +23,28 @@ def windows(seed: int, count: int = 5) -> torch.Tensor:
     return torch.randint(3, 90, (count, 9), generator=torch.Generator().manual_seed(seed))
 
 
-def rounded(whole, step: float) -> dict[str, torch.Tensor]:
-    weights = {target.name: target.weight_OI(whole.model) for target in whole.targets}
-    return {name: (weight / step).round() * step for name, weight in weights.items()}
+def rounded(whole, bits: int):
+    """Codes block by block, as `compress` yields them."""
+    name, modules = find_blocks(whole.model, whole.targets)
+    for index in range(len(modules)):
+        inside = [target for target in whole.targets if target.name.startswith(f"{name}.{index}.")]
+        yield {t.name: rtn(t.weight_OI(whole.model), None, Grid(bits, 0), search=False) for t in inside}
 
 
 def test_harm_is_its_definition(whole):
     """Twin: torch's own KL and cross entropy over all windows at once."""
-    ids_NT, weights = windows(1), rounded(whole, 0.05)
-    got = harm(whole, weights, ids_NT, batch=2)
-    with torch.no_grad():
-        wanted, given = (log_softmax(whole.forward(w, ids_NT)[:, :-1], -1) for w in ({}, weights))
-    kl = kl_div(given, wanted, log_target=True, reduction="none").sum(-1).mean()
-    ends = [cross_entropy(x.flatten(0, 1), ids_NT[:, 1:].flatten()) for x in (wanted, given)]
-    assert got.kl == pytest.approx(float(kl), rel=1e-4) and got.kl > 0
-    assert got.nll == pytest.approx(float(ends[1] - ends[0]), rel=1e-3, abs=1e-5)
-    assert harm(whole, {}, ids_NT) == Harm(0.0, 0.0)
+    ids_NT = windows(1, 11)
+    weights = {name: q.dequantize() for part in rounded(whole, 3) for name, q in part.items()}
+    harms = Harms(whole.model, whole.targets, {"a": ids_NT[:9], "b": ids_NT[9:]})
+    found, nothing = harms(rounded(whole, 3)), harms({} for _ in harms.passage.modules)
+    for name, part_NT in (("a", ids_NT[:9]), ("b", ids_NT[9:])):
+        with torch.no_grad():
+            wanted, given = (log_softmax(whole.forward(w, part_NT)[:, :-1], -1) for w in ({}, weights))
+        kl = kl_div(given, wanted, log_target=True, reduction="none").sum(-1).mean()
+        ends = [cross_entropy(x.flatten(0, 1), part_NT[:, 1:].flatten()) for x in (wanted, given)]
+        assert found[name].kl == pytest.approx(float(kl), rel=1e-4) and found[name].kl > 0
+        assert found[name].nll == pytest.approx(float(ends[1] - ends[0]), rel=1e-3, abs=1e-5)
+        assert nothing[name] == Harm(0.0, 0.0)
 
 
 def test_measuring_goes_on_where_it_stopped(whole):
@@ -48,7 +56,7 @@ def test_measuring_goes_on_where_it_stopped(whole):
         calls.append(seed)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return rounded(whole, 0.02 + 0.001 * float(drawn_NT.float().mean()))
+        return rounded(whole, 2 + int(drawn_NT.sum()) % 3)
 
     def run(finished):
         return measure_mixtures(
