@@ -60,7 +60,7 @@ def test_allocate(how, tiny_llama, texts, tmp_path):  # noqa: F811
 def test_mix_and_columns(tiny_llama, texts, tmp_path, capsys):  # noqa: F811
     general, sums = str(texts / "general.txt"), str(texts / "sums.jsonl")
     words = ["mix", str(tiny_llama), "--general", general, "--tasks", sums, "--window", "24", "--samples", "4"]
-    words += ["--verify", "--seeds", "1", "--step", "0.5", "--method", "rtn"]
+    words += ["--verify", "--seeds", "1", "--step", "0.5"]
     close(numbers(tmp_path, *words), numbers(tmp_path, *words, "--memory", str(SMALL)))
     words = [
         "columns",
@@ -68,9 +68,9 @@ def test_mix_and_columns(tiny_llama, texts, tmp_path, capsys):  # noqa: F811
         "--bits",
         "3.5",
         "--block",
-        "16",
+        "32",
         "--group-size",
-        "16",
+        "32",
         "--calibration",
         general,
     ]
