@@ -32,7 +32,7 @@ from polybit.allocate.groups import fused_groups
 from polybit.allocate.knapsack import solve
 from polybit.allocate.swap import improve
 from polybit.compress.refine import FINISH, finish_model
-from polybit.compress.source import IN_MEMORY
+from polybit.compress.source import IN_MEMORY, SourceName
 from polybit.core.records import machine
 from polybit.core.runtime import write_json
 from polybit.data.answers import encode_task, read_task
@@ -77,8 +77,7 @@ class Bench:
         """(signals, bank, CPU seconds, share of the naive block forwards)."""
         probes = probes or (self.general, *self.tasks)
         task = SensitivityTask(
-            self.args.model,
-            False,
+            SourceName(self.args.model),
             tuple(self.targets),
             probes,
             self.calibration,

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def blocks(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     finally:
         watcher.terminate()
         times = sorted(float(line) for line in (watcher.communicate()[0] or "").split())
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)][: shape.layers - 1]
+    gaps = [after - before for before, after in pairwise(times)][: shape.layers - 1]
     yield {
         "part": "blocks",
         "shape": [shape.hidden, shape.intermediate, shape.vocabulary],
@@ -171,7 +172,7 @@ def main() -> None:
     words.add_argument("--samples", type=int, default=64)
     words.add_argument("--window", type=int, default=512)
     words.add_argument("--minutes", type=float, default=10)
-    words.add_argument("--instafail", action="store_true", help="with pytest-instafail: whole tracebacks as they happen")
+    words.add_argument("--instafail", action="store_true", help="with pytest-instafail: tracebacks as they happen")
     given = words.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     card = torch.cuda.get_device_name(0) if given.device == "cuda" else "cpu"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from polybit.compress.source import SourceName
 from polybit.core.parts import load
 from polybit.measure.kept import SensitivityTask, measured
 from polybit.measure.quantizing import Quantizing
@@ -104,7 +105,7 @@ def test_a_stopped_measurement_goes_on_to_the_same_numbers(name, tmp_path):
     model = tiny_model("llama").requires_grad_(False)
     windows = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(2))
     quantizing = Quantizing((2, 4), "gptq", 32)
-    task = SensitivityTask("unused", False, tuple(inside(model)), tuple(probes()), (windows,), quantizing, name, 3)
+    task = SensitivityTask(SourceName("unused"), tuple(inside(model)), tuple(probes()), (windows,), quantizing, name, 3)
     whole = measured(model, task, "digest", tmp_path)
     again = measured(model, task, "digest", tmp_path)
     assert again.cost["measured_now"] == 0
