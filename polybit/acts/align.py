@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polybit.acts.launch import by_processes
 from polybit.acts.pairs import model_pair
 from polybit.compress.sizes import quantized_layers, stored_bits_per_weight, stored_widths
 from polybit.compress.stats import collect
@@ -18,11 +19,11 @@ from polybit.core.precision import Precision
 from polybit.core.records import LayerStats, Run
 from polybit.core.runtime import PolybitError, warn
 from polybit.hub.checkpoint import save, verify
-from polybit.hub.directory import check_output, output_lock
+from polybit.hub.directory import check_output
 from polybit.hub.load import load_float, load_quantized
 from polybit.hub.models import device_of, own_name
 from polybit.hub.workers import Where
-from polybit.hub.workspace import Workspace, model_digest
+from polybit.hub.workspace import model_digest
 from polybit.nn.convert import targets
 from polybit.nn.linear import QuantLinear
 from polybit.nn.rotation import rotate
@@ -30,6 +31,7 @@ from polybit.nn.switch import set_presets
 from polybit.options.align import AlignOptions
 from polybit.options.checks import plain
 from polybit.options.pairs import SHARD
+from polybit.train import world
 from polybit.train.align import Refresh
 from polybit.train.align import run as train
 from polybit.train.answering import AskedModels, Asking, Hands, are_made, make_pairs
@@ -44,7 +46,16 @@ from polybit.train.widths import FileWidths, settle_kept, trainable_of, widths_o
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 128
 WINDOWS, LENGTH = 64, 128  # of prompts and answers, for settling the widths that are kept
-FREE = ("out", "overwrite", "restart", "workers", "ray", "device", "trust_remote_code")  # options that change no result
+FREE = (
+    "out",
+    "overwrite",
+    "restart",
+    "workers",
+    "ray",
+    "processes",
+    "device",
+    "trust_remote_code",
+)  # options that change no result
 
 
 def align(model: str, options: AlignOptions) -> Run:
@@ -52,6 +63,11 @@ def align(model: str, options: AlignOptions) -> Run:
 
     The moment of the run with the fewest held-out flips and the smallest KL is kept, the start if nothing beats it.
     """
+    return by_processes("polybit.acts.align:align", model, options, aligned)
+
+
+def aligned(model: str, options: AlignOptions) -> Run:
+    """`align` in one of its processes."""
     run = Run("align", {"model": model, **plain(options)})
     with run.timed():
         check_output(options.out, overwrite=options.overwrite)
@@ -63,7 +79,7 @@ def align(model: str, options: AlignOptions) -> Run:
             group_size=options.group_size,
             trust_remote_code=options.trust_remote_code,
         )
-        with output_lock(options.out):
+        with world.held(options.out):
             pairs = options.pairs or asked_first(models, options)
             run.numbers = align_with(model, models, pairs, objective, options)
     return run
@@ -87,10 +103,11 @@ def asked_first(models: AskedModels, options: AlignOptions) -> Path:
     assert options.prompts is not None
     directory = options.out.with_name(f"{options.out.name}.pairs")
     asking = Asking(prompts=options.prompts, max_tokens=options.max_tokens, shard=SHARD)
-    if not are_made(directory, models, asking):
+    if world.first() and not are_made(directory, models, asking):
         old = (directory / SUMMARY).is_file()
         hands = Hands(where=Where(options.workers, options.ray), device=options.device)
         make_pairs(models, asking, directory, hands=hands, overwrite=old, restart=options.restart)
+    world.wait()
     return directory
 
 
@@ -114,7 +131,8 @@ def align_with(
     digest = model_digest(model)
     if models.rotation is not None:
         rotate(model, models.rotation)  # it says the same, in the basis of the codes
-    store = Workspace(options.out, fingerprint(options, models, digest, widths), restart=options.restart)
+    told = fingerprint(options, models, digest, widths)
+    store = world.workspace(options.out, told, restart=options.restart)
     try:
         material = read_material(pairs, reference=digest, pad_token=tokenizer.pad_token_id or 0)
         check_tokens(model, pairs, material)
@@ -145,10 +163,10 @@ def align_with(
         parent = own_name(name if models.checkpoint is None else models.float_name)
         notes = {"base_model": parent, "aligned": noted_of(options, outcome)}
         set_named_presets(frozen, widths)
-        saved = save(
-            frozen, options.out, tokenizer=tokenizer, widths=widths.stored, notes=notes, overwrite=options.overwrite
-        )
-        verify(saved, frozen)
+        if world.first():
+            more: dict[str, Any] = {"widths": widths.stored, "notes": notes, "overwrite": options.overwrite}
+            verify(save(frozen, options.out, tokenizer=tokenizer, **more), frozen)
+        world.wait()
         store.discard()
     finally:
         store.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from polybit.acts.launch import by_processes
 from polybit.acts.train_heads import HEADS
 from polybit.acts.train_start import Pupil
 from polybit.compress.plan_files import read_presets
@@ -16,24 +17,37 @@ from polybit.compress.sizes import quantized_layers
 from polybit.core.plan import Plan
 from polybit.core.records import Run
 from polybit.hub.checkpoint import save, verify
-from polybit.hub.directory import check_output, output_lock
+from polybit.hub.directory import check_output
 from polybit.hub.models import device_of
 from polybit.hub.peft import save_peft
-from polybit.hub.workspace import Workspace
 from polybit.options.checks import plain
 from polybit.options.train import TrainOptions
+from polybit.train import world
 from polybit.train.balance import Balance
 from polybit.train.fit import Course
 from polybit.train.latent import freeze, latent_layers, quantized_names
 from polybit.train.schedules import choose
 from polybit.train.table import LESSON_OBJECTIVES
 
-WITHOUT_EFFECT = ("out", "overwrite", "restart", "trust_remote_code", "presets", "device")  # on what a run computes
+WITHOUT_EFFECT = (
+    "out",
+    "overwrite",
+    "restart",
+    "trust_remote_code",
+    "presets",
+    "device",
+    "processes",
+)  # on what a run computes
 NOTED = ("method", "schedule", "steps", "batch", "learning_rate", "data", "adapter", "seed")  # in the checkpoint
 
 
 def train(model: str, options: TrainOptions) -> Run:
     """Train MODEL (a float model or a polybit checkpoint) at all presets, so that one file is good at each."""
+    return by_processes("polybit.acts.train:train", model, options, trained)
+
+
+def trained(model: str, options: TrainOptions) -> Run:
+    """`train` in one of its processes."""
     run = Run("train", {"model": model, **plain(options)})
     presets = read_presets(options.presets)
     check_output(options.out, overwrite=options.overwrite)
@@ -63,8 +77,8 @@ def one_run(model: str, options: TrainOptions, presets: Mapping[str, Plan], out:
     head = HEADS[options.head]
     pupil = head.pupil(model, options, presets)
     reading = head.reading(pupil, options)
-    with output_lock(out):
-        store = Workspace(out, fingerprint(options, pupil), restart=options.restart)
+    with world.held(out):
+        store = world.workspace(out, fingerprint(options, pupil), restart=options.restart)
         try:
             pupil.model.to(device_of(options.device))
             schedule = choose(
@@ -80,7 +94,8 @@ def one_run(model: str, options: TrainOptions, presets: Mapping[str, Plan], out:
             outcome = head.run(pupil, reading, objective, store.path / "run", course(options), schedule)
             after = head.measure(pupil, reading)
             pupil.model.cpu()
-            saved = save_all(pupil, out, options)
+            saved = save_all(pupil, out, options) if world.first() else []
+            world.wait()
             store.discard()
         finally:
             store.close()

@@ -109,6 +109,20 @@ class Workspace:
         self.close()
 
 
+class Visit:
+    """The workspace of a run as its other processes see it, while the first one holds it."""
+
+    def __init__(self, out: str | Path) -> None:
+        out = absolute(Path(out))
+        self.path = out.with_name(f"{out.name}.partial")
+
+    def discard(self) -> None:
+        """Left to the first process."""
+
+    def close(self) -> None:
+        """Left to the first process."""
+
+
 def check_fingerprint(path: Path, wanted: Mapping[str, Any]) -> None:
     """Refuse the work of another run, naming the first thing that differs."""
     if not path.is_dir() or (any(path.iterdir()) and not (path / FINGERPRINT).is_file()):

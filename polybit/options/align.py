@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from polybit.core.parts import described, pick
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
-from polybit.options.checks import Device, WorkerOptions, at_least, names_of
+from polybit.options.checks import Device, ProcessOptions, WorkerOptions, at_least, names_of
 from polybit.options.pairs import GROUP_SIZE, MAX_TOKENS
 from polybit.train.table import ANSWER_OBJECTIVES, AnswerObjective, PreferenceLoss, Share, rates
 
@@ -22,7 +22,7 @@ RENEWALS = 10  # in a run, unless --refresh-every says otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignOptions(WorkerOptions):
+class AlignOptions(WorkerOptions, ProcessOptions):
     """What is aligned, with which answers, by which objective, and how long."""
 
     out: Path
@@ -94,7 +94,8 @@ class AlignOptions(WorkerOptions):
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        WorkerOptions.__post_init__(self)
+        ProcessOptions.__post_init__(self)
         if (self.pairs is None) == (self.prompts is None):
             raise PolybitError("give --pairs DIR (made by polybit pairs) or --prompts FILE, one of the two")
         at_least(self, steps=1, batch=1, accumulate=1, probes=1, max_tokens=1, rank=1)

@@ -27,6 +27,18 @@ class WorkerOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProcessOptions:
+    """How many processes train one model."""
+
+    processes: int = 1
+    """Processes of this machine that train together, each with its share of weights, gradients and moments (FSDP2); a
+    GPU each where there are some. On several machines: torchrun ... -m polybit, without this."""
+
+    def __post_init__(self) -> None:
+        at_least(self, processes=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EndpointOptions:
     """How an OpenAI-compatible endpoint is asked."""
 

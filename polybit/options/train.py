@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from polybit.core.parts import described, pick
 from polybit.core.runtime import PolybitError
 from polybit.data.table import EMBEDDED
-from polybit.options.checks import Device, at_least
+from polybit.options.checks import Device, ProcessOptions, at_least
 from polybit.train.table import LESSON_OBJECTIVES, SCHEDULES
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(ProcessOptions):
     """How to train one model at several precisions."""
 
     out: Path
@@ -98,6 +98,7 @@ class TrainOptions:
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, steps=1, batch=1, rank=1, probes=0, cycles=1)
         objective = pick(LESSON_OBJECTIVES, self.method, "--method")
         schedule = pick(SCHEDULES, self.schedule, "--schedule")

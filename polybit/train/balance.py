@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from polybit.core.runtime import PolybitError
 from polybit.train.table import Share
@@ -61,7 +63,7 @@ def combine(gradients: Sequence[Gradient], presets: Sequence[str], balance: Bala
 
 def length(gradient: Gradient) -> float:
     """Euclidean length over all parameters."""
-    return float(torch.stack([g.float().pow(2).sum() for g in gradient if g is not None]).sum().sqrt())
+    return float(torch.stack([whole(g.float().pow(2).sum()) for g in gradient if g is not None]).sum().sqrt())
 
 
 def without_conflict(gradient: Gradient, others: Sequence[Gradient], index: int) -> Gradient:
@@ -81,11 +83,16 @@ def without_conflict(gradient: Gradient, others: Sequence[Gradient], index: int)
 
 def dot(one: Gradient, other: Gradient) -> float:
     """Inner product over all parameters both touch."""
-    products = [(a * b).sum() for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    products = [whole((a * b).sum()) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
     return float(torch.stack(products).sum()) if products else 0.0
 
 
 def add(parts: Sequence[Tensor | None]) -> Tensor | None:
     """The sum of those that are there."""
     there = [part for part in parts if part is not None]
-    return torch.stack(there).sum(0) if there else None
+    return reduce(torch.add, there) if there else None
+
+
+def whole(value: Tensor) -> Tensor:
+    """A sum over rows that are spread over processes, as one number."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

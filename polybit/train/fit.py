@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import lcm
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,14 +16,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from polybit.core.runtime import PolybitError
+from polybit.core.runtime import PolybitError, write_json
+from polybit.hub.files import read_json
 from polybit.nn.switch import use
+from polybit.train import world
 from polybit.train.balance import Balance
 from polybit.train.picker import Picker, Probed
 from polybit.train.probe import forget
 from polybit.train.schedules import every
+from polybit.train.sharded import gather, shard
 from polybit.train.table import Schedule
 from polybit.train.trainer import Objective, PrecisionTrainer, Switch, settings
+
+PARTS = "parts.json"
 
 
 @dataclass(frozen=True)
@@ -134,16 +140,19 @@ def fit(model: nn.Module, teaching: Teaching, course: Course, *, out: Path) -> O
     """
     torch.manual_seed(course.seed)
     probe_every = course.probe_every(teaching.renew_every) if teaching.probe is not None else 0
+    parts = parts_of(out, course)
+    if world.size() > 1:
+        shard(model)
     arguments = settings(
         out,
         steps=course.steps,
-        batch=max(1, course.batch // course.accumulate),
+        batch=max(1, course.batch // parts),
         learning_rate=course.learning_rate,
         save_every=probe_every or course.steps + 1,
         seed=course.seed,
         device=next(model.parameters()).device,
         train_sampling_strategy="sequential",  # the order is drawn by the driver
-        gradient_accumulation_steps=course.accumulate,
+        gradient_accumulation_steps=parts // world.size(),
         **course.further,
     )
     picker = course.picker(teaching.judged) if probe_every else None
@@ -165,6 +174,34 @@ def fit(model: nn.Module, teaching: Teaching, course: Course, *, out: Path) -> O
     )
     began = perf_counter()
     trainer.fit()
+    if world.size() > 1:
+        gather(model)
     forget(model)
     model.eval()
     return Outcome(trainer.state.log_history, picker, perf_counter() - began)
+
+
+def parts_of(out: Path, course: Course) -> int:
+    """Into how many parts a step's batch is cut: as asked, and at least one for every process.
+
+    Every part is a mean of its own, so that the cut decides the losses: a run keeps the one it began with.
+    """
+    path, processes = out / PARTS, world.size()
+    if path.is_file():
+        parts = int(read_json(path)["parts"])
+        if parts % processes:
+            raise PolybitError(
+                f"this run was begun with its batches in {parts} parts, which {processes} processes cannot share: go "
+                f"on with a number that divides {parts}, or give --restart"
+            )
+    else:
+        parts = lcm(course.accumulate, processes)
+    if course.batch % parts:
+        raise PolybitError(
+            f"a batch of {course.batch} rows cannot be cut into {parts} equal parts, for {processes} processes: choose "
+            f"a multiple of {parts}"
+        )
+    world.wait()
+    if world.first():
+        write_json(path, {"parts": parts})
+    return parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,25 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_accelerate_available
 
-from polybit.core.runtime import PolybitError, atomic_path, track
-from polybit.hub.tensors import read_tensors, write_tensors
-from polybit.train.balance import Balance, combine, settled
+from polybit.core.runtime import PolybitError, atomic_path, track, write_json
+from polybit.hub.files import read_json
+from polybit.train import world
+from polybit.train.balance import Balance, Gradient, add, combine, settled
+from polybit.train.cascade import decoder_blocks
 from polybit.train.forward import logits_of
 from polybit.train.picker import Picker, Probed
+from polybit.train.probe import forget
 from polybit.train.schedules import every
+from polybit.train.sharded import is_sharded, read_moments, read_state, write_moments, write_state
 from polybit.train.table import Schedule
+from polybit.train.world import gathered
 
 Forward = Callable[[Mapping[str, Tensor], str], Tensor]
 Objective = Callable[[Forward, Any, tuple[str, ...]], tuple[Tensor, Mapping[str, float | Tensor]]]
 Switch = Callable[[nn.Module, str], object]
 
-STATE, BEST, WHOLE = "trainable.safetensors", "best.safetensors", "whole"
+WEIGHTS, MOMENTS, BEST, WHOLE = "weights", "moments", "best-", "whole"
+SCHEDULE = "schedule.json"
 SMALLER = 1 / 3  # the rate after a return to the best weights, in parts of what it was
 
 
@@ -108,6 +115,8 @@ class PrecisionTrainer(Trainer):
     ) -> None:
         trainer.setdefault("data_collator", list)
         super().__init__(model, **trainer)
+        if world.size() > 1 and not (is_sharded(model) and self.args.world_size == world.size()):
+            raise PolybitError(f"{world.size()} processes were started and the model is not spread over them")
         self.core = model
         self.objective: Objective = objective
         self.presets, self.switch, self.schedule = tuple(presets), switch, schedule
@@ -116,6 +125,7 @@ class PrecisionTrainer(Trainer):
         self.picker = picker or Picker()
         self.renew, self.renew_every = renew, renew_every
         self.heard: dict[str, list[float | Tensor]] = {}
+        self.parts: list[Gradient] = []  # gradients of the parts of a step so far, by preset
         # our objectives divide by their own counts; the Trainer must average over accumulated batches
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # a bar instead; every number is in the log history
@@ -125,8 +135,10 @@ class PrecisionTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one batch at the presets of this step; returns the loss for the log."""
-        # dropout would be noise the reference does not have; checkpointing only works in training mode
-        model.train(bool(self.args.gradient_checkpointing))
+        model.eval()  # dropout would be noise the reference does not have
+        if self.args.gradient_checkpointing or is_sharded(model):  # only blocks in training are computed again
+            for block in decoder_blocks(model):
+                block.training = True
         if self.gather is not None:
             inputs = self.gather(inputs, self.state.global_step)
         batch = self._prepare_inputs(dict(inputs)) if isinstance(inputs, Mapping) else inputs
@@ -149,8 +161,11 @@ class PrecisionTrainer(Trainer):
             self.hear(logs)
             if alone:
                 gradients.append([parameter.grad for parameter in parameters])
+        if alone and self.balance.how != "sum":  # lengths and conflicts are those of the whole step, not of its parts
+            gradients = [both(old, new) for old, new in zip_longest(self.parts, gradients)]
+            self.parts = [] if self.accelerator.sync_gradients else gradients
         if alone:
-            joined = combine(gradients, chosen, self.balance)
+            joined = [None] * len(parameters) if self.parts else combine(gradients, chosen, self.balance)
             for parameter, old, new in zip(parameters, before, joined, strict=True):
                 parameter.grad = new if old is None else old if new is None else old + new
         return total
@@ -171,7 +186,9 @@ class PrecisionTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
         """The Trainer's log with the means of what the objective said since the last one."""
-        means = {name: sum(map(float, values)) / len(values) for name, values in self.heard.items()}
+        everywhere = gathered({name: [float(value) for value in values] for name, values in self.heard.items()})
+        values = {name: [v for part in everywhere for v in part.get(name, ())] for name in everywhere[0]}
+        means = {name: sum(found) / len(found) for name, found in values.items() if found}
         self.heard = {}
         super().log({**logs, **means}, *rest, **named)
 
@@ -190,33 +207,45 @@ class PrecisionTrainer(Trainer):
         """Name -> parameter of everything that is trained."""
         return {name: p for name, p in self.core.named_parameters() if p.requires_grad}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save what is trained and nothing else; sharded models are saved the Trainer's way."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            write_tensors(Path(output_dir or self.out) / STATE, self.trainable())
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what is trained and nothing else, every process its share."""
+        write_state(Path(output_dir or self.out) / WEIGHTS, self.trainable())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The same of the optimizer, and where the learning rate is."""
+        schedule: Any = self.lr_scheduler
+        write_moments(Path(output_dir) / MOMENTS, self.core, bare(self.optimizer))
+        if world.first():
+            write_json(Path(output_dir) / SCHEDULE, schedule.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The inverse of _save."""
-        path = Path(resume_from_checkpoint) / STATE
-        if path.is_file():
-            self.put(path)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        """The inverse of save_model."""
+        self.put(Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The inverse of _save_optimizer_and_scheduler."""
+        if checkpoint is None:
+            return
+        schedule: Any = self.lr_scheduler
+        read_moments(Path(checkpoint) / MOMENTS, self.core, bare(self.optimizer))
+        schedule.load_state_dict(read_json(Path(checkpoint) / SCHEDULE))
 
     def put(self, path: Path) -> None:
-        """Copy stored values into the trained parameters."""
-        tensors, _ = read_tensors(path)
-        ours = self.trainable()
-        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in ours.items()}:
-            raise PolybitError(f"{path} holds the weights of another run: remove its directory or choose another --out")
-        with torch.no_grad():
-            for name, parameter in ours.items():
-                parameter.copy_(tensors[name])
+        """Read stored values into the trained parameters."""
+        read_state(path, self.trainable())
+        forget(self.core)
+
+    @property
+    def best_weights(self) -> Path:
+        """Where the weights of the best moment are kept."""
+        assert self.picker.best is not None
+        return self.out / f"{BEST}{self.picker.best['step']}"
 
     def begin(self) -> Path | None:
         """Take over what an interrupted run left and probe the start of a new one; the checkpoint to go on from."""
+        if world.first():
+            last_checkpoint(self.out)  # removes what is not whole
+        world.wait()
         last = last_checkpoint(self.out)
         self.picker.read(self.out, until=-1 if last is None else int(last.name.rpartition("-")[2]))
         if self.probe is not None and not self.picker.history:
@@ -228,8 +257,8 @@ class PrecisionTrainer(Trainer):
         last = self.begin()
         self.balance = settled(self.balance, self.picker.history[0]["presets"] if self.picker.history else {})
         self.train(resume_from_checkpoint=None if last is None else str(last))
-        if self.probe is not None and (self.out / BEST).is_file():
-            self.put(self.out / BEST)
+        if self.probe is not None and self.picker.best is not None:
+            self.put(self.best_weights)
         return self.picker
 
     def take_probe(self, step: int) -> None:
@@ -238,14 +267,20 @@ class PrecisionTrainer(Trainer):
         self.core.eval()
         with torch.no_grad():
             probed = self.probe(self.core)
-        if self.picker.judge(step, probed):
-            write_tensors(self.out / BEST, self.trainable())
-        self.picker.write(self.out)
+        better = self.picker.judge(step, probed)
+        if better:
+            write_state(self.out / f"{BEST}{step}", self.trainable())
+        if world.first():
+            self.picker.write(self.out)
+            for old in self.out.glob(f"{BEST}*") if better else ():
+                if old.name != f"{BEST}{step}":
+                    shutil.rmtree(old)
+        world.wait()
 
     def go_back(self) -> None:
         """Take the best weights again and go on from them with smaller steps and without momentum."""
         assert self.optimizer is not None and self.lr_scheduler is not None
-        self.put(self.out / BEST)
+        self.put(self.best_weights)
         self.optimizer.state.clear()
         self.lr_scheduler.base_lrs = [rate * SMALLER for rate in self.lr_scheduler.base_lrs]
         for group in self.optimizer.param_groups:
@@ -283,9 +318,21 @@ class _Watch(TrainerCallback):
             control.should_training_stop |= trainer.picker.stopped is not None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not world.first():
+            return
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE
         with atomic_path(path) as staged:
             staged.write_text("")
+
+
+def both(old: Gradient | None, new: Gradient) -> Gradient:
+    """Two gradients added."""
+    return new if old is None else [add([a, b]) for a, b in zip(old, new, strict=True)]
+
+
+def bare(optimizer: Any) -> Any:
+    """The optimizer of torch inside what accelerate makes of it."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def last_checkpoint(out: Path) -> Path | None:

@@ -26,10 +26,11 @@ def float_lm(family: str = "llama") -> LocalLM:
     return LocalLM(tiny_model(family), tokenizer())
 
 
-def trainable(widths=(3,), family: str = "llama", scales: str = "recomputed") -> torch.nn.Module:
+def trainable(widths=(3,), family: str = "llama", scales: str = "recomputed", **more) -> torch.nn.Module:
     """The same model behind fake quantization at each width."""
     presets = {f"w{b}": Plan.uniform(b) for b in widths}
-    return make_trainable(copy.deepcopy(float_lm(family).model), presets, group_size=32, freedom=Freedom(scales=scales))
+    told = {"freedom": Freedom(scales=scales), **more}
+    return make_trainable(copy.deepcopy(float_lm(family).model), presets, group_size=32, **told)
 
 
 def prompts(count: int) -> list[list[int]]:
