@@ -24,6 +24,7 @@ from polybit.core.records import machine
 from polybit.core.runtime import write_json
 
 TOKENS = 6
+WORDS = ("Ann", "Ben", "red", "blue", "pens", "ships", "horse", "seven", "went", "saw", "has")
 
 
 def resident(pid: int) -> int:
@@ -35,7 +36,7 @@ def resident(pid: int) -> int:
 def ask(client: httpx.Client, names: list[str], number: int) -> int:
     """One request; the tokens of its answer."""
     draw = random.Random(number)
-    words = " ".join(draw.choice(["Ann", "Ben", "red", "blue", "pens", "ships", "horse", "seven", "went", "saw", "has"]) for _ in range(12))
+    words = " ".join(draw.choice(WORDS) for _ in range(12))
     body = {"model": draw.choice(names), "prompt": f"{number} {words}", "max_tokens": TOKENS, "temperature": 1.0}
     if draw.random() < 1 / 8:
         with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
