@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from cyclopts import App, Group
@@ -40,6 +41,7 @@ COMMANDS = {
 }
 NO_MEMORY = "can't allocate memory"  # what torch says of main memory
 TRACEBACK = "POLYBIT_TRACEBACK"  # set, an error nobody foresaw is raised as it is
+SHOWN = warnings.formatwarning
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 
 
@@ -86,10 +88,20 @@ def fail(sentence: str, status: int = 2) -> None:
     raise SystemExit(status)
 
 
+def one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """How a warning is shown: one of this package as one sentence, others as ever."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"polybit: {message}\n"
+    return SHOWN(message, category, filename, lineno, line)
+
+
 def main(tokens: list[str] | None = None) -> None:
     """Entry point of the `polybit` command: errors a user can mend are one sentence and a non-zero status."""
     tokens, config_file = take_config(list(sys.argv[1:] if tokens is None else tokens))
     app = build_app(config_file)
+    warnings.formatwarning = one_line
     try:
         app(tokens)
     except KeyboardInterrupt:

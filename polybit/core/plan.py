@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,6 +99,13 @@ class Plan:
                     f"the plan gives column widths to layer {name!r:.120}, which it leaves in float: "
                     "give the layer a width such as w4, or remove it from 'columns'"
                 )
+
+    def __str__(self) -> str:
+        """As people say it: w4, or how many layers have what, as in "w4, 3 layers w6, widths inside 2 layers"."""
+        counts = Counter(str(precision) for precision in self.layers.values() if precision != self.default)
+        parts = [f"{n} {'layer' if n == 1 else 'layers'} {precision}" for precision, n in counts.most_common()]
+        inside = [f"widths inside {len(self.columns)} {'layer' if len(self.columns) == 1 else 'layers'}"]
+        return ", ".join([str(self.default), *parts, *(inside if self.columns else [])])
 
     @classmethod
     def uniform(cls, precision: str | int | Precision) -> Plan:

@@ -15,7 +15,7 @@ from polybit.hub.checkpoint import METHOD
 from polybit.hub.directory import restore
 from polybit.hub.files import check_sizes, read_headers, read_json, shards_of
 from polybit.hub.gguf_file import is_gguf, open_gguf
-from polybit.hub.quiet import quiet, untold_retries
+from polybit.hub.quiet import calling_hub, quiet
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -87,7 +87,8 @@ def fetch(name: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=FETCHED))
+        with calling_hub(name):
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=FETCHED))
     except Exception as error:
         raise PolybitError(f"{name} could not be fetched ({first_line(error)}): check the connection") from error
 
@@ -99,7 +100,7 @@ def open_model(name: str, *, dtype: torch.dtype, trust_remote_code: bool) -> nn.
     check_architecture(name, trust_remote_code=trust_remote_code)
     open_pretrained: Any = AutoModelForCausalLM.from_pretrained
     try:
-        with quiet(name):
+        with quiet(name), calling_hub(name):
             model, report = open_pretrained(
                 name,
                 dtype=dtype,
@@ -138,7 +139,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
 
     check_name(name)
     try:
-        with untold_retries():
+        with calling_hub(name):
             return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         remedy = "give a local model directory, or a hub id that can be reached"
@@ -233,7 +234,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         raise PolybitError(f"{name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): {remedy}")
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with calling_hub(name):
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise PolybitError(f"the tokenizer of {name} could not be loaded ({first_line(error)}): {remedy}") from error
 

@@ -40,7 +40,7 @@ Candidates = Callable[[Target, Tensor, LayerStats | None], Mapping[int, Tensor]]
 class BlockReading:
     """What one block's layers do to every probe: sums over counted tokens of each item, in nats.
 
-    kl[probe][layer][width], nll[...]: float64 [items]; `nll` is what the float model's own loss rises by ·
+    `kl[probe][layer][width]`, `nll[...]`: float64 [items]; `nll` is what the float model's own loss rises by ·
     work: block-forwards it took, a forward of one block over one batch being 1 · naive: what running the whole model
     for every candidate would have taken.
     """

@@ -14,6 +14,7 @@ from tests.killed import forked, killed_at, moments
 
 POINTS, SOON = 50, 2
 SMALL = ["--steps", "3", "--batch", "2"]
+FEW = ["--samples", "4", "--window", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,9 @@ def room(tiny_llama, tmp_path_factory):
     checkpoint(folder / "fixed", bits=4, zero="level", nested=False)
     shutil.copytree(tiny_llama, folder / "llama")
     (folder / "prompts.txt").write_text("How are you?\nWhat is 3 plus 4?\nTell me a story.\nWho are you?\nHi!\n")
+    (folder / "talk.txt").write_text(
+        "\n".join(f"Number {i} is {i * i} in squares, {i + i} in pairs." for i in range(99))
+    )
     main(verb_words("pairs", folder, folder / "answers"))
     main(["quantize", str(folder / "llama"), "--out", str(folder / "small"), "--method", "rtn", "--bits", "4",
           "--samples", "4", "--window", "32", "--calibration", "embedded", "--no-measure"])  # fmt: skip
@@ -49,20 +53,29 @@ def verb_words(verb, room, out):
             "32",
             *SMALL,
         ],
+        "quantize": ["quantize", room / "llama", "--widths", "8,4,2", "--calibration", "embedded", *FEW],
+        "allocate": ["allocate", room / "llama", "--bits", "4", "--general", "embedded", "--tasks", "arithmetic", *FEW,
+                     "--items", "2", "--calibration-samples", "4", "--cache", out.parent.parent / "cache"],
+        "mix": ["mix", room / "llama", "--general", "embedded", "--tasks", room / "talk.txt", *FEW, "--verify",
+                "--method", "rtn", "--seeds", "1"],
         "report": ["report", room / "small", "--eval", room / "eval.json"],
-    }[name]
-    return [str(word) for word in [*words, "--out", out]]
+    }[name]  # fmt: skip
+    return [str(word) for word in [*words, "--json" if name == "mix" else "--out", out]]
 
 
-VERBS = [*(f"export {to}" for to in EXPORTERS), "pairs", "align", "train", "report"]
+VERBS = [*(f"export {to}" for to in EXPORTERS), "quantize", "allocate", "mix", "pairs", "align", "train", "report"]
 NOW = ("export mlx", "pairs")
-ANEW = ("pairs", "align", "train")  # these write over nothing; the others must keep what is there
+ANEW = ("quantize", "allocate", "mix", "pairs", "align", "train")  # written where nothing is; others keep what is there
+ENDING = {"report": ".html", "allocate": ".json", "mix": ".json"}
 CASES = [pytest.param(v, SOON if n == 0 else POINTS, marks=pytest.mark.slow if n or v not in NOW else ())
          for v in VERBS for n in (0, 1)]  # fmt: skip
 
 
 def content(out):
-    """What must be the same after a killed run as without: sizes and digests, or the page."""
+    """What must be the same after a killed run as without: sizes and digests, the page, the numbers."""
+    if out.suffix == ".json":
+        found = json.loads(out.read_text())
+        return found.get("numbers", found)
     if out.is_file():
         text = out.read_text()
         assert text.rstrip().endswith("</html>")
@@ -72,11 +85,17 @@ def content(out):
     return {name: entry for name, entry in files.items() if name != "run.json" and not name.endswith("history.json")}
 
 
+def forget(out):
+    """As if the verb had never run."""
+    shutil.rmtree(out.parent.parent / "cache", ignore_errors=True)
+    out.unlink() if out.is_file() else shutil.rmtree(out)
+
+
 @pytest.mark.parametrize(("verb", "points"), CASES)
 def test_killed_at_any_moment_nothing_is_lost(verb, points, room, tmp_path):
     place = tmp_path / "place"
     place.mkdir()
-    out = place / ("out.html" if verb == "report" else "out")
+    out = place / f"out{ENDING.get(verb, '')}"
     work = lambda: main(verb_words(verb, room, out))  # noqa: E731
     count = moments(work, tmp_path / "count")
     whole = content(out)
@@ -84,7 +103,7 @@ def test_killed_at_any_moment_nothing_is_lost(verb, points, room, tmp_path):
     killed = 0
     for point in range(points):
         if verb in ANEW:
-            shutil.rmtree(out)
+            forget(out)
         killed += killed_at(1 + (count - 1) * (2 * point + 1) // (2 * points), work)
         if out.exists():
             assert content(out) == whole
@@ -94,7 +113,7 @@ def test_killed_at_any_moment_nothing_is_lost(verb, points, room, tmp_path):
         assert content(out) == whole
     assert killed >= points * 0.8, f"{killed} of {points} runs lived until they were killed"
     if verb in ANEW:
-        shutil.rmtree(out)
+        forget(out)
     assert forked(work) == 0  # what the killed ones left is in nobody's way, and goes
     assert content(out) == whole
     assert {path.name for path in place.iterdir()} == {out.name}

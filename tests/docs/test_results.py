@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import pages
+from benchmarks import howto, pages
 from polybit.cli import build_app, take_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,9 +26,15 @@ def read(path: Path) -> str:
 
 
 def commands(text: str) -> list[str]:
-    """The `polybit …` lines of the code blocks of a page."""
+    """The `polybit …` lines of the code blocks of a page, with or without a prompt; what a shell adds is left out."""
     lines = [line for block in BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines()]
-    return [line.split("  #")[0].strip() for line in lines if line.startswith("polybit ")]
+    typed = [line.removeprefix("$ ") for line in lines + pages_before(text)]
+    return [re.split(r"  #| \|\| | > | & ", line)[0].strip() for line in typed if line.startswith("polybit ")]
+
+
+def pages_before(text: str) -> list[str]:
+    """What a how-to page runs before the commands it shows."""
+    return howto.BEFORE.findall(text)
 
 
 @pytest.mark.parametrize("path", pages.marked_pages(), ids=shown)

@@ -51,3 +51,29 @@ def test_no_byte_is_touched_that_is_not_ours(tmp_path, fuzz, parts):
     found = subprocess.run([str(program), "150"], capture_output=True, text=True, timeout=600)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "0 wrong" in found.stdout
+
+
+ARM, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
+ON_ARM = {  # as CMakeLists.txt builds them there; the x86 sets are empty
+    "neon": ("neon.cpp", ["-march=armv8.2-a+dotprod"]),
+    "avxvnni": ("avx2.cpp", ["-DPOLYBIT_VNNI"]),
+    **{name: (f"{name}.cpp", []) for name in ("linear", "stored", "portable", "avx2", "avx512")},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which(ARM) and shutil.which(EMULATOR)), reason=f"needs {ARM} and {EMULATOR}")
+@pytest.mark.parametrize(
+    ("fuzz", "parts"),
+    [("fuzz.cpp", ON_ARM), ("fuzz_search.cpp", {name: (source, []) for name, (source, _) in SEARCH.items()})],
+)
+def test_arm_kernels_give_the_literal_sums(tmp_path, fuzz, parts):
+    """Compiled for 64-bit Arm as a wheel is, the true intrinsics, run by an emulator of the processor."""
+    common = ["-std=c++17", "-O2", "-w", "-ffp-contract=off", "-static", f"-I{SOURCES}"]
+    objects = [str(tmp_path / f"{name}.o") for name in parts]
+    for made, (source, flags) in zip(objects, parts.values(), strict=True):
+        subprocess.run([ARM, *common, *flags, "-c", str(SOURCES / source), "-o", made], check=True)
+    program = tmp_path / "fuzz"
+    subprocess.run([ARM, *common, str(Path(__file__).parent / fuzz), *objects, "-o", str(program)], check=True)
+    found = subprocess.run([EMULATOR, str(program), "150"], capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0 and "0 wrong" in found.stdout, found.stdout + found.stderr
