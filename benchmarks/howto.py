@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [DOCS / "start.md", DOCS / "real-model.md", *sorted((DOCS / "how").glob("*.md"))]
+PAGES = [DOCS / "start.md", DOCS / "real-model.md", *sorted((DOCS / "how").glob("[a-z]*.md"))]
 CONSOLE = re.compile(r"^```console\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BEFORE = re.compile(r"^<!-- before: (.+?) -->$", re.MULTILINE)
 MODEL = re.compile(r"^<!-- model: (\S+) -->$", re.MULTILINE)
@@ -82,13 +82,12 @@ def said(lines: list[str], room: Path, folder: Path) -> list[str]:
         env=environment(room),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        text=True,
-        errors="replace",
         timeout=LONGEST,
     )
+    shown = done.stdout.decode(errors="replace")  # with the carriage returns of progress, which text=True would replace
     outputs = []
     for n, line in enumerate(lines):
-        after = done.stdout.partition(MARK.format(n) + "\n")[2]
+        after = shown.partition(MARK.format(n) + "\n")[2]
         found = re.search(re.escape(MARK).replace(r"\{\}", r"(\d+)"), after)
         if found is None or found[1] != "0":
             raise CommandFailed(f"$ {line}\n{after[:2000]}")
