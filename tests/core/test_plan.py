@@ -80,4 +80,6 @@ def test_misfit_is_named(columns, group_size, words):
 def test_as_people_say_it():
     assert str(Plan.uniform("w4a8")) == "w4a8"
     assert str(PLAN) == "w4, 1 layer w3, widths inside 2 layers"
-    assert str(Plan(Precision(w=4), {"a": Precision(w=4), "b": Precision(w=6), "c": Precision(w=6)})) == "w4, 2 layers w6"
+    assert (
+        str(Plan(Precision(w=4), {"a": Precision(w=4), "b": Precision(w=6), "c": Precision(w=6)})) == "w4, 2 layers w6"
+    )
