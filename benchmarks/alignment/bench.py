@@ -162,11 +162,12 @@ class Bench:
             found |= done
         return found
 
-    def trainable(self, method: str, bits: int, margin: float = 0.1, scales: str = "") -> nn.Module:
+    def trainable(self, method: str, bits: int, margin: float | None = None, scales: str = "") -> nn.Module:
         """A fresh trainable model of one width at its start; plain rounding keeps its scales those of its weights,
         unless told otherwise."""
+        margin = (0.0 if method == "rtn" else 0.1) if margin is None else margin
         scales = scales or ("recomputed" if method == "rtn" else "learned")
-        freedom = Freedom(scales=scales, margin=0.0 if scales == "recomputed" else margin)
+        freedom = Freedom(scales=scales, margin=margin)
         return make_trainable(
             copy.deepcopy(self.model), {f"w{bits}": Plan.uniform(bits)}, start=self.start(method, bits),
             group_size=self.setting.group_size, zero="group", freedom=freedom,

@@ -71,7 +71,7 @@ def run(bench: Bench, spec: str, bits: int, method: str, seed: int, course: Cour
     """One row: train from a start, keep the best moment of its own probe, measure on the held-out prompts."""
     name, rate, knobs = read(spec)
     preset = f"w{bits}"
-    model = bench.trainable(method, bits, knobs.get("margin", 0.1), knobs.get("scales", ""))
+    model = bench.trainable(method, bits, knobs.get("margin"), knobs.get("scales", ""))
     record: dict[str, Any] = {"row": spec, "bits": bits, "start": method, "seed": seed, "seconds": 0.0}
     if name != "start":
         chosen, renewed = objective(name, knobs, course.steps)

@@ -197,6 +197,7 @@ def course_of(options: AlignOptions, widths: FileWidths) -> Course:
         seed=options.seed,
         balance=Balance(options.share),
         allowed=widths.allowed(options.keep_within),
+        back=options.objective.back,
         exact=options.keep_within if len(widths.trained) > 1 else 0.0,
     )
 

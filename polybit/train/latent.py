@@ -45,7 +45,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from polybit.core.affine import Grid, QWeight, ZeroKind, fake_quantize_tokens
+from polybit.core.affine import Grid, QWeight, ZeroKind, fake_quantize_tokens, split_groups
 from polybit.core.plan import ColumnWidths, Plan
 from polybit.core.planes import pack, unpack
 from polybit.core.precision import FLOAT, Precision
@@ -67,6 +67,7 @@ from polybit.train.straight import Code, Scales
 AdapterKind = Literal["none", "nested", "lora"]
 Codes = Literal["shared", "own"]
 FLOAT_PRESET = "float"
+ON_BORDER = 0.01  # codes: 16-bit scales leave weights that were quantized before a little beside the border they are on
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,9 @@ class Freedom:
     adapters · others: train embeddings, norms and biases too, or only norms and biases ("norms"); the float preset is
     then no longer the model it was made from, so a teacher is a model of its own · rank: of the adapter at its
     narrowest width · margin: distance a latent weight keeps at the start from the borders of its cell, in codes (up to
-    0.5 = the middle). Compensated codes lie across a border from their weight; without a margin the first steps undo
-    them at random · chained: widths that get a latent weight of their own, in one shared code (chain.py); scales and
+    0.5 = the middle). Compensated codes lie across a border from their weight, and weights that were quantized
+    before (GGUF) right on one (of recomputed scales only those move); without a margin the first steps carry them over at
+    random · chained: widths that get a latent weight of their own, in one shared code (chain.py); scales and
     whatever wider widths read then stay those of the start as far as they can.
     """
 
@@ -239,13 +241,29 @@ def fill(layer: LatentLinear, widths: list[int], given: QWeight | None, grid: Gr
         at_start_OI = given.dequantize() if freedom.margin else weight_OI
         layer.codes[str(given.bits)] = Chain(given, stored, freedom.chained, at_start_OI)
         return
-    layer.codes[str(given.bits)] = Code(given, freedom.scales, stored)
-    if freedom.scales != "recomputed":
-        scaled_OI = start_latents(given, weight_OI)
-        if freedom.margin:
-            codes_OI, room = given.codes_OI.float(), max(0.5 - freedom.margin, 0.0)
-            scaled_OI = torch.minimum(torch.maximum(scaled_OI, codes_OI - room), codes_OI + room)
-        layer.latent_OI.data.copy_(in_weight_units(scaled_OI, given))
+    code = Code(given, freedom.scales, stored)
+    layer.codes[str(given.bits)] = code
+    if freedom.scales == "recomputed":
+        if not freedom.margin:
+            return
+        given = code.encode(weight_OI)
+    scaled_OI = start_latents(given, weight_OI)
+    if freedom.margin:
+        codes_OI, room = given.codes_OI.float(), max(0.5 - freedom.margin, 0.0)
+        scaled_OI = torch.minimum(torch.maximum(scaled_OI, codes_OI - room), codes_OI + room)
+    latent_OI = in_weight_units(scaled_OI, given)
+    if freedom.scales == "recomputed":  # the ends of a group are its scale, and only what lies on a border has to move
+        on_border_OI = (start_latents(given, weight_OI) - given.codes_OI.float()).abs() > 0.5 - ON_BORDER
+        moves_OI = on_border_OI & ~ends_of_groups(weight_OI, given.group_size)
+        latent_OI = torch.where(moves_OI, latent_OI, weight_OI.float())
+    layer.latent_OI.data.copy_(latent_OI)
+
+
+def ends_of_groups(weight_OI: Tensor, group_size: int) -> Tensor:
+    """True for the least and the largest weight of each group, [O, I]."""
+    groups_OGL, _ = split_groups(weight_OI.float(), group_size)
+    ends_OGL = (groups_OGL == groups_OGL.amin(-1, keepdim=True)) | (groups_OGL == groups_OGL.amax(-1, keepdim=True))
+    return ends_OGL.flatten(1)[:, : weight_OI.shape[1]]
 
 
 def in_weight_units(position_OI: Tensor, q: QWeight) -> Tensor:

@@ -47,7 +47,9 @@ class AnswerObjective:
     (material.Gather) · summary: half a sentence for `--help` · rate: peak learning rate unless told otherwise ·
     static_rate: the same where the model's own answers are never renewed, None = no other · own: whether it looks at
     the model's own answers, so that renewing them has a meaning · pairs: whether it compares both models' answers and
-    learns nothing where they are all the same · prefix: whether it can share the beginning of a pair · at_teacher: the
+    learns nothing where they are all the same · prefix: whether it can share the beginning of a pair · back: how much worse than the
+    best moment a probe may be before the run goes back to that and on at a third of the rate (Picker), None = it is
+    stopped after three probes below its start instead · at_teacher: the
     loss, by the end of a run with the default knobs, of a model that says what the float model says.
     """
 
@@ -58,6 +60,7 @@ class AnswerObjective:
     own: bool = False
     pairs: bool = False
     prefix: bool = False
+    back: float | None = None
     at_teacher: float = 0.0
 
     def build(self, knobs: AnswerKnobs) -> Any:
@@ -135,6 +138,7 @@ def rates(table: Mapping[str, AnswerObjective]) -> str:
 
 NO_MARGIN = log(2)  # sigmoid loss of a pair without margin; QDPO starts above it: at the first flip its margin is < 0
 STATIC_RATE = 1e-5  # of QDPO without refresh: above it likelihood displacement begins (docs/results/alignment.md)
+FALL = 0.1  # share of its best score a preference may lose before it goes back: its rate is another for every model
 
 ANSWER_OBJECTIVES: dict[str, AnswerObjective] = {
     "kd": AnswerObjective("polybit.train.distill:kd", "forward KL on the float model's answers"),
@@ -148,6 +152,7 @@ ANSWER_OBJECTIVES: dict[str, AnswerObjective] = {
         own=True,
         pairs=True,
         prefix=True,
+        back=FALL,
         at_teacher=NO_MARGIN,
     ),
     "qdpo+kd": AnswerObjective(
@@ -156,10 +161,17 @@ ANSWER_OBJECTIVES: dict[str, AnswerObjective] = {
         rate=1e-4,
         own=True,
         pairs=True,
+        back=FALL,
         at_teacher=NO_MARGIN,
     ),
     "kd-then-qdpo": AnswerObjective(
-        "polybit.train.preference:kd_then_qdpo", "kd, then both", rate=1e-4, own=True, pairs=True, at_teacher=NO_MARGIN
+        "polybit.train.preference:kd_then_qdpo",
+        "kd, then both",
+        rate=1e-4,
+        own=True,
+        pairs=True,
+        back=FALL,
+        at_teacher=NO_MARGIN,
     ),
 }
 LESSON_OBJECTIVES: dict[str, LessonObjective] = {

@@ -21,6 +21,7 @@ from polybit.train.probe import AnswerProbe, forget
 from polybit.train.straight import Scales
 
 NARROW = 4  # wider ones answer like the float model already: by default they are kept, not trained
+CLEAR = 0.05  # codes between a weight and the border of its cell at the start from a float model (Freedom.margin)
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ def trainable_of(
             scales=scales or ("frozen" if widths.chained else plain),
             base=adapter == "none",
             rank=rank,
-            # a checkpoint's codes are compensated: latents at the borders of their cells would undo that in a few steps
-            margin=0.0 if start is None else 0.5,
+            # a checkpoint's codes are compensated: latents at the borders of their cells would undo that in a few steps;
+            # a float model may have been quantized before, and then has its weights on borders
+            margin=CLEAR if start is None else 0.5,
             chained=widths.bits if widths.chained else (),
         ),
     )

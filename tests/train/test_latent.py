@@ -331,3 +331,26 @@ def test_kept_weights_stay_behind_when_a_model_moves():
     assert not any(
         code.seen or code.growing for layer in latent_layers(model).values() for code in layer.codes.values()
     )
+
+
+def test_weights_that_were_quantized_before_do_not_tip_over_at_the_first_step():
+    """Every other one of 15 levels lies on a border of 8 codes: without a margin a step of nothing moves its code."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(64, 32, bias=False)
+    levels_OI = torch.randint(-6, 9, (32, 64), generator=generator).float()
+    levels_OI[:, ::32], levels_OI[:, 1::32] = -6, 8
+    layer.weight.data.copy_(0.01 * levels_OI)
+    moved = {}
+    for margin in (0.0, 0.05):
+        freedom = Freedom(scales="recomputed", margin=margin)
+        model = make_trainable(
+            nn.Sequential(copy.deepcopy(layer)), {"w3": Plan.uniform(3)}, group_size=32, freedom=freedom
+        )
+        [(_, found)] = latent_layers(model).items()
+        code = found.codes["3"]
+        start = code.encode(found.latent_OI)
+        wanted = code.encode(found.source_OI)
+        assert torch.equal(start.scale_OG, wanted.scale_OG) and torch.equal(start.codes_OI, wanted.codes_OI)
+        noise_OI = 1e-5 * torch.randn(32, 64, generator=generator)
+        moved[margin] = float((code.encode(found.latent_OI + noise_OI).codes_OI != start.codes_OI).float().mean())
+    assert moved[0.0] > 0.03 and moved[0.05] == 0

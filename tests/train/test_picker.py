@@ -89,3 +89,17 @@ def test_a_nearly_exact_width_does_not_hold_back_one_with_more_to_gain():
     alone = Picker(exact=0.005)  # nobody has more to gain: the guard stays strict
     alone.judge(0, probed(0.001, 0.002, "w4"))
     assert not alone.judge(10, probed(0.001, 0.003, "w4"))
+
+
+def test_a_run_that_falls_goes_back_and_is_not_stopped():
+    picker = Picker(back=0.1, patience=1)
+    picker.judge(0, probed(0.3, 0.5))
+    assert not picker.goes_back
+    picker.judge(5, probed(0.9, 2.5))
+    assert picker.goes_back and picker.stopped is None
+    assert picker.judge(10, probed(0.2, 0.4)) and not picker.goes_back
+    picker.judge(15, probed(0.21, 0.41))
+    assert not picker.goes_back  # a little worse than the best moment, and better than the start
+    picker.judge(20, probed(0.2, math.nan))
+    assert picker.goes_back and picker.best["step"] == 10
+    assert picker.reason().endswith("after 2 returns to the best weights at a smaller rate")

@@ -214,3 +214,16 @@ def test_float_scores_need_no_float_model_while_training():
 
     Distillation()(forward, batch, ("w3",))
     assert asked == ["w3"] and float_lm() is float_lm()
+
+
+def test_a_preference_at_a_rate_that_ruins_it_goes_back_and_ends_better(tmp_path):
+    """At 3e-2 the first steps multiply KL; three returns later the rate is one at which something is learnt."""
+    halves = material(24).split(8)
+    more = {"further": {"save_strategy": "no"}}
+    course = Course(steps=20, batch=8, probes=10, learning_rate=3e-2, back=0.1, **more)
+    outcome = run(trainable(), halves, Preference(), ("w3",), out=tmp_path / "a", course=course)
+    history = outcome.picker.history
+    assert history[1]["back"] and history[1]["score"] > 2 and outcome.picker.stopped is None
+    assert outcome.picker.best["step"] > 0 and outcome.picker.best["score"] < 1
+    stopped = run(trainable(), halves, Preference(), ("w3",), out=tmp_path / "b", course=replace(course, back=None))
+    assert stopped.picker.stopped is not None and stopped.picker.best["step"] == 0
