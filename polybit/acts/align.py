@@ -91,6 +91,7 @@ def objective_of(options: AlignOptions) -> AnswersRead:
         beta=options.beta,
         loss=options.loss,
         nll=options.nll,
+        anchor=options.anchor,
         gamma=options.gamma,
         shared_prefix=options.shared_prefix,
         steps=options.steps,

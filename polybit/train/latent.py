@@ -80,8 +80,8 @@ class Freedom:
     then no longer the model it was made from, so a teacher is a model of its own · rank: of the adapter at its
     narrowest width · margin: distance a latent weight keeps at the start from the borders of its cell, in codes (up to
     0.5 = the middle). Compensated codes lie across a border from their weight, and weights that were quantized
-    before (GGUF) right on one (of recomputed scales only those move); without a margin the first steps carry them over at
-    random · chained: widths that get a latent weight of their own, in one shared code (chain.py); scales and
+    before (GGUF) right on one (of recomputed scales only those move); without a margin the first steps carry them
+    over at random · chained: widths that get a latent weight of their own, in one shared code (chain.py); scales and
     whatever wider widths read then stay those of the start as far as they can.
     """
 

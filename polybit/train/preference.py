@@ -53,6 +53,8 @@ class Preference:
     beta: inverse temperature · kind: sigmoid (the paper's) or ipo · nll: weight of the mean negative log-likelihood of
     the float answers · distill, gamma: a distillation objective added with that weight (QDPO + KD) · shared: compute
     the common beginning of a pair once, in one row `[prefix | tail w | tail l]`.
+    mean: margins of means per token instead of sums · anchor: times the nats by which a float answer is less likely
+    than to the float model, taken off the margin (DPO-positive, arXiv 2402.13228): probability that leaves it costs.
     Pairs whose answers are the same (after a refresh) carry no loss and the mean is over the others.
     """
 
@@ -185,7 +187,7 @@ class Stages:
 
 def qdpo(knobs: AnswerKnobs) -> Preference:
     """`--method qdpo`."""
-    return Preference(knobs.beta, knobs.loss, nll=knobs.nll, shared=knobs.shared_prefix)
+    return Preference(knobs.beta, knobs.loss, nll=knobs.nll, anchor=knobs.anchor, shared=knobs.shared_prefix)
 
 
 def qdpo_and_kd(knobs: AnswerKnobs) -> Preference:

@@ -27,13 +27,14 @@ class AnswerKnobs:
     """What `polybit align` can be told of an objective; a builder takes what concerns it.
 
     beta: inverse temperature of a preference · loss: its form · nll: weight of the negative log-likelihood of the float
-    answers beside it · gamma: weight of distillation beside it · shared_prefix: compute the common beginning of a pair
-    once · steps: of the whole run, for objectives in stages.
+    answers beside it · anchor: what leaving the float answer costs · gamma: weight of distillation beside it ·
+    shared_prefix: compute the common beginning of a pair once · steps: of the whole run, for objectives in stages.
     """
 
     beta: float = 0.1
     loss: PreferenceLoss = "sigmoid"
     nll: float = 0.0
+    anchor: float = 0.0
     gamma: float = 10.0
     shared_prefix: bool = False
     steps: int = 150
@@ -47,10 +48,10 @@ class AnswerObjective:
     (material.Gather) · summary: half a sentence for `--help` · rate: peak learning rate unless told otherwise ·
     static_rate: the same where the model's own answers are never renewed, None = no other · own: whether it looks at
     the model's own answers, so that renewing them has a meaning · pairs: whether it compares both models' answers and
-    learns nothing where they are all the same · prefix: whether it can share the beginning of a pair · back: how much worse than the
-    best moment a probe may be before the run goes back to that and on at a third of the rate (Picker), None = it is
-    stopped after three probes below its start instead · at_teacher: the
-    loss, by the end of a run with the default knobs, of a model that says what the float model says.
+    learns nothing where they are all the same · prefix: whether it can share the beginning of a pair · back: how much
+    worse than the best moment a probe may be before the run goes back to that and on at a third of the rate (Picker),
+    None = it is stopped after three probes below its start instead · at_teacher: the loss, by the end of a run with the
+    default knobs, of a model that says what the float model says.
     """
 
     builder: str

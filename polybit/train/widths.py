@@ -116,7 +116,7 @@ def trainable_of(
             scales=scales or ("frozen" if widths.chained else plain),
             base=adapter == "none",
             rank=rank,
-            # a checkpoint's codes are compensated: latents at the borders of their cells would undo that in a few steps;
+            # a checkpoint's codes are compensated: latents at the borders of their cells would undo that in few steps;
             # a float model may have been quantized before, and then has its weights on borders
             margin=CLEAR if start is None else 0.5,
             chained=widths.bits if widths.chained else (),

@@ -233,3 +233,19 @@ def test_what_cannot_be_meant_is_refused():
         Preference(shared=True, nll=1.0)
     with pytest.raises(PolybitError, match="sigmoid or ipo"):
         preference_loss(torch.zeros(1), beta=0.1, kind="hinge")
+
+
+def test_an_anchor_takes_what_the_float_answer_lost_off_the_margin():
+    """Literally: the fall of the float answer's log-probability after the divergence, in nats, where it fell."""
+    batch = batch_of(Preference())
+    pairs = batch["pairs"][PRESET]
+    w_N, l_N = (pairs[side]["logp_N"] - 0.25 for side in ("chosen", "rejected"))
+    plain, held = (Preference(anchor=anchor).margins(w_N, l_N, pairs) for anchor in (0.0, 2.0))
+    for row, star in enumerate(pairs["star_B"].tolist()):
+        fell = sum(0.25 for at, place in zip(pairs["chosen"]["row_N"], pairs["chosen"]["place_N"], strict=True)
+                   if at == row and place >= star)  # fmt: skip
+        assert float(plain[row] - held[row]) == pytest.approx(2 * fell, abs=1e-4)
+    risen = Preference(anchor=2.0).margins(w_N + 1, l_N, pairs)
+    assert torch.equal(risen, Preference().margins(w_N + 1, l_N, pairs))
+    means = Preference(mean=True).margins(w_N, l_N, pairs)
+    assert torch.allclose(means[pairs["active_B"]], torch.zeros_like(means[pairs["active_B"]]), atol=1e-5)
