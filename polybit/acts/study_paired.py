@@ -12,6 +12,7 @@ from polybit.evals.fidelity import Closeness, fidelity_numbers, prefix_share, ro
 from polybit.evals.scoring import bootstrap, exponentiate, ratio_interval
 
 Measured = Mapping[str, Any]
+MOST = 1000.0  # times nothing, or nearly nothing: more is not told apart
 
 
 def compared(measured: Mapping[str, Measured], pairs: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
@@ -94,10 +95,11 @@ def closeness(one: Measured, floats: Measured) -> list[Closeness]:
 
 
 def ratio(sums: Any, counts: Any) -> dict[str, Any]:
-    """A ratio of two sums over prompts, the prompts resampled."""
+    """A ratio of two sums over prompts, the prompts resampled; 1 where both are nothing, at most MOST."""
     above, below = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
-    if not below.sum():
-        return Estimate(0.0, 0.0, 0.0, len(above)).to_json()
-    value = float(above.sum() / below.sum())
-    low, high = ratio_interval(above[:, None], below[:, None], seed=0)
-    return Estimate(value, min(float(low[0]), value), max(float(high[0]), value), len(above)).to_json()
+    value = float(above.sum() / below.sum()) if below.sum() else (MOST if above.sum() else 1.0)
+    low, high = (float(bound[0]) for bound in ratio_interval(above[:, None], below[:, None], seed=0))
+    if np.isnan(high):  # between draws that are infinite, where there is something below at all
+        high = MOST if below.sum() else value
+    value, low, high = (min(MOST, value if np.isnan(x) else x) for x in (value, low, high))
+    return Estimate(value, min(low, value), max(high, value), len(above)).to_json()

@@ -91,6 +91,16 @@ def test_differences_are_paired():
     assert left["fidelity"]["tie"]["value"] == 1, "both differ from the float answers in the same token"
 
 
+def test_a_ratio_to_nothing_is_a_number():
+    from polybit.acts.study_paired import ratio
+
+    assert ratio([0, 0], [0, 0]) == {"value": 1, "low": 1, "high": 1, "n": 2}
+    assert ratio([1, 2], [0, 0])["value"] == 1000
+    found = ratio([1, 0, 0], [1, 0, 0])  # many draws have neither
+    assert found["value"] == found["low"] == found["high"] == 1
+    assert ratio([1, 1, 1], [1, 0, 0])["high"] == 1000
+
+
 def row(label, lost, changed=0.1, same=0.2):
     return label, {
         "bits": 4.0, "flips": estimate(0.1), "kl": estimate(0.1), "same": estimate(same), "margin": estimate(0.5),
