@@ -118,7 +118,7 @@ def filled(text: str) -> str:
 def marked_pages() -> list[Path]:
     """Every page that may hold a mark, the index last."""
     pages = sorted(path for path in RESULTS.glob("*.md") if path.name != "README.md")
-    return [ROOT / "README.md", *pages, RESULTS / "README.md"]
+    return [ROOT / "README.md", ROOT / "docs" / "scale.md", *pages, RESULTS / "README.md"]
 
 
 def main(arguments: list[str]) -> int:

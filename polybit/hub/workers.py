@@ -25,7 +25,7 @@ from polybit.hub.crew import Crew, Greeting, Make, Seen, Work, check_greetings, 
 
 LIVES = 2  # workers a task may cost
 LOSSES = 8  # workers it may cost when their nodes are to blame
-PATIENCE = 120.0  # seconds in which the first worker must have started
+PATIENCE = 300.0  # seconds in which the first worker must have started
 
 
 @dataclass(frozen=True, slots=True)

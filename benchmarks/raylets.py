@@ -1,0 +1,99 @@
+"""Two Ray nodes on this machine: the results of one process, and what the loss of a node costs.
+
+    python -m benchmarks.raylets --json docs/results/data/scale-raylets.json
+
+Each node is a raylet of its own with room for two workers; two workers are asked for, one goes to each. Tasks of the
+timed part sleep, so that the time is that of the scheduling and not of who else uses the machine; in the middle of the
+run one raylet is killed with all its processes. The other part is `polybit allocate` with and without the cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from polybit.hub.workers import Where, spread
+
+TASKS, SECONDS = 48, 2.0
+
+
+class Sleeper:
+    """A worker whose tasks take their time."""
+
+    def __call__(self, task: int) -> int:
+        """The square of a number, after a while."""
+        time.sleep(SECONDS)
+        return task * task
+
+
+def main() -> None:
+    """Measure, and print or write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    found: dict[str, Any] = {"tasks": TASKS, "task_seconds": SECONDS}
+    found["whole"], found["whole_right"] = timed(lambda nodes: None)
+    found["killed"], found["killed_right"] = timed(lambda nodes: kill(nodes[1]))
+    found["ratio"] = round(found["killed"] / found["whole"], 2)
+    found["load"] = round(os.getloadavg()[0], 1)
+    print(json.dumps(found, indent=1), flush=True)
+    found["same_numbers"] = same_numbers()
+    print(found["same_numbers"])
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def cluster() -> tuple[Any, list[Any]]:
+    """A cluster of two nodes, and the nodes."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    return made, [made.head_node, made.add_node(num_cpus=2)]
+
+
+def kill(node: Any) -> None:
+    """kill -9 of a raylet; its workers go with it."""
+    node.kill_raylet(check_alive=False)
+
+
+def timed(disturb: Callable[[list[Any]], None]) -> tuple[float, bool]:
+    """Seconds from the first result to the last, and whether all are right; in the middle the cluster is disturbed."""
+    made, nodes = cluster()
+    found: dict[int, int] = {}
+    began = 0.0
+    for number, result in spread(Sleeper, (), list(range(TASKS)), where=Where(2, made.address)):
+        began = began or time.monotonic()
+        found[number] = result
+        if len(found) == TASKS // 2:
+            threading.Thread(target=disturb, args=(nodes,)).start()
+    seconds = time.monotonic() - began
+    made.shutdown()
+    return round(seconds, 1), found == {n: n * n for n in range(TASKS)}
+
+
+def same_numbers() -> bool:
+    """Whether `polybit allocate` finds the same with the cluster as in one process."""
+    made, _ = cluster()
+    plans = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, more in (("here", []), ("there", ["--workers", "2", "--ray", made.address])):
+            words = ["--bits", "3.5", "--samples", "2", "--items", "4", "--method", "rtn", "--window", "64"]
+            words += ["--cache", f"{folder}/{name}", "--out", f"{folder}/{name}.json", "--json", f"{folder}/{name}.run"]
+            subprocess.run([sys.executable, "-m", "polybit", "allocate", "tinychat", *words, *more], check=True)
+            numbers = json.loads(Path(f"{folder}/{name}.run").read_text(encoding="utf-8"))["numbers"]
+            plans.append({key: numbers[key] for key in ("layers", "proof", "front", "plan")})
+    made.shutdown()
+    return plans[0] == plans[1]
+
+
+if __name__ == "__main__":
+    main()

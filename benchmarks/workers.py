@@ -1,0 +1,120 @@
+"""What two workers gain over one: CPU seconds on the longest path of sensitivities, pairs and evaluation.
+
+    python -m benchmarks.workers --rounds 2 --json docs/results/data/scale-workers.json
+
+On a machine that others use, wall time says who else was there. What one process takes is its CPU seconds; what two
+workers take is the CPU seconds of the process that hires them, all of them counted as if nobody worked meanwhile, and
+those of the worker that took longest, start and loading included. Every run is a fresh process, one thread each, and
+rounds are interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+VERBS: dict[str, list[str]] = {
+    "sensitivities": [
+        "allocate", "MODEL", "--bits", "3.5", "--samples", "4", "--items", "4", "--widths", "2,3,4,5,6", "--method", "rtn",
+        "--calibration-samples", "16", "--cache", "OUT/cache", "--out", "OUT/plan.json",
+    ],
+    "pairs": [
+        "pairs", "MODEL", "--prompts", "embedded", "--limit", "1536", "--shard", "32", "--max-tokens", "96",
+        "--precision", "w4", "--out", "OUT/pairs",
+    ],
+    "evaluation": ["eval", "CHECKPOINT", "--windows", "384", "--answers", "64", "--json", "OUT/eval.json"],
+}  # fmt: skip
+
+
+def main() -> None:
+    """Measure, and print or write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", default="tinychat")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", choices=list(VERBS), default=None)
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--one", nargs=2, metavar=("VERB", "WORKERS"), help="a single run, told on stdout")
+    parser.add_argument("--checkpoint", default=None)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(args.one[0], int(args.one[1]), args.model, args.checkpoint)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = f"{folder}/checkpoint"
+        quick = ["--samples", "8", "--no-measure", "--effort", "fast", "--widths", "8,4,3,2", "--out", checkpoint]
+        subprocess.run([sys.executable, "-m", "polybit", "quantize", args.model, *quick], check=True)
+        rows = [row(verb, args, checkpoint) for verb in ([args.only] if args.only else VERBS)]
+    print(json.dumps(rows, indent=1))
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def row(verb: str, args: argparse.Namespace, checkpoint: str) -> dict:
+    """All rounds of one verb."""
+    found: dict[int, list[dict]] = {1: [], 2: []}
+    for _ in range(args.rounds):
+        for workers in found:
+            words = ["-m", "benchmarks.workers", "--model", args.model, "--checkpoint", checkpoint]
+            done = subprocess.run(
+                [sys.executable, *words, "--one", verb, str(workers)], check=True, capture_output=True, text=True
+            )
+            found[workers].append(json.loads(done.stdout.splitlines()[-1]))
+    longest = {n: [run["own"] + max(run["workers"], default=0.0) for run in runs] for n, runs in found.items()}
+    total = {n: [run["own"] + sum(run["workers"]) for run in runs] for n, runs in found.items()}
+    ratios = [a / b for a, b in zip(longest[1], longest[2], strict=True)]
+    return {
+        "verb": verb,
+        "one": round(sum(longest[1]) / len(ratios), 1),
+        "two": round(sum(longest[2]) / len(ratios), 1),
+        "ratio": round(sum(ratios) / len(ratios), 2),
+        "least": round(min(ratios), 2),
+        "more_work": round(sum(total[2]) / sum(total[1]), 2),
+        "load": round(max(run["load"] for runs in found.values() for run in runs), 1),
+        "runs": found,
+    }
+
+
+def one(verb: str, workers: int, model: str, checkpoint: str | None) -> dict:
+    """One run in this process."""
+    from polybit.cli import main as polybit
+    from polybit.hub import processes
+
+    spent: list[float] = []
+    plain = processes.Processes.end
+
+    def end(self: processes.Processes) -> None:
+        spent.extend(cpu_seconds(process.pid) for process, _ in self.people.values())
+        plain(self)
+
+    processes.Processes.end = end  # type: ignore[method-assign]
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        places = {"MODEL": model, "CHECKPOINT": checkpoint or model}
+        words = [places.get(word, word).replace("OUT", folder) for word in VERBS[verb]]
+        stdout, sys.stdout = sys.stdout, sys.stderr
+        polybit([*words, *(["--workers", str(workers)] if workers > 1 else [])])
+        sys.stdout = stdout
+    teams = [sum(spent[at : at + workers]) for at in range(0, len(spent), workers)]
+    slowest = [max(spent[at : at + workers]) for at in range(0, len(spent), workers)]
+    return {
+        "own": time.process_time(),
+        "workers": [sum(slowest), sum(teams) - sum(slowest)] if spent else [],
+        "wall": time.monotonic() - began,
+        "load": os.getloadavg()[0],
+    }
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()
