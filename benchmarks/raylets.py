@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from polybit.hub.workers import Where, spread
+from polybit.hub.workers import Team, Where
 
 TASKS, SECONDS = 48, 2.0
 
@@ -66,16 +66,18 @@ def kill(node: Any) -> None:
 
 
 def timed(disturb: Callable[[list[Any]], None]) -> tuple[float, bool]:
-    """Seconds from the first result to the last, and whether all are right; in the middle the cluster is disturbed."""
+    """Seconds of all tasks once both workers are there, and whether all are right; disturbed in the middle."""
     made, nodes = cluster()
     found: dict[int, int] = {}
-    began = 0.0
-    for number, result in spread(Sleeper, (), list(range(TASKS)), where=Where(2, made.address)):
-        began = began or time.monotonic()
-        found[number] = result
-        if len(found) == TASKS // 2:
-            threading.Thread(target=disturb, args=(nodes,)).start()
-    seconds = time.monotonic() - began
+    with Team(Sleeper, (), Where(2, made.address)) as team:
+        while len(team.greeted) < 2:  # both are here before the clock starts
+            team.in_order([0, 0, 0])
+        began = time.monotonic()
+        for number, result in team.map(list(range(TASKS))):
+            found[number] = result
+            if len(found) == TASKS // 2:
+                threading.Thread(target=disturb, args=(nodes,)).start()
+        seconds = time.monotonic() - began
     made.shutdown()
     return round(seconds, 1), found == {n: n * n for n in range(TASKS)}
 

@@ -3,7 +3,7 @@
     python -m benchmarks.scale --measure && python -m benchmarks.pages     # times the constants here, a minute
     python -m benchmarks.scale && python -m benchmarks.pages               # from the constants that are kept
 
-Constants and what follows from them stand in docs/results/data/scale.json. The simulation of 64 workers gives tasks out
+Constants and what follows from them stand in docs/results/data/several-workers.json. The simulation of 64 workers gives tasks out
 by the very loop of hub.workers; only the workers, their work and their deaths are made up, and time is a number.
 """
 
@@ -28,7 +28,7 @@ from typing import Any
 from polybit.hub.crew import Seen, Word, greet
 from polybit.hub.workers import Team, Where
 
-DATA = Path(__file__).parent.parent / "docs" / "results" / "data" / "scale.json"
+DATA = Path(__file__).parent.parent / "docs" / "results" / "data" / "several-workers.json"
 GB, HOUR = 1e9, 3600.0
 NODE = 0.2  # of the deaths are those of a whole node
 WIDTHS = 6  # of a nested file, of sensitivities, of an evaluation

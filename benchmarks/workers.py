@@ -21,11 +21,11 @@ from pathlib import Path
 
 VERBS: dict[str, list[str]] = {
     "sensitivities": [
-        "allocate", "MODEL", "--bits", "3.5", "--samples", "4", "--items", "4", "--widths", "2,3,4,5,6", "--method", "rtn",
-        "--calibration-samples", "16", "--cache", "OUT/cache", "--out", "OUT/plan.json",
+        "allocate", "MODEL", "--bits", "3.5", "--samples", "4", "--items", "4", "--widths", "2,3,4,5,6",
+        "--method", "rtn", "--calibration-samples", "16", "--cache", "OUT/cache", "--out", "OUT/plan.json",
     ],
     "pairs": [
-        "pairs", "MODEL", "--prompts", "embedded", "--limit", "1536", "--shard", "32", "--max-tokens", "96",
+        "pairs", "MODEL", "--prompts", "embedded", "--limit", "768", "--shard", "32", "--max-tokens", "96",
         "--precision", "w4", "--out", "OUT/pairs",
     ],
     "evaluation": ["eval", "CHECKPOINT", "--windows", "384", "--answers", "64", "--json", "OUT/eval.json"],
