@@ -1,6 +1,6 @@
 """Two Ray nodes on this machine: the results of one process, and what the loss of a node costs.
 
-    python -m benchmarks.raylets --json docs/results/data/scale-raylets.json
+    python -m benchmarks.raylets --json FILE
 
 Each node is a raylet of its own with room for two workers; two workers are asked for, one goes to each. Tasks of the
 timed part sleep, so that the time is that of the scheduling and not of who else uses the machine; in the middle of the

@@ -1,6 +1,6 @@
 """Memory of one process that trains alone, and of each of two under FSDP2.
 
-    python -m benchmarks.sharded --json docs/results/data/scale-memory.json
+    python -m benchmarks.sharded --json FILE
 
 A random Llama behind fake quantization takes a few steps. Counted are the bytes of weights, gradients and moments that
 a process holds after a step, and the growth of its resident memory from before the model to its peak while training.

@@ -1,6 +1,6 @@
 """What two workers gain over one: CPU seconds on the longest path of sensitivities, pairs and evaluation.
 
-    python -m benchmarks.workers --rounds 2 --json docs/results/data/scale-workers.json
+    python -m benchmarks.workers --rounds 2 --json FILE
 
 On a machine that others use, wall time says who else was there. What one process takes is its CPU seconds; what two
 workers take is the CPU seconds of the process that hires them, all of them counted as if nobody worked meanwhile, and
