@@ -3,8 +3,9 @@
     python -m benchmarks.scale --measure && python -m benchmarks.pages     # times the constants here, a minute
     python -m benchmarks.scale && python -m benchmarks.pages               # from the constants that are kept
 
-Constants and what follows from them stand in docs/results/data/several-workers.json. The simulation of 64 workers gives tasks out
-by the very loop of hub.workers; only the workers, their work and their deaths are made up, and time is a number.
+Constants and what follows from them stand in docs/results/data/several-workers.json. The simulation of 64 workers gives
+tasks out by the very loop of hub.workers; only the workers, their work and their deaths are made up, and time is a
+number.
 """
 
 from __future__ import annotations
