@@ -15,9 +15,9 @@ from polybit.compress.blocks import run_blocks
 from polybit.measure.sensitivity import BlockReading
 
 
-def distance(model, probes, targets, candidates, *, calibration=(), only=None, seed=0):
+def distance(model, probes, targets, candidates, *, calibration=(), only=None, seed=0, **where):
     """The squared distance of each candidate, the same for every item."""
-    for block in run_blocks(model, [probes[0].ids[0]], targets, references=False):
+    for block in run_blocks(model, [probes[0].ids[0]], targets, references=False, **where):
         reading = BlockReading(block.index)
         for target in block.targets:
             weight_OI = target.weight_OI(model)
