@@ -62,6 +62,10 @@ def prompt_of(row: Any, where: str, *, chat: bool) -> Prompt:
     fields = row if isinstance(row, dict) else {}
     for key in ("prompt", *CHAT_KEYS):
         if isinstance(fields.get(key), list):
+            if fields[key] and all(isinstance(turn, str) for turn in fields[key]):
+                return as_prompt(
+                    fields[key][0], chat=chat
+                )  # MT-Bench: the next question follows the model's own answer
             messages = read_messages(fields[key], f"{where}, key {key!r},")
             while messages and messages[-1]["role"] not in ("user", "tool"):
                 messages.pop()

@@ -27,6 +27,12 @@ def test_files_are_read_as_prompts(tmp_path):
     assert [p[0]["content"] for p in gather_prompts(str(path), chat=True)] == ["one", "two"]
 
 
+def test_questions_of_a_benchmark_give_their_first(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question_id": 81, "turns": ["Write a post.", "Rewrite it."]}\n')
+    assert gather_prompts(str(tmp_path / "q.jsonl"), chat=True) == [[{"role": "user", "content": "Write a post."}]]
+    assert gather_prompts(str(tmp_path / "q.jsonl"), chat=False) == ["Write a post."]
+
+
 def test_every_user_turn_of_a_conversation_is_a_prompt():
     turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     assert [len(prompt) for prompt in user_turns(turns)] == [1, 3]
