@@ -63,9 +63,7 @@ def prompt_of(row: Any, where: str, *, chat: bool) -> Prompt:
     for key in ("prompt", *CHAT_KEYS):
         if isinstance(fields.get(key), list):
             if fields[key] and all(isinstance(turn, str) for turn in fields[key]):
-                return as_prompt(
-                    fields[key][0], chat=chat
-                )  # MT-Bench: the next question needs an answer
+                return as_prompt(fields[key][0], chat=chat)  # MT-Bench: the next question needs an answer
             messages = read_messages(fields[key], f"{where}, key {key!r},")
             while messages and messages[-1]["role"] not in ("user", "tool"):
                 messages.pop()
