@@ -15,9 +15,11 @@ import torch
 from auto_round import AutoRound
 from torch.nn.functional import log_softmax
 
+from polybit.compress.blocks import find_blocks
 from polybit.data.text import read_windows
 from polybit.hub.load import load_float
 from polybit.hub.models import resolve
+from polybit.nn.convert import targets
 
 
 def main() -> None:
@@ -29,16 +31,24 @@ def main() -> None:
     parser.add_argument("--calibration", default="embedded")
     parser.add_argument("--text", default="embedded-test")
     parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--amp", action="store_true", help="bfloat16 products")
+    parser.add_argument("--blocks", type=int, help="quantize only so many blocks from the first on")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_float(resolve(args.model))
     reference = copy.deepcopy(model)
-    calibration, _ = read_windows(args.calibration, tokenizer, 256, count=128, seed=0)
-    held_out, _ = read_windows(args.text, tokenizer, 256, count=args.windows)
+    calibration, _ = read_windows(args.calibration, tokenizer, args.window, count=args.samples, seed=0)
+    held_out, _ = read_windows(args.text, tokenizer, args.window, count=args.windows)
+    chosen = targets(model)
+    path, _ = find_blocks(model, chosen)
+    first = tuple(f"{path}.{index}." for index in range(args.blocks or 0))
+    left = {target.name: {"bits": 16} for target in chosen if first and not target.name.startswith(first)}
     tool = AutoRound(
-        model, tokenizer, bits=args.bits, group_size=args.group_size, sym=True, iters=200, seqlen=256, nsamples=128,
-        batch_size=8, dataset=calibration.split(1), amp=False, device_map="cpu", low_gpu_mem_usage=False,
-        enable_torch_compile=False,
+        model, tokenizer, bits=args.bits, layer_config=left, group_size=args.group_size, sym=True, iters=200,
+        seqlen=args.window, nsamples=args.samples, batch_size=8, dataset=calibration.split(1), amp=args.amp,
+        device_map="cpu", low_gpu_mem_usage=False, enable_torch_compile=False,
     )  # fmt: skip
     began = time.process_time()
     quantized, _ = tool.quantize()

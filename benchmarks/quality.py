@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from polybit.compress.blocks import Whole, outside
+from polybit.compress.blocks import Whole, find_blocks, outside
 from polybit.compress.loop import compress
 from polybit.compress.recipe import Recipe
 from polybit.core.affine import Grid, QWeight
@@ -155,6 +155,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", required=True)
     parser.add_argument("--window", type=int, default=WINDOW)
     parser.add_argument("--windows", type=int, default=EVALUATION, help="evaluation windows")
+    parser.add_argument("--blocks", type=int, help="quantize only so many blocks from the first on")
     parser.add_argument("--calibration-windows", type=int, default=CALIBRATION)
     parser.add_argument("--batch", type=int, default=4, help="windows per calibration batch")
     parser.add_argument("--threads", type=int, default=1)
@@ -172,6 +173,10 @@ def main() -> None:
     everything = targets(model)
     outer = {target.name for target in outside(model, everything)}
     chosen = [target for target in everything if target.name not in outer]
+    if args.blocks is not None:
+        path, _ = find_blocks(model, chosen)
+        first = tuple(f"{path}.{index}." for index in range(args.blocks))
+        chosen = [target for target in chosen if target.name.startswith(first)]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     rows = [row for text in args.rows for row in quantize(model, chosen, list(draw.split(args.batch)), text)]

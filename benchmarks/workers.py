@@ -1,11 +1,9 @@
-"""What two workers gain over one: CPU seconds on the longest path of sensitivities, pairs and evaluation.
+"""What two workers gain over one: wall seconds of sensitivities, pairs and evaluation, and who spent the CPU seconds.
 
     python -m benchmarks.workers --rounds 2 --json FILE
 
-On a machine that others use, wall time says who else was there. What one process takes is its CPU seconds; what two
-workers take is the CPU seconds of the process that hires them, all of them counted as if nobody worked meanwhile, and
-those of the worker that took longest, start and loading included. Every run is a fresh process, one thread each, and
-rounds are interleaved.
+Every run is a fresh process, one thread each, and rounds are interleaved; the load before each run is told, because on
+a machine that others use wall time says who else was there.
 """
 
 from __future__ import annotations
@@ -21,11 +19,15 @@ from pathlib import Path
 
 VERBS: dict[str, list[str]] = {
     "sensitivities": [
-        "allocate", "MODEL", "--bits", "3.5", "--samples", "4", "--items", "4", "--widths", "2,3,4,5,6",
+        "allocate", "MODEL", "--bits", "3.5", "--samples", "24", "--items", "24", "--widths", "2,3,4,5,6",
         "--method", "rtn", "--calibration-samples", "16", "--cache", "OUT/cache", "--out", "OUT/plan.json",
     ],
     "pairs": [
         "pairs", "MODEL", "--prompts", "embedded", "--limit", "768", "--shard", "32", "--max-tokens", "96",
+        "--precision", "w4", "--out", "OUT/pairs",
+    ],
+    "more pairs": [
+        "pairs", "MODEL", "--prompts", "embedded", "--limit", "3072", "--shard", "32", "--max-tokens", "96",
         "--precision", "w4", "--out", "OUT/pairs",
     ],
     "evaluation": ["eval", "CHECKPOINT", "--windows", "384", "--answers", "64", "--json", "OUT/eval.json"],
@@ -65,16 +67,14 @@ def row(verb: str, args: argparse.Namespace, checkpoint: str) -> dict:
                 [sys.executable, *words, "--one", verb, str(workers)], check=True, capture_output=True, text=True
             )
             found[workers].append(json.loads(done.stdout.splitlines()[-1]))
-    longest = {n: [run["own"] + max(run["workers"], default=0.0) for run in runs] for n, runs in found.items()}
-    total = {n: [run["own"] + sum(run["workers"]) for run in runs] for n, runs in found.items()}
-    ratios = [a / b for a, b in zip(longest[1], longest[2], strict=True)]
+    wall = {n: [run["wall"] for run in runs] for n, runs in found.items()}
+    ratios = [a / b for a, b in zip(wall[1], wall[2], strict=True)]
     return {
         "verb": verb,
-        "one": round(sum(longest[1]) / len(ratios), 1),
-        "two": round(sum(longest[2]) / len(ratios), 1),
+        "one": round(sum(wall[1]) / len(ratios), 1),
+        "two": round(sum(wall[2]) / len(ratios), 1),
         "ratio": round(sum(ratios) / len(ratios), 2),
         "least": round(min(ratios), 2),
-        "more_work": round(sum(total[2]) / sum(total[1]), 2),
         "load": round(max(run["load"] for runs in found.values() for run in runs), 1),
         "runs": found,
     }

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from polybit.compress.blocks import parameter_name
-from polybit.compress.source import RowReader, WeightSource
+from polybit.compress.source import WeightSource
 from polybit.core.affine import Grid, QWeight, scale_gain
 from polybit.core.planes import ROWS, Planes, block_rows, pack
+from polybit.hub.lent_calls import RowReader
 from polybit.nn.convert import Target
 from polybit.quant.problem import SMALL
 from polybit.quant.rtn import rtn

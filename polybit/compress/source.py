@@ -9,26 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from polybit.compress.states import Room
 from polybit.core.planes import Planes
 from polybit.hub.lent import open_lent
+from polybit.hub.lent_calls import RowReader
 from polybit.hub.load import load_float
 from polybit.nn.convert import convert
-
-
-class RowReader(Protocol):
-    """A matrix that is read by rows."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns)."""
-        ...
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Some rows, in float32."""
-        ...
 
 
 class WeightSource(Protocol):

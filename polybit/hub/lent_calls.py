@@ -14,7 +14,7 @@ from polybit.nn.convert import ends
 HEAD_ROWS = 1 << 22  # weights of a head that are in memory at once
 
 
-class HeadRows(Protocol):
+class RowReader(Protocol):
     """A matrix that is read by rows."""
 
     @property
@@ -34,7 +34,7 @@ class Lender(Protocol):
         """While inside, the weights below a module are there."""
         ...
 
-    def matrix(self, key: str) -> HeadRows | None:
+    def matrix(self, key: str) -> RowReader | None:
         """A weight that is read by rows; None when it does not lie in one piece."""
         ...
 
@@ -81,7 +81,7 @@ def head_by_rows(model: nn.Module, source: Lender) -> Iterator[None]:
         del head.forward
 
 
-def multiplied(x: Tensor, matrix: HeadRows, bias: Any) -> Tensor:
+def multiplied(x: Tensor, matrix: RowReader, bias: Any) -> Tensor:
     """x W^T + bias, [..., O]; gradients reach x."""
     y: Tensor = ByRows.apply(x, matrix)
     return y if bias is None else y + bias
@@ -91,7 +91,7 @@ class ByRows(torch.autograd.Function):
     """A product with a matrix whose rows are read as they are needed, forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: HeadRows) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrix: RowReader) -> Tensor:
         """x W^T."""
         ctx.matrix = matrix
         y = x.new_empty(*x.shape[:-1], matrix.shape[0])
@@ -109,7 +109,7 @@ class ByRows(torch.autograd.Function):
         return found, None
 
 
-def in_parts(matrix: HeadRows) -> Iterator[tuple[slice, Tensor]]:
+def in_parts(matrix: RowReader) -> Iterator[tuple[slice, Tensor]]:
     """Some rows at a time."""
     rows, columns = matrix.shape
     size = max(1, HEAD_ROWS // columns)
