@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -34,6 +35,7 @@ import httpx
 from polybit.core.records import machine
 from polybit.core.runtime import write_json
 
+WRITTEN = re.compile(rb'"content": ?"[^"]')  # the first event that holds text
 SUBJECTS = ("a cat", "the sea", "Paris", "a blue house", "seven", "an old friend", "rain", "a long walk")
 
 
@@ -95,28 +97,31 @@ def cpu_seconds(pid: int) -> float:
 
 
 async def one(web: httpx.AsyncClient, model: str, number: int, most: int) -> tuple[float, int]:
-    """(seconds to the first token, tokens) of one streamed chat."""
-    content = f"Tell me about {SUBJECTS[number % len(SUBJECTS)]}, and mention the number {number}."
+    """(seconds to the first token, tokens) of one streamed chat. What comes is read at the end: a client that parsed
+    every event would take a core from the server."""
+    content = f"Write a long story about {SUBJECTS[number % len(SUBJECTS)]}, and mention the number {number}."
     body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": most, "stream": True}
-    began, first, tokens, told = time.perf_counter(), 0.0, 0, 0
-    async with web.stream("POST", "/v1/chat/completions", json=body | {"temperature": 0.7}) as reply:
+    body |= {"temperature": 0.7, "seed": number, "stream_options": {"include_usage": True}}
+    began, first, seen = time.perf_counter(), 0.0, b""
+    async with web.stream("POST", "/v1/chat/completions", json=body) as reply:
         if reply.status_code != 200:
             raise RuntimeError((await reply.aread()).decode()[:300])
-        async for line in reply.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line[6:])
-            told = (event.get("usage") or {}).get("completion_tokens") or told
-            if any((choice.get("delta") or {}).get("content") for choice in event.get("choices") or ()):
-                first = first or time.perf_counter() - began
-                tokens += 1
-    return first, told or tokens
+        async for part in reply.aiter_raw():
+            seen += part
+            if not first and WRITTEN.search(seen):
+                first = time.perf_counter() - began
+    events = [json.loads(line[6:]) for line in seen.splitlines() if line.startswith(b"data: {")]
+    told = [event["usage"]["completion_tokens"] for event in events if event.get("usage")]
+    counted = sum(bool((choice.get("delta") or {}).get("content")) for e in events for choice in e.get("choices") or ())
+    return first, told[-1] if told else counted
 
 
 async def streams(base: str, pid: int, model: str, clients: int, requests: int, most: int) -> dict[str, float]:
     """Numbers of so many clients at a time."""
     limit = asyncio.Semaphore(clients)
-    async with httpx.AsyncClient(base_url=base, timeout=600, limits=httpx.Limits(max_connections=clients)) as web:
+    # a connection each: llama.cpp's server closes kept ones when it likes
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=base, timeout=600, limits=limits) as web:
         await one(web, model, 0, 4)
 
         async def held(number: int) -> tuple[float, int]:
@@ -124,14 +129,15 @@ async def streams(base: str, pid: int, model: str, clients: int, requests: int, 
                 return await one(web, model, number, most)
 
         began, spent = time.perf_counter(), cpu_seconds(pid)
-        found = await asyncio.gather(*map(held, range(requests)))
+        found = await asyncio.gather(*(held(number) for number in range(1, requests + 1)))
         seconds, spent = time.perf_counter() - began, cpu_seconds(pid) - spent
     waits = sorted(first for first, _ in found)
     return {
-        "tokens_per_cpu_second": sum(tokens for _, tokens in found) / spent,
+        "tokens_per_cpu_second": sum(tokens for _, tokens in found) / max(spent, 0.01),
         "tokens_per_second": sum(tokens for _, tokens in found) / seconds,
         "first_p50": waits[len(waits) // 2],
         "first_p99": waits[min(len(waits) - 1, int(0.99 * len(waits)))],
+        "tokens": sum(tokens for _, tokens in found) / len(found),
     }
 
 

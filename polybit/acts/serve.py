@@ -34,6 +34,7 @@ def serve(model: str, options: ServeOptions) -> Run:
                 most_tokens=options.max_tokens,
                 queue=options.queue,
                 chunk=options.chunk,
+                threads=options.threads,
                 device=options.device,
                 trust_remote_code=options.trust_remote_code,
             ),

@@ -32,8 +32,8 @@ from polybit.nn.linear import QuantEmbedding, QuantLinear, QuantWeight, TiedHead
 from polybit.nn.switch import Wanted, as_it_was, use
 
 NARROW = 4  # bits up to which int8 inputs add less than 2 % to the KL the weights cost
+KEYS = 16  # tokens whose keys lie side by side in the cache (kernels/csrc/decoder.h)
 SHORT = 16384  # tokens among which a draft is chosen: vocabularies are in the order of merges, frequent tokens first
-FEW = 8  # rows up to which an embedding is decoded row by row
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,11 @@ class Setting:
 class RowDecoder:
     """Reads rows of up to `slots` sequences of at most `room` tokens each; `supported` must have said yes.
 
-    The cache is laid out for all slots at once, and costs memory only where it was written.
+    blocks: how many of the first blocks are read; None = all. The cache is laid out for all slots at once, and costs
+    memory only where it was written.
     """
 
-    def __init__(self, model: nn.Module, *, slots: int, room: int) -> None:
+    def __init__(self, model: nn.Module, *, slots: int, room: int, blocks: int | None = None) -> None:
         config: Any = model.config
         inner: Any = model.model
         library = cpu.library()
@@ -79,7 +80,10 @@ class RowDecoder:
         self.hidden, eps = hidden, float(config.rms_norm_eps)
         # the compiled decoder holds addresses only: what it reads is kept here
         self.cosine_TD, self.sine_TD = cosine[0].float().contiguous(), sine[0].float().contiguous()
-        self.cache = [torch.empty(2, slots, kv_heads, room, size) for _ in inner.layers]
+        places = -(-room // KEYS) * KEYS
+        # zeros, which cost no memory before they are written: what lies behind a text is read, and counts for nothing
+        read = inner.layers[:blocks]
+        self.cache = [torch.zeros(2, slots, kv_heads, places, size) for _ in read]
         turned, middle = self.cosine_TD.shape[1], int(config.intermediate_size)
         self.compiled = library.Decoder(
             [heads, kv_heads, size, turned, room, slots, hidden, middle],
@@ -89,7 +93,7 @@ class RowDecoder:
             inner.norm.weight.data_ptr(),
         )
         self.products: list[list[QuantLinear]] = []
-        for layer, cache in zip(inner.layers, self.cache, strict=True):
+        for layer, cache in zip(read, self.cache, strict=True):
             self.add_block(layer, cache)
         self.settings: list[Setting] = []
         self.known: dict[tuple[str, str, bool], int] = {}
@@ -172,7 +176,7 @@ class RowDecoder:
         counts: list[int] = []
         slots: list[int] = []
         places: list[int] = []
-        hidden = []
+        tokens: list[list[int]] = []  # of each setting's rows
         for part in parts:
             count = len(part.tokens)
             if settings and settings[-1] == part.setting:
@@ -180,29 +184,30 @@ class RowDecoder:
             else:
                 settings.append(part.setting)
                 counts.append(count)
+                tokens.append([])
+            tokens[-1] += part.tokens
             slots += [part.slot] * count
             places += range(part.start, part.start + count)
-            hidden.append(self.embed(part.tokens, part.setting))
-        hidden_RD = torch.cat(hidden).float() if len(hidden) > 1 else hidden[0].float().clone()
+        hidden = [self.embed(*each) for each in zip(tokens, settings, strict=True)]
+        hidden_RD = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
         out_RD = torch.empty_like(hidden_RD)
         self.compiled.step(settings, counts, slots, places, hidden_RD.data_ptr(), out_RD.data_ptr())
         return out_RD
 
     def embed(self, tokens: Sequence[int], setting: int) -> Tensor:
-        """Embeddings [T, D] of some tokens as the setting reads them."""
+        """Embeddings [T, D] of some tokens as the setting reads them, float32, in memory of their own."""
         module = self.embedding
         if not isinstance(module, QuantEmbedding):
-            return module(torch.tensor(tokens))
+            return module(torch.tensor(tokens)).float()
         reading = self.settings[setting].embedding
         assert reading is not None
-        if len(tokens) > FEW:
+        prepared = module.prepared()
+        if prepared.layer is None:
             at = reading if isinstance(reading, int) else torch.tensor(reading)
-            return gather_rows(module.planes, torch.tensor(tokens), reading).dequantize(at)
-        rows = []
-        for token in tokens:
-            part, skipped = slice_rows(module.planes, token, token + 1)
-            rows.append(ops.decode(part, reading)[skipped : skipped + 1])
-        return torch.cat(rows)
+            return gather_rows(module.planes, torch.tensor(tokens), reading).dequantize(at).float()
+        rows_TD = torch.empty(len(tokens), prepared.columns)
+        prepared.layer.decode_rows(prepared.number(reading), list(tokens), rows_TD.data_ptr())
+        return rows_TD
 
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor, setting: int) -> Tensor:

@@ -37,6 +37,8 @@ class ServeOptions:
     """Requests that may wait; more are told to come again (429)."""
     chunk: int = 256
     """Tokens of prompts read between two tokens of the running answers."""
+    threads: int | None = None
+    """Threads that compute (default: what OMP_NUM_THREADS says, else every core; one for a small model)."""
     api_key: str | None = None
     """Keys that are accepted, with commas (default: none is asked for)."""
     api_key_file: Path | None = None
@@ -53,7 +55,7 @@ class ServeOptions:
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
-        at_least(self, slots=1, context=2, max_tokens=1, queue=0, chunk=1, max_body=1024)
+        at_least(self, slots=1, context=2, max_tokens=1, queue=0, chunk=1, max_body=1024, threads=1)
         if not 0 <= self.port <= 65535:
             raise PolybitError(f"--port {self.port} is not possible: give 0 to 65535")
         if not 0 <= self.auto_from < self.auto_to:

@@ -338,14 +338,20 @@ class Events(EventSourceResponse):
                 stream.cancel()
 
 
-async def written(pairs: AsyncIterator[tuple[str | None, str]]) -> AsyncIterator[dict[str, str]]:
-    """Events as the response wants them; an answer that fails on its way ends with an event that says so."""
+async def written(pairs: AsyncIterator[tuple[str | None, str]]) -> AsyncIterator[bytes]:
+    """Events as bytes (data is JSON, which has no line ends); an answer that fails ends with an event that says so."""
     try:
         async for name, data in pairs:
-            yield {"data": data} if name is None else {"event": name, "data": data}
+            yield event_bytes(name, data)
     except PolybitError as error:
         kind = "invalid_request_error" if isinstance(error, AnswerRefused) else "api_error"
-        yield {"event": "error", "data": json.dumps({"type": "error", "error": {"type": kind, "message": str(error)}})}
+        said = {"type": "error", "error": {"type": kind, "message": str(error)}}
+        yield event_bytes("error", json.dumps(said))
+
+
+def event_bytes(name: str | None, data: str) -> bytes:
+    """One server-sent event."""
+    return (f"data: {data}\r\n\r\n" if name is None else f"event: {name}\r\ndata: {data}\r\n\r\n").encode()
 
 
 async def unless_gone(request: Request, answer: Coroutine[Any, Any, Any], streams: Sequence[Stream]) -> Any:

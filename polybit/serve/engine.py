@@ -16,8 +16,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from polybit.core.runtime import PolybitError
@@ -25,7 +26,7 @@ from polybit.hub.rows import TokenRows
 from polybit.serve.drafting import Lookup, draft
 from polybit.serve.request import Chosen, Done, Piece, Reason, Request, Spent
 from polybit.serve.runners import Runner
-from polybit.serve.sampling import Sampler, describe
+from polybit.serve.sampling import Sampler, describe, lead_of
 from polybit.serve.slots import Slot, Slots
 from polybit.serve.writing import Writer
 
@@ -39,6 +40,19 @@ class Busy(PolybitError):
 
 class Closing(PolybitError):
     """The server takes no new requests."""
+
+
+class Carrier(Protocol):
+    """What takes events that were told to another thread."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody waits for them any more."""
+        ...
+
+    def send(self) -> None:
+        """Called after every tick."""
+        ...
 
 
 @dataclass(eq=False, slots=True)
@@ -77,18 +91,23 @@ class Answering:
 class Engine:
     """Answers requests over one model; `tick` does a step of everything, `start` runs ticks in a thread.
 
-    queue: requests that may wait for a place · chunk: tokens of prompts read per tick.
+    queue: requests that may wait for a place · chunk: tokens of prompts read per tick · threads: of the thread that
+    `start` starts; None = as many as torch has.
     """
 
-    def __init__(self, runner: Runner, tokenizer: Any, *, queue: int = 64, chunk: int = CHUNK) -> None:
+    def __init__(
+        self, runner: Runner, tokenizer: Any, *, queue: int = 64, chunk: int = CHUNK, threads: int | None = None
+    ) -> None:
+        self.threads = threads
         self.runner, self.tokenizer, self.queue, self.chunk = runner, tokenizer, queue, chunk
-        self.slots = Slots(runner.slots, copies=runner.exact, step=1 if runner.exact else chunk)
+        self.slots = Slots(runner.slots)
         self.waiting: deque[Answering] = deque()
         self.running: list[Answering] = []
         self.changed = threading.Condition()
         self.closing = False
         self.thread: threading.Thread | None = None
         self.steps = self.rows = 0  # of the model, for the metrics
+        self.mails: list[Carrier] = []  # told when all events of a tick are
 
     # requests ---------------------------------------------------------------------------------------------------
 
@@ -135,6 +154,8 @@ class Engine:
 
     def loop(self) -> None:
         """Tick while there is work, wait while there is none."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         while True:
             with self.changed:
                 while not (self.waiting or self.running or self.closing):
@@ -170,6 +191,8 @@ class Engine:
             except Exception:  # one of them must not take the others with it: each by itself
                 for answer in answers:
                     self.step_alone(answer)
+        for mail in self.mails:
+            mail.send()
         return bool(self.running or self.waiting)
 
     def step_alone(self, answer: Answering) -> None:
@@ -201,7 +224,8 @@ class Engine:
                 answer = self.waiting[0]
                 # what is echoed must be read, so that it shares no beginning
                 key = object() if answer.asked.echo else answer.asked.decoding.cache_key
-                taken = self.slots.take(answer.asked.tokens, key)
+                exact = self.runner.exact(answer.asked.decoding.precision)
+                taken = self.slots.take(answer.asked.tokens, key, copies=exact, step=1 if exact else self.chunk)
                 if taken is None:
                     return
                 self.waiting.popleft()
@@ -227,8 +251,7 @@ class Engine:
 
     def step(self, answers: Sequence[Answering]) -> None:
         """Draft, then read everybody's rows, choose tokens, and decide anew what a gate wants decided."""
-        drafting = [answer for answer in answers if answer.asked.decoding.drafted and not answer.reading_prompt]
-        draft(self.runner, self.read, drafting)
+        draft(self.runner, self.read, [a for a in answers if a.asked.decoding.drafted and not a.reading_prompt])
         left, parts, keep, readers = self.chunk, [], [], []
         for answer in answers:
             part = self.part_of(answer, left)
@@ -277,7 +300,7 @@ class Engine:
         if not answer.reading_prompt:
             setting = self.runner.setting(decoding.precision)
             return TokenRows(setting, answer.slot.index, answer.read, [*answer.tokens[answer.read :], *answer.drafts])
-        size = min(left, self.chunk) if self.runner.exact else self.chunk
+        size = min(left, self.chunk) if self.runner.exact(decoding.precision) else self.chunk
         if left <= 0:
             return None
         # its last token is read as the answer's tokens are: it decides the first of them
@@ -296,8 +319,7 @@ class Engine:
         decoding = answer.asked.decoding
         if decoding.gate is None or decoding.drafted:
             return False
-        first, second = logits_nV[-1].topk(2).values.tolist()
-        return first - second < decoding.margin
+        return lead_of(logits_nV[-1]) < decoding.margin
 
     def decide_anew(self, answers: Sequence[Answering]) -> None:
         """Read what came since the last gate at the gate's precision, all in one step, and choose from that."""

@@ -16,11 +16,15 @@ from polybit.nn.switch import at, panel, presets
 from polybit.serve.engine import Engine
 from polybit.serve.grammar import Grammars
 from polybit.serve.policy import AutoPolicy, Needs
-from polybit.serve.router import PromptFeatures, embedding_of, read_router
-from polybit.serve.runners import PlainRunner, Runner, make_runner
+from polybit.serve.router import ROUTER, PromptFeatures, embedding_of, read_router
+from polybit.serve.runners import Runner, make_runner
 from polybit.serve.service import Service
+from polybit.serve.signals import FirstBlocks
 from polybit.serve.templates import Templates
 
+SMALL = (
+    16 << 20
+)  # bytes of a model below which a second thread takes more from whoever reads and writes sockets than it gives
 LONGEST = 8192  # tokens unless told otherwise: a place in the cache is laid out whole
 WHOLE = "float"  # the one precision of a model that is not quantized
 
@@ -37,6 +41,7 @@ def load_service(
     most_tokens: int = 4096,
     queue: int = 64,
     chunk: int = 256,
+    threads: int | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Service:
@@ -44,7 +49,7 @@ def load_service(
     loaded, tokenizer = open_model(model, trust_remote_code=trust_remote_code, device=device)
     if tokenizer is None:
         raise PolybitError(f"{model} has no tokenizer: save one with the checkpoint")
-    return service_of(
+    service = service_of(
         loaded,
         tokenizer,
         name or Path(os.path.abspath(model)).name.replace("@", "-"),  # noqa: PTH100  # as the user wrote it, links kept
@@ -56,8 +61,11 @@ def load_service(
         most_tokens=most_tokens,
         queue=queue,
         chunk=chunk,
+        threads=threads or threads_for(loaded),
         directory=Path(resolve(model)),
     )
+    service.templates.begin()
+    return service
 
 
 def service_of(
@@ -73,6 +81,7 @@ def service_of(
     most_tokens: int = 4096,
     queue: int = 64,
     chunk: int = 256,
+    threads: int | None = None,
     directory: Path | None = None,
 ) -> Service:
     """The service of a model in memory, its engine started. directory: where a router may lie."""
@@ -87,7 +96,7 @@ def service_of(
         raise PolybitError(f"--auto {missing[0]} is not served: choose from {', '.join(precisions)}")
     widest = sorted((w for w in allowed if is_width(w)), key=lambda w: -Precision.parse(w).w) or list(allowed)
     ends = ends_of(loaded, tokenizer)
-    engine = Engine(runner, tokenizer, queue=queue, chunk=chunk)
+    engine = Engine(runner, tokenizer, queue=queue, chunk=chunk, threads=threads)
     engine.start()
     return Service(
         name=name,
@@ -102,10 +111,15 @@ def service_of(
         created=int(time.time()),
         notes={
             "context": room,
-            "runner": "transformers" if isinstance(runner, PlainRunner) else "rows",
+            "runner": {name: "rows" if runner.exact(name) else "transformers" for name in precisions},
             "bytes_per_token": bytes_read(loaded, precisions) if quantized else {},
         },
     )
+
+
+def threads_for(model: Any) -> int | None:
+    """Threads of the engine unless told otherwise: one for a small model."""
+    return 1 if sum(p.numel() * p.element_size() for p in model.parameters()) < SMALL else None
 
 
 def needs_of(directory: Path | None, model: Any, tokenizer: Any, precisions: tuple[str, ...]) -> Needs | None:
@@ -116,7 +130,15 @@ def needs_of(directory: Path | None, model: Any, tokenizer: Any, precisions: tup
     router = read_router(directory, precisions, embedding_VD.shape[1])
     if router is None:
         return None
-    features = PromptFeatures(tokenizer, embedding_VD, router.basis_DK)
+    blocks = None
+    if router.states_EK.size:
+        if not FirstBlocks.fits(model):
+            raise PolybitError(
+                f"{directory / ROUTER} reads the model's first blocks, which the compiled decoder does not read here: "
+                "fit it again on this machine with polybit route"
+            )
+        blocks = FirstBlocks(model, router.widths[0])
+    features = PromptFeatures(tokenizer, embedding_VD, router.basis_DK, blocks, router.states_EK)
     return lambda tokens: router.choose(features(tokens))
 
 

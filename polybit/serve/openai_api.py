@@ -83,6 +83,10 @@ def call_json(call: ToolCall, index: int | None = None) -> dict[str, Any]:
 
 async def merged(streams: Sequence[Stream], asking: PreparedRequest) -> AsyncIterator[tuple[int, heard.Delta]]:
     """Deltas of several answers as they come, with the number of the answer."""
+    if len(streams) == 1:
+        async for only in heard.deltas(streams[0], asking.tools):
+            yield 0, only
+        return
     arrived: asyncio.Queue[tuple[int, heard.Delta | BaseException | None]] = asyncio.Queue()
 
     async def pump(index: int, stream: Stream) -> None:
@@ -116,10 +120,11 @@ async def chat_chunks(
 ) -> AsyncIterator[str]:
     """The data of the events of a streamed chat."""
     first = head("chat.completion.chunk", asking, body.model)
+    written = json.dumps(first)[:-1]  # once, not for every token
 
-    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return json.dumps(first | {"choices": [choice | more]})
+    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None, **more: Any) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return f"{written}, {json.dumps({'choices': [choice], **more})[1:]}"
 
     spents: dict[int, Spent] = {}
     blank = dict.fromkeys(range(len(streams)), True)  # blanks before the first word are not sent
@@ -137,8 +142,7 @@ async def chat_chunks(
             spents[index] = delta.done.spent
             reason = "tool_calls" if delta.calls else "length" if delta.done.reason == "length" else "stop"
             last = len(spents) == len(streams)
-            end = json.loads(chunk(index, {}, reason))
-            yield json.dumps(end | ({"timings": heard.timings(delta.done.spent)} if last else {}))
+            yield chunk(index, {}, reason, **({"timings": heard.timings(delta.done.spent)} if last else {}))
     if body.stream_options is not None and body.stream_options.include_usage:
         yield json.dumps(first | {"choices": [], "usage": heard.usage([spents[i] for i in sorted(spents)], body.n)})
     yield "[DONE]"

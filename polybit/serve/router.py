@@ -1,4 +1,4 @@
-"""Which width a prompt needs, told from what is cheap to see of it: its tokens and their embeddings; no model runs.
+"""Which width a prompt needs, told from what is cheap to see of it: its tokens, their embeddings, and the first blocks.
 
 A router is a linear model per width of the logarithm of the harm, fitted by `polybit route` and kept as router.json in
 the checkpoint. It asks for the width with the least  harm + price * bits;  the price is what meets the budget.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from polybit.hub.files import read_json
 
 Array = NDArray[np.float64]
 ROUTER = "router.json"
-VERSION = 1
+VERSION = 2
 COMPONENTS = 12  # directions of the embedding that are looked at
 CLASSES = ("digits", "capitals", "marks", "beginnings", "other letters")
 FEATURES = ("log length", "share of different tokens", *CLASSES)
@@ -33,9 +33,18 @@ SMALL = 1e-6  # nats added before the logarithm
 
 
 class PromptFeatures:
-    """Features of prompts: length, variety, kinds of tokens, and the mean embedding along its main directions."""
+    """Features of prompts: length, variety, kinds of tokens, the mean embedding along its main directions, and what the
+    first blocks make of the prompt along those directions in which prompts differ most (states_EK; none: not read)."""
 
-    def __init__(self, tokenizer: Any, embedding_VD: Tensor, basis_DK: Array) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        embedding_VD: Tensor,
+        basis_DK: Array,
+        first_blocks: Callable[[Sequence[int]], Array] | None = None,
+        states_EK: Array | None = None,
+    ) -> None:
+        self.first_blocks, self.states_EK = first_blocks, states_EK
         projected_VK = embedding_VD.double().numpy() @ basis_DK
         count = len(embedding_VD)
         self.table_VF = np.concatenate([classes_of(tokenizer, count), projected_VK], axis=1)
@@ -43,8 +52,10 @@ class PromptFeatures:
     def __call__(self, tokens: Sequence[int]) -> Array:
         """Features [F] of one prompt."""
         ids = np.asarray(tokens, dtype=np.int64)
-        first = [math.log(len(ids)), len(np.unique(ids)) / len(ids)]
-        return np.concatenate([first, self.table_VF[ids].mean(0)])
+        found = [np.array([math.log(len(ids)), len(np.unique(ids)) / len(ids)]), self.table_VF[ids].mean(0)]
+        if self.first_blocks is not None and self.states_EK is not None and self.states_EK.size:
+            found.append(self.first_blocks(tokens) @ self.states_EK)
+        return np.concatenate(found)
 
 
 def classes_of(tokenizer: Any, count: int) -> Array:
@@ -78,8 +89,11 @@ def embedding_of(model: nn.Module) -> Tensor:
 
 @dataclass(frozen=True)
 class Router:
-    """A fitted router. widths: names, widest first, with their bits · coefficients [W, F + 1]: log harm of each width,
-    constant last, of features less `mean` over `spread` · price: nats per bit."""
+    """A fitted router; its directions are those of PromptFeatures.
+
+    widths: names, widest first, with their bits · coefficients [W, F + 1]: log harm of each width, constant last, of
+    features less `mean` over `spread` · price: nats per bit.
+    """
 
     widths: tuple[str, ...]
     bits: Array
@@ -87,6 +101,7 @@ class Router:
     spread_F: Array
     coefficients_WF: Array
     basis_DK: Array
+    states_EK: Array
     price: float
     budget: float
 
@@ -111,6 +126,7 @@ class Router:
             "spread": self.spread_F.tolist(),
             "coefficients": self.coefficients_WF.tolist(),
             "basis": self.basis_DK.tolist(),
+            "states": self.states_EK.tolist(),
             "price": self.price,
             "budget": self.budget,
         }
@@ -141,6 +157,8 @@ def read_router(directory: Path, widths: Sequence[str], embedding_size: int) -> 
         raise PolybitError(
             f"{path} is for an embedding of {len(found.basis_DK)}, this one has {embedding_size}: {again}"
         )
+    if len(found.states_EK) not in (0, 2 * embedding_size):
+        raise PolybitError(f"{path} reads states of {len(found.states_EK)} numbers, not {2 * embedding_size}: {again}")
     missing = [width for width in found.widths if width not in widths]
     if missing:
         raise PolybitError(f"{path} asks for {missing[0]!r:.40}, which this checkpoint does not hold: {again}")
@@ -151,9 +169,14 @@ def parsed(value: Mapping[str, Any]) -> Router:
     """A router from JSON; ValueError when sizes do not fit or a number is no number."""
     widths = tuple(str(width) for width in value["widths"])
     arrays = {
-        key: np.asarray(value[key], dtype=np.float64) for key in ("bits", "mean", "spread", "coefficients", "basis")
+        key: np.asarray(value[key], dtype=np.float64)
+        for key in ("bits", "mean", "spread", "coefficients", "basis", "states")
     }
-    features = len(FEATURES) + arrays["basis"].shape[1] if arrays["basis"].ndim == 2 else 0
+    if arrays["states"].size == 0:
+        arrays["states"] = np.empty((0, 0))
+    features = 0
+    if arrays["basis"].ndim == 2 and arrays["states"].ndim == 2:
+        features = len(FEATURES) + arrays["basis"].shape[1] + arrays["states"].shape[1]
     sizes = {
         "bits": (len(widths),),
         "mean": (features,),
@@ -171,7 +194,15 @@ def parsed(value: Mapping[str, Any]) -> Router:
     if (arrays["spread"] <= 0).any():
         raise ValueError("spread must be positive")
     return Router(
-        widths, arrays["bits"], arrays["mean"], arrays["spread"], arrays["coefficients"], arrays["basis"], price, budget
+        widths,
+        arrays["bits"],
+        arrays["mean"],
+        arrays["spread"],
+        arrays["coefficients"],
+        arrays["basis"],
+        arrays["states"],
+        price,
+        budget,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,15 +31,21 @@ class RoutingCurve:
 
 
 def fit(
-    features_NF: Array, harms_NW: Array, bits: Sequence[float], widths: Sequence[str], basis_DK: Array, budget: float
+    features_NF: Array,
+    harms_NW: Array,
+    bits: Sequence[float],
+    widths: Sequence[str],
+    basis_DK: Array,
+    budget: float,
+    states_EK: Array | None = None,
 ) -> Router:
     """The router of all prompts, its ridge chosen by folds, its price such that these prompts meet the budget."""
+    states_EK = np.empty((0, 0)) if states_EK is None else states_EK
     ridge = best_ridge(features_NF, np.log(harms_NW + SMALL))
     mean_F, spread_F, coefficients = ridge_fit(features_NF, np.log(harms_NW + SMALL), ridge)
     bits_W = np.asarray(bits, dtype=np.float64)
-    router = Router(tuple(widths), bits_W, mean_F, spread_F, coefficients, basis_DK, 0.0, budget)
-    price = price_for(router.harms(features_NF), bits_W, budget)
-    return Router(tuple(widths), bits_W, mean_F, spread_F, coefficients, basis_DK, price, budget)
+    router = Router(tuple(widths), bits_W, mean_F, spread_F, coefficients, basis_DK, states_EK, 0.0, budget)
+    return replace(router, price=price_for(router.harms(features_NF), bits_W, budget))
 
 
 def ridge_fit(features_NF: Array, logs_NW: Array, ridge: float) -> tuple[Array, Array, Array]:

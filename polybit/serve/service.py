@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -50,13 +51,45 @@ class ReadAs:
         return {"width": d.precision, "chosen_by": self.by, **{key: value for key, value in more.items() if value}}
 
 
+class Mail:
+    """Events on their way from the engine's thread to the loop: one wake-up carries all of a step."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.waiting: deque[tuple[Stream, Piece | Done]] = deque()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody reads it any more."""
+        return self.loop.is_closed()
+
+    def send(self) -> None:
+        """Called from the engine's thread after every step."""
+        if self.waiting:
+            try:
+                self.loop.call_soon_threadsafe(self.deliver)
+            except RuntimeError:  # the server's loop has ended: nobody listens any more
+                self.waiting.clear()
+
+    def deliver(self) -> None:
+        """Called in the loop."""
+        while self.waiting:
+            stream, event = self.waiting.popleft()
+            stream.events.append(event)
+            stream.arrived.set()
+
+
 class Stream:
-    """The events of one request as they come; leaving it early cancels the request."""
+    """The events of one request as they come; leaving it early cancels the request.
+
+    Text that came while its reader was busy is handed on in one piece: the more there is to do, the fewer pieces.
+    """
 
     def __init__(self, service: Service, request: Request, by: str) -> None:
         self.by, self.heard = by, False
-        self.loop = asyncio.get_running_loop()
-        self.events: asyncio.Queue[Piece | Done] = asyncio.Queue()
+        self.mail = service.mail()
+        self.events: deque[Piece | Done] = deque()
+        self.arrived = asyncio.Event()
         self.service, self.request = service, request
         self.answer_arrived = perf_counter()
         self.answer: Answering = service.engine.submit(request, self.hear)
@@ -68,15 +101,18 @@ class Stream:
             self.service.first_seconds(perf_counter() - self.answer_arrived)
         if isinstance(event, Done):
             self.service.note(event.spent, self.request.decoding.precision, self.by)
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the server's loop has ended: nobody listens any more
-            return
+        self.mail.waiting.append((self, event))
 
     async def __aiter__(self) -> AsyncIterator[Piece | Done]:
         try:
             while True:
-                event = await self.events.get()
+                while not self.events:
+                    self.arrived.clear()
+                    await self.arrived.wait()
+                event = self.events.popleft()
+                while isinstance(event, Piece) and self.events and isinstance(self.events[0], Piece):
+                    more: Any = self.events.popleft()
+                    event = Piece(event.text + more.text, event.tokens + more.tokens)
                 yield event
                 if isinstance(event, Done):
                     return
@@ -128,6 +164,15 @@ class Service:
     def __post_init__(self) -> None:
         self.before = tuple(self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:])
 
+    def mail(self) -> Mail:
+        """What carries events to the loop that runs now."""
+        loop = asyncio.get_running_loop()
+        found = next((mail for mail in self.engine.mails if isinstance(mail, Mail) and mail.loop is loop), None)
+        if found is None:
+            found = Mail(loop)
+            self.engine.mails = [*(mail for mail in self.engine.mails if not mail.closed), found]
+        return found
+
     def token_text(self, token: int) -> str:
         """A token as text, with the blank it begins with, which many decoders leave out at the beginning of a text."""
         first, both = (
@@ -173,6 +218,13 @@ class Service:
                 raise PolybitError(
                     f"{what} {precision!r:.40} is not served: choose {', '.join(self.precisions)} or auto"
                 )
+        named_all = [precision for precision in parts.values() if precision is not None]
+        apart = [p for p in named_all if self.engine.runner.exact(p) != self.engine.runner.exact(wanted)]
+        if apart:
+            raise PolybitError(
+                f"{wanted} and {apart[0]} cannot read one answer together: one of them rounds activations, keys or "
+                "values, and the other does not"
+            )
         decoding = Decoding(
             precision=wanted,
             prefill=asked.prefill,

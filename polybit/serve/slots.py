@@ -33,10 +33,8 @@ class Taken:
 class Slots:
     """All places; a beginning is shared only between requests that read it alike."""
 
-    def __init__(self, count: int, *, copies: bool, step: int = 1) -> None:
+    def __init__(self, count: int) -> None:
         self.slots = [Slot(index) for index in range(count)]
-        self.copies = copies  # whether one place can be copied into another
-        self.step = step  # common beginnings are cut to a multiple of it
         self.clock = 0
 
     @property
@@ -44,28 +42,29 @@ class Slots:
         """Places no answer uses."""
         return sum(not slot.busy for slot in self.slots)
 
-    def take(self, tokens: Sequence[int], key: object) -> Taken | None:
+    def take(self, tokens: Sequence[int], key: object, *, copies: bool, step: int = 1) -> Taken | None:
         """The place where most of the prompt is read already, else the one unused for longest; None when all are busy.
 
-        The last token of a prompt is always read again: its logits are needed.
+        copies: whether one place can be copied into another · step: common beginnings are cut to a multiple of it. The
+        last token of a prompt is always read again: its logits are needed.
         """
         idle = [slot for slot in self.slots if not slot.busy]
         if not idle:
             return None
         most = len(tokens) - 1
-        found = {slot.index: self.common(slot, tokens, key, most) for slot in self.slots}
+        found = {slot.index: self.common(slot, tokens, key, most, step) for slot in self.slots}
         best = max(idle, key=lambda slot: (found[slot.index], -slot.used))
         if found[best.index] < LEAST:
             best = min(idle, key=lambda slot: (slot.filled > 0, slot.used))
         source = max(self.slots, key=lambda slot: found[slot.index])
         common, copy_from = found[best.index], None
-        if self.copies and found[source.index] >= max(LEAST, common + LEAST):
+        if copies and found[source.index] >= max(LEAST, common + LEAST):
             common, copy_from = found[source.index], source.index
         self.clock += 1
         best.busy, best.used, best.key, best.tokens, best.filled = True, self.clock, key, list(tokens), common
         return Taken(best, common, copy_from)
 
-    def common(self, slot: Slot, tokens: Sequence[int], key: object, most: int) -> int:
+    def common(self, slot: Slot, tokens: Sequence[int], key: object, most: int, step: int) -> int:
         """Length of the beginning that a place and a prompt share."""
         if slot.key != key:
             return 0
@@ -74,7 +73,7 @@ class Slots:
             if ours != theirs:
                 break
             count += 1
-        return count - count % self.step
+        return count - count % step
 
     def release(self, slot: Slot) -> None:
         """Give a place back; what is in it stays for a later request."""

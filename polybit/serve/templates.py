@@ -35,6 +35,12 @@ class Templates:
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         return cls(template, special)
 
+    def begin(self) -> None:
+        """Start the process now, so that the first chat does not wait for it."""
+        if self.template is not None:
+            with self.lock:
+                self.start()
+
     def takes(self, word: str) -> bool:
         """Whether the template speaks of a value at all, as of `tools`."""
         return self.template is not None and word in self.template

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 BEFORE = 4  # tokens decoded before the new ones, for decoders that treat the first of all tokens differently
@@ -13,7 +13,7 @@ class Writer:
     """The text of one answer, piece by piece; joined, the pieces are the whole text cut before the first stop text."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
+        self.decode, self.stop = decoder_of(tokenizer), [text for text in stop if text]
         self.context = list(prompt)[-BEFORE:]
         self.tokens: list[int] = []  # not yet written
         self.waiting = ""  # decoded, held back while it may begin a stop text
@@ -40,11 +40,9 @@ class Writer:
 
     def decoded(self) -> str:
         """The text of the new tokens after those before them; special tokens are left out."""
-        before = self.tokenizer.decode(self.context, skip_special_tokens=True)
-        text = self.tokenizer.decode([*self.context, *self.tokens], skip_special_tokens=True)
-        if text.startswith(before):
-            return text[len(before) :]
-        return self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        before = self.decode(self.context)
+        text = self.decode([*self.context, *self.tokens])
+        return text[len(before) :] if text.startswith(before) else self.decode(self.tokens)
 
     def release(self, text: str) -> str:
         """Text up to a stop text, or up to where one may have begun."""
@@ -68,3 +66,11 @@ def overlap(text: str, mark: str) -> int:
         if mark.startswith(text[-size:]):
             return size
     return 0
+
+
+def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Tokens to text without special ones; straight to the library behind a tokenizer where that says the same."""
+    library = getattr(tokenizer, "backend_tokenizer", None)
+    if library is None or getattr(tokenizer, "clean_up_tokenization_spaces", True):
+        return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+    return lambda tokens: library.decode(tokens, skip_special_tokens=True)

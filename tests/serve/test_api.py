@@ -555,6 +555,7 @@ VALUES = {
     "max_tokens": "77",
     "queue": "5",
     "chunk": "33",
+    "threads": "1",
     "api_key": "a,b",
     "api_key_file": "keys.txt",
     "cors": "*",
@@ -610,7 +611,7 @@ def test_the_way_lm_eval_reads_log_likelihoods(web, service):
         greedy = all(value == max(each.values()) for value, each in zip(logprobs, top, strict=True))
         sums.append((sum(logprobs), greedy))
     assert sums[0] == sums[1]
-    with torch.inference_mode(), at(service.engine.runner.decoder.model, "w8"):
-        logp_TV = service.engine.runner.decoder.model(torch.tensor([tokens[2]])).logits[0].float().log_softmax(-1)
+    with torch.inference_mode(), at(service.engine.runner.rows.decoder.model, "w8"):
+        logp_TV = service.engine.runner.rows.decoder.model(torch.tensor([tokens[2]])).logits[0].float().log_softmax(-1)
     places = range(len(tokens[0]) - 1, len(tokens[2]) - 1)
     assert sums[0][0] == pytest.approx(sum(float(logp_TV[t, tokens[2][t + 1]]) for t in places), abs=0.05)

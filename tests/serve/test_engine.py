@@ -5,13 +5,15 @@ import threading
 import pytest
 import torch
 
+from polybit.core.plan import Plan
+from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
 from polybit.kernels import cpu
-from polybit.nn.switch import at
+from polybit.nn.switch import at, set_presets
 from polybit.serve.drafting import Lookup
 from polybit.serve.engine import Busy, Closing, Engine
 from polybit.serve.request import Decoding, Done, Piece, Request, Sampling
-from polybit.serve.runners import PlainRunner, RowRunner, make_runner
+from polybit.serve.runners import BothRunner, PlainRunner, RowRunner, make_runner
 from tests.hub.test_rows import make
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="needs the compiled kernels")
@@ -281,7 +283,25 @@ def test_any_model_by_its_own_forward_pass(model):
     assert together == [
         answers(Engine(PlainRunner(model, slots=1, room=64), Letters(), chunk=8), [a])[0][0] for a in asked
     ]
-    assert isinstance(make_runner(model, slots=1, room=64, quantized=True), RowRunner)
+    assert isinstance(make_runner(model, slots=1, room=64, quantized=True), BothRunner)
+
+
+def test_rounded_activations_beside_compiled_rows():
+    """One server, both kinds of precision: each answers as it does alone, and neither shares the other's places."""
+    model = make("llama")
+    set_presets(model, {"narrow": Plan(Precision.parse("w4a8k4v4")), "w4": Plan(Precision.parse("w4"))})
+    asked = [ask(1, name, tokens=prompt(1, 20)) for name in ("narrow", "w4", "narrow", "w8")]
+    crowd = engine(model, kind=BothRunner, chunk=8)
+    assert crowd.runner.exact("w4") and not crowd.runner.exact("narrow")
+    together = answers(crowd, asked)[0]
+    alone = [answers(engine(model, kind=BothRunner, chunk=8), [one])[0][0] for one in asked]
+    assert together == alone and together[0] == together[2] and all(together)
+    slow = Engine(PlainRunner(model, slots=1, room=64), Letters(), chunk=8)
+    assert answers(slow, asked[:1])[0][0] == together[0]
+    again, done, _ = answers(crowd, [ask(1, "narrow", tokens=prompt(1, 20))])
+    assert again[0] == together[0] and done[0].spent.cached == 16  # whole chunks of its own reading
+    with pytest.raises(PolybitError):
+        crowd.runner.exact("wrong")
 
 
 def test_an_echoed_prompt_has_the_log_probabilities_of_a_forward_pass(model):

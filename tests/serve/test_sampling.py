@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from polybit.serve.request import Sampling
-from polybit.serve.sampling import Sampler
+from polybit.serve.sampling import Sampler, lead_of, nucleus
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -6.0])
 SHARES = LOGITS.softmax(-1)
@@ -39,6 +39,28 @@ def test_shares_follow_the_softmax_at_a_temperature():
 def test_cuts_leave_what_they_say(knobs, allowed):
     shares = drawn(times=300, **knobs)
     assert sorted(shares.nonzero()[:, 0].tolist()) == allowed
+
+
+def test_the_nucleus_is_that_of_all_tokens_in_order():
+    """Sorting few tokens leaves what sorting all leaves, and the draw finds every token that is left."""
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        share_V = (3 * torch.randn(500, generator=draw)).round().exp()  # many are alike
+        for top_p in (0.0, 0.3, 0.9, 0.999):
+            order = share_V.double().sort(descending=True, stable=True).indices
+            kept, mass = [], 0.0
+            for token in order.tolist():
+                kept.append(token)
+                mass += float(share_V[token])
+                if mass >= top_p * float(share_V.double().sum()) * (1 - 1e-12):
+                    break
+            assert nucleus(share_V, top_p).nonzero()[:, 0].tolist() == sorted(kept)
+
+
+def test_the_lead_is_that_of_topk():
+    for logits in (LOGITS, LOGITS.flip(0), torch.tensor([1.0, 1.0]), torch.tensor([3.0])):
+        best = logits.topk(min(2, len(logits))).values
+        assert lead_of(logits) == pytest.approx(float(best[0] - best[1]) if len(best) > 1 else 0.0)
 
 
 def test_greedy_and_seeds():

@@ -49,6 +49,7 @@ NB_MODULE(_cpu, m) {
       .def("set_ratio", &Layer::set_ratio)
       .def("add", &Layer::add)
       .def("decode", &Layer::decode, nb::call_guard<nb::gil_scoped_release>())
+      .def("decode_rows", &Layer::decode_rows, nb::call_guard<nb::gil_scoped_release>())
       .def("multiply", &Layer::multiply, nb::call_guard<nb::gil_scoped_release>(), "reading"_a, "digits"_a, "tokens"_a,
            "type"_a, "x"_a, "y"_a, "bias"_a, "bias_type"_a, "adapter"_a.none() = nb::none());
   nb::class_<Bundle>(m, "Bundle")

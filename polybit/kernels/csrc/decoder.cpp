@@ -11,33 +11,47 @@
 #include <cstring>
 #include <stdexcept>
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // nothing here that returns vectors is called: all of it is inlined
+#endif
 #if defined(__x86_64__) && defined(__GLIBC__) && (defined(__GNUC__) && !defined(__clang__))
 #define POLYBIT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define POLYBIT_CLONES
 #endif
+#define POLYBIT_INLINE inline __attribute__((always_inline))  // into every clone
 
 namespace polybit {
 namespace {
 
 constexpr long kShare = 1 << 16;  // multiply-adds of one attention below which a second thread costs more than it saves
 
+// Sixteen numbers at once, whatever the registers are. By hand, because GCC leaves loops over the exponential scalar.
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Whole __attribute__((vector_size(4 * kLanes)));
+
+POLYBIT_INLINE Lanes load(const float* p) {
+  Lanes found;
+  std::memcpy(&found, p, sizeof found);
+  return found;
+}
+
+POLYBIT_INLINE void store(float* p, Lanes value) { std::memcpy(p, &value, sizeof value); }
+
 // e^x for x <= 0, relative error below 3e-7, 0 below e^-87: 2^n times a polynomial in the rest.
-inline float exponential(float x) {
-  const float least = std::max(x, -87.0f);
-  const float whole = std::floor(least * 1.44269504f + 0.5f);
-  const float r = (least - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
-  float p = 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
+POLYBIT_INLINE Lanes exponential(Lanes x) {
+  const Lanes scaled = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: its last bit counts ones
+  const Lanes n = scaled - 12582912.0f;
+  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  Lanes p = r * (1.0f / 720.0f) + 1.0f / 120.0f;
   p = p * r + 1.0f / 24.0f;
   p = p * r + 1.0f / 6.0f;
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const int32_t power = (static_cast<int32_t>(whole) + 127) << 23;
-  float two;
-  std::memcpy(&two, &power, sizeof two);
-  return x < -87.0f ? 0.0f : p * two;
+  const Whole power = ((Whole)scaled - 0x4B400000 + 127) << 23;
+  const Whole seen = x >= -87.0f;  // all bits where true
+  return (Lanes)((Whole)(p * (Lanes)power) & seen);
 }
 
 // y = x / rms(x) * weight; x may be y.
@@ -66,45 +80,109 @@ POLYBIT_CLONES void rotate(float* head, const float* cosine, const float* sine, 
   }
 }
 
-// scores[t] = scale * q . keys[t]; returns the largest.
-POLYBIT_CLONES float score(const float* q, const float* keys, float* scores, int first, int last, int size, float scale) {
-  float largest = -INFINITY;
-  for (int t = first; t < last; ++t) {
+// Keys lie in blocks of sixteen tokens, [dimension][token], so that a score is a sum of its own lane.
+// scores[h][t] = scale * q[h] . keys[t] of `Heads` heads for whole blocks of keys; the sum over even dimensions, then odd.
+template <int Heads>
+POLYBIT_INLINE void score(const float* q, const float* keys, float* scores, int first, int last, int size, int room, float scale) {
+  for (int t = first; t < last; t += kLanes) {
     const float* key = keys + static_cast<size_t>(t) * size;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < size; ++i) sum += q[i] * key[i];
-    scores[t] = sum * scale;
-    largest = std::max(largest, scores[t]);
+    Lanes sum[Heads][2] = {};
+    for (int i = 0; i + 1 < size; i += 2) {
+      const Lanes even = load(key + i * kLanes), odd = load(key + (i + 1) * kLanes);
+      for (int h = 0; h < Heads; ++h) {
+        sum[h][0] += q[h * size + i] * even;
+        sum[h][1] += q[h * size + i + 1] * odd;
+      }
+    }
+    if (size % 2)
+      for (int h = 0; h < Heads; ++h) sum[h][0] += q[h * size + size - 1] * load(key + (size - 1) * kLanes);
+    for (int h = 0; h < Heads; ++h) store(scores + static_cast<size_t>(h) * room + t, (sum[h][0] + sum[h][1]) * scale);
   }
-  return largest;
 }
 
-// out = softmax(scores) values
-POLYBIT_CLONES void gather(float* scores, float largest, const float* values, float* out, int first, int last, int size) {
+// Scores of first..end become shares, whole blocks from `from` to `to`: what lies outside gets none.
+POLYBIT_INLINE void soften(float* scores, int from, int first, int end, int to) {
+  std::fill(scores + from, scores + first, -INFINITY);
+  std::fill(scores + end, scores + to, -INFINITY);
+  Lanes top = load(scores + from);
+  for (int t = from + kLanes; t < to; t += kLanes) {
+    const Lanes one = load(scores + t);
+    top = one > top ? one : top;
+  }
+  float largest = -INFINITY;
+  for (int i = 0; i < kLanes; ++i) largest = std::max(largest, top[i]);
+  Lanes sum = {};
+  for (int t = from; t < to; t += kLanes) {
+    const Lanes one = exponential(load(scores + t) - largest);
+    store(scores + t, one);
+    sum += one;
+  }
   float total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int t = first; t < last; ++t) {
-    scores[t] = exponential(scores[t] - largest);
-    total += scores[t];
-  }
+  for (int i = 0; i < kLanes; ++i) total += sum[i];
   const float inverse = 1.0f / total;
-  std::fill(out, out + size, 0.0f);
-  for (int t = first; t < last; ++t) {
-    const float weight = scores[t] * inverse;
+  for (int t = from; t < to; t += kLanes) store(scores + t, load(scores + t) * inverse);
+}
+
+// out[h] = shares[h] values of `Heads` heads, `Wide` times sixteen dimensions of them.
+template <int Heads, int Wide>
+POLYBIT_INLINE void gather(const float* shares, const float* values, float* out, int first, int end, int size, int room) {
+  Lanes sum[Heads][Wide] = {};
+  for (int t = first; t < end; ++t) {
     const float* value = values + static_cast<size_t>(t) * size;
-#pragma omp simd
-    for (int i = 0; i < size; ++i) out[i] += weight * value[i];
+    for (int d = 0; d < Wide; ++d) {
+      const Lanes one = load(value + d * kLanes);
+      for (int h = 0; h < Heads; ++h) sum[h][d] += shares[static_cast<size_t>(h) * room + t] * one;
+    }
   }
+  for (int h = 0; h < Heads; ++h)
+    for (int d = 0; d < Wide; ++d) store(out + h * size + d * kLanes, sum[h][d]);
+}
+
+// Attention of `Heads` query heads over one key head. q, out: [Heads][size] · scores: [Heads][room].
+template <int Heads>
+POLYBIT_INLINE void attend_heads(const float* q, const float* keys, const float* values, float* scores, float* out, int begin,
+                         int end, int size, int room, float scale) {
+  const int from = begin / kLanes * kLanes, to = (end + kLanes - 1) / kLanes * kLanes;
+  score<Heads>(q, keys, scores, from, to, size, room, scale);
+  for (int h = 0; h < Heads; ++h) soften(scores + static_cast<size_t>(h) * room, from, begin, end, to);
+  int d = 0;
+  for (; d + 4 * kLanes <= size; d += 4 * kLanes) gather<Heads, 4>(scores, values + d, out + d, begin, end, size, room);
+  for (; d + kLanes <= size; d += kLanes) gather<Heads, 1>(scores, values + d, out + d, begin, end, size, room);
+  for (; d < size; ++d)
+    for (int h = 0; h < Heads; ++h) {
+      float sum = 0;
+      for (int t = begin; t < end; ++t) sum += scores[static_cast<size_t>(h) * room + t] * values[static_cast<size_t>(t) * size + d];
+      out[h * size + d] = sum;
+    }
+}
+
+POLYBIT_CLONES void attend_some(int heads, const float* q, const float* keys, const float* values, float* scores,
+                                float* out, int begin, int end, int size, int room, float scale) {
+  while (heads > 0) {
+    const int now = heads >= 4 ? 4 : heads;
+    if (now == 4) attend_heads<4>(q, keys, values, scores, out, begin, end, size, room, scale);
+    if (now == 3) attend_heads<3>(q, keys, values, scores, out, begin, end, size, room, scale);
+    if (now == 2) attend_heads<2>(q, keys, values, scores, out, begin, end, size, room, scale);
+    if (now == 1) attend_heads<1>(q, keys, values, scores, out, begin, end, size, room, scale);
+    q += now * size, out += now * size, heads -= now;
+  }
+}
+
+POLYBIT_INLINE Lanes gated(Lanes gate, Lanes up) {
+  const Lanes e = exponential(gate < 0.0f ? gate : -gate);
+  return gate * (gate < 0.0f ? e : e * 0.0f + 1.0f) / (1.0f + e) * up;
 }
 
 // silu(gate) * up
-POLYBIT_CLONES void gated(const float* gate, const float* up, float* out, int n) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    const float g = gate[i], e = exponential(-std::fabs(g));
-    out[i] = g * (g >= 0 ? 1.0f : e) / (1.0f + e) * up[i];
-  }
+POLYBIT_CLONES void gate_row(const float* gate, const float* up, float* out, int n) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, gated(load(gate + i), load(up + i)));
+  if (i == n) return;
+  float rest[2][kLanes] = {};
+  std::copy(gate + i, gate + n, rest[0]);
+  std::copy(up + i, up + n, rest[1]);
+  store(rest[0], gated(load(rest[0]), load(rest[1])));
+  std::copy_n(rest[0], n - i, out + i);
 }
 
 }  // namespace
@@ -175,6 +253,16 @@ void Decoder::norm(float* x, const float* more, const float* weight, float* y, i
   }
 }
 
+// gate_ = silu(gate_) * up_, row by row.
+void Decoder::gate(int rows) {
+  const int n = shape_.middle;
+#pragma omp parallel for if (static_cast<long>(rows) * n * 4 > kShare) schedule(static)
+  for (int r = 0; r < rows; ++r) {
+    float* row = gate_.data() + static_cast<size_t>(r) * n;
+    gate_row(row, up_.data() + static_cast<size_t>(r) * n, row, n);
+  }
+}
+
 // Keys and values of all rows go into their slots first, so that later rows of a sequence see earlier ones.
 void Decoder::attend(const Block& block, const int* slots, const int* positions, int rows) {
   const Shape& s = shape_;
@@ -183,7 +271,7 @@ void Decoder::attend(const Block& block, const int* slots, const int* positions,
     return all + (static_cast<size_t>(r) * heads + h) * s.size;
   };
   const auto place = [&](float* cache, int r, int h) {
-    return cache + (static_cast<size_t>(slots[r]) * s.kv_heads + h) * s.room * s.size;
+    return cache + (static_cast<size_t>(slots[r]) * s.kv_heads + h) * room() * s.size;
   };
   long work = 0;
   for (int r = 0; r < rows; ++r) work += 2L * s.heads * s.size * (positions[r] + 1);
@@ -194,23 +282,26 @@ void Decoder::attend(const Block& block, const int* slots, const int* positions,
     float* key = head_of(k_.data(), r, h, s.kv_heads);
     if (block.k_norm) normalize(key, block.k_norm, key, s.size, s.eps);
     rotate(key, cosine_ + turn, sine_ + turn, s.turned);
-    std::copy_n(key, s.size, place(block.keys, r, h) + to);
+    const int lane = positions[r] % kLanes;
+    float* keys = place(block.keys, r, h) + static_cast<size_t>(positions[r] - lane) * s.size + lane;
+    for (int i = 0; i < s.size; ++i) keys[i * kLanes] = key[i];
     std::copy_n(head_of(v_.data(), r, h, s.kv_heads), s.size, place(block.values, r, h) + to);
   }
 #pragma omp parallel for if (work > kShare) schedule(dynamic, 1)
   for (int job = 0; job < jobs; ++job) {
     static thread_local std::vector<float> scores;
-    scores.resize(s.room);
+    scores.resize(static_cast<size_t>(std::min(group, 4)) * room());
     const int r = job / s.kv_heads, h = job % s.kv_heads, end = positions[r] + 1;
     const int begin = block.window ? std::max(0, end - block.window) : 0;
     const size_t turn = static_cast<size_t>(positions[r]) * s.turned;
-    for (int g = h * group; g < (h + 1) * group; ++g) {
-      float* one = head_of(q_.data(), r, g, s.heads);
+    float* const first = head_of(q_.data(), r, h * group, s.heads);
+    for (int g = 0; g < group; ++g) {
+      float* one = first + g * s.size;
       if (block.q_norm) normalize(one, block.q_norm, one, s.size, s.eps);
       rotate(one, cosine_ + turn, sine_ + turn, s.turned);
-      const float largest = score(one, place(block.keys, r, h), scores.data(), begin, end, s.size, block.scale);
-      gather(scores.data(), largest, place(block.values, r, h), head_of(mixed_.data(), r, g, s.heads), begin, end, s.size);
     }
+    attend_some(group, first, place(block.keys, r, h), place(block.values, r, h), scores.data(),
+                head_of(mixed_.data(), r, h * group, s.heads), begin, end, s.size, room(), block.scale);
   }
 }
 
@@ -240,7 +331,7 @@ void Decoder::step(const std::vector<Group>& groups, const std::vector<int>& slo
     norm(hidden, o_.data(), block.norm_mlp, normed_.data(), rows);
     float* const wide[] = {gate_.data(), up_.data()};
     multiply(block, at, 4, 6, groups.data(), count, normed_.data(), wide);
-    gated(gate_.data(), up_.data(), gate_.data(), rows * shape_.middle);
+    gate(rows);
     multiply(block, at, 6, 7, groups.data(), count, gate_.data(), o);
     more = o_.data();
   }
@@ -250,7 +341,8 @@ void Decoder::step(const std::vector<Group>& groups, const std::vector<int>& slo
 void Decoder::copy(int from, int to, int length) {
   if (from < 0 || to < 0 || from >= shape_.slots || to >= shape_.slots || length < 0 || length > shape_.room)
     throw std::invalid_argument("no such slot");
-  const size_t head = static_cast<size_t>(shape_.room) * shape_.size, slot = head * shape_.kv_heads;
+  length = (length + kLanes - 1) / kLanes * kLanes;  // whole blocks of keys
+  const size_t head = static_cast<size_t>(room()) * shape_.size, slot = head * shape_.kv_heads;
   for (const Block& block : blocks_)
     for (float* cache : {block.keys, block.values})
       for (int h = 0; h < shape_.kv_heads; ++h)

@@ -8,6 +8,7 @@
 
 namespace polybit {
 
+constexpr int kLanes = 16;  // tokens whose keys lie side by side
 constexpr int kProducts = 7;  // of a block: q k v o gate up down
 
 // A layer of a block. shares: it can be multiplied in one pass with its neighbours of the same input.
@@ -18,7 +19,8 @@ struct Product {
   bool shares;
 };
 
-// One block's weights, and its cache of keys and values, each [slots][kv heads][room][head size].
+// One block's weights, and its cache: values [slots][kv heads][room][head size], keys [slots][kv heads][room / 16][head
+// size][16], with room up to a multiple of 16.
 struct Block {
   const float* norm_in;
   const float* norm_mlp;
@@ -63,6 +65,8 @@ class Decoder {
   void copy(int from, int to, int length);
 
  private:
+  int room() const { return (shape_.room + kLanes - 1) / kLanes * kLanes; }
+
   struct Use {
     const Weight* weight;
     int digits;
@@ -76,6 +80,7 @@ class Decoder {
   void multiply(const Block& block, int block_index, int first, int last, const Group* groups, int count, const float* x,
                 float* const* ys) const;
   void norm(float* x, const float* more, const float* weight, float* y, int rows) const;
+  void gate(int rows);
   void attend(const Block& block, const int* slots, const int* positions, int rows);
 
   Shape shape_;

@@ -249,7 +249,7 @@ void decode(const Weight& whole, const Segment& w, int row_block, const float* c
         }
         if (column_scale)
           for (int j = 0; j < columns; ++j) value[j] *= column_scale[k * kColumns + j];
-        float* row = out + (static_cast<size_t>(row_block) * kRows + r) * whole.columns + k * kColumns;
+        float* row = out + static_cast<size_t>(r) * whole.columns + k * kColumns;
         std::memcpy(row, value, columns * sizeof(float));
       }
     }

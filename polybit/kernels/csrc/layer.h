@@ -79,6 +79,14 @@ class Layer {
     polybit::decode(kernels_, weight(reading), column_scale_, reinterpret_cast<float*>(out));
   }
 
+  // Single rows of the float weight, [rows.size()][columns].
+  void decode_rows(int reading, const std::vector<int>& rows, uintptr_t out) {
+    const Weight& w = weight(reading);
+    for (int row : rows)
+      if (row < 0 || row >= w.rows) throw std::invalid_argument("no such row");
+    polybit::decode_rows(kernels_, w, column_scale_, rows, reinterpret_cast<float*>(out));
+  }
+
   const Weight& weight(int reading) {
     const std::lock_guard<std::mutex> guard(lock_);
     if (reading < 1 || reading >= static_cast<int>(readings_.size()) ||

@@ -385,16 +385,37 @@ void linear(const Kernels& kernels, const Inputs& in, const Member* members, int
 #endif
 }
 
+namespace {
+
+std::vector<float> floats_of(const uint16_t* column_scale, int columns) {
+  std::vector<float> found(column_scale ? columns : 0);
+  for (size_t j = 0; j < found.size(); ++j) found[j] = half_to_float(column_scale[j]);
+  return found;
+}
+
+}  // namespace
+
 void decode(const Kernels& kernels, const Weight& w, const uint16_t* column_scale, float* out) {
-  std::vector<float> columns(column_scale ? w.columns : 0);
-  for (size_t j = 0; j < columns.size(); ++j) columns[j] = half_to_float(column_scale[j]);
+  const std::vector<float> columns = floats_of(column_scale, w.columns);
   const float* scale = column_scale ? columns.data() : nullptr;
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(dynamic, 4) num_threads(available_threads())
 #endif
   for (int row_block = 0; row_block < w.row_blocks; ++row_block)
     for (const Segment* s = w.segments; s < w.segments + w.segment_count; ++s)
-      kernels.decode[s->width](w, *s, row_block, scale, out);
+      kernels.decode[s->width](w, *s, row_block, scale, out + static_cast<size_t>(row_block) * kRows * w.columns);
+}
+
+void decode_rows(const Kernels& kernels, const Weight& w, const uint16_t* column_scale, const std::vector<int>& rows,
+                 float* out) {
+  const std::vector<float> columns = floats_of(column_scale, w.columns);
+  const float* scale = column_scale ? columns.data() : nullptr;
+  std::vector<float> block(static_cast<size_t>(kRows) * w.columns);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    for (const Segment* s = w.segments; s < w.segments + w.segment_count; ++s)
+      kernels.decode[s->width](w, *s, rows[i] / kRows, scale, block.data());
+    std::copy_n(block.data() + static_cast<size_t>(rows[i] % kRows) * w.columns, w.columns, out + i * w.columns);
+  }
 }
 
 uint64_t read(const Kernels& kernels, const void* bytes, size_t count) {

@@ -1,6 +1,8 @@
 // Whole linear layers: activations rounded once, row blocks shared out among threads.
 #pragma once
 
+#include <vector>
+
 #include "problem.h"
 
 namespace polybit {
@@ -37,6 +39,10 @@ void linear(const Kernels& kernels, const Inputs& in, const Member* members, int
 
 // The float weight [rows][columns].
 void decode(const Kernels& kernels, const Weight& weight, const uint16_t* column_scale, float* out);
+
+// Some rows of it, [rows.size()][columns].
+void decode_rows(const Kernels& kernels, const Weight& weight, const uint16_t* column_scale, const std::vector<int>& rows,
+                 float* out);
 
 // Reads memory with all threads.
 uint64_t read(const Kernels& kernels, const void* bytes, size_t count);

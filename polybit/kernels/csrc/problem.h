@@ -85,7 +85,7 @@ struct Kernels {
   // rounds `columns` activations (a multiple of 32) chunk by chunk; `low` is null for 8-bit activations
   void (*round)(const float* x, int columns, int chunk, int8_t* high, int8_t* low, float* scale, float* sum_high,
                 float* sum_low);
-  // the float weight [rows][columns] of one row block of a segment, bit for bit as the reference computes it; [width]
+  // the float weight [16][columns] of one row block of a segment, bit for bit as the reference computes it; [width]
   void (*decode[9])(const Weight&, const Segment&, int row_block, const float* column_scale, float* out);
   // low-rank parts in binary16: out[rank] = down[rank][count] x, and out[16] += up[rank][16]^T t
   void (*project)(const uint16_t* down, int rank, int count, const float* x, float* out);
