@@ -1,4 +1,4 @@
-"""Run the commands of docs/start.md and docs/how/*.md and write what they say below them.
+"""Run the commands of docs/start.md, docs/real-model.md and docs/how/*.md and write what they say below them.
 
     python -m benchmarks.howto                      # every page anew
     python -m benchmarks.howto generate doctor      # these pages
@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [DOCS / "start.md", *sorted((DOCS / "how").glob("[a-z]*.md"))]
+PAGES = [DOCS / "start.md", DOCS / "real-model.md", *sorted((DOCS / "how").glob("[a-z]*.md"))]
 CONSOLE = re.compile(r"^```console\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BEFORE = re.compile(r"^<!-- before: (.+?) -->$", re.MULTILINE)
 MODEL = re.compile(r"^<!-- model: (\S+) -->$", re.MULTILINE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -42,6 +43,7 @@ COMMANDS = {
 NO_MEMORY = "can't allocate memory"  # what torch says of main memory
 TRACEBACK = "POLYBIT_TRACEBACK"  # set, an error nobody foresaw is raised as it is
 SHOWN = warnings.formatwarning
+LARGEST_CONFIG = 1 << 20  # bytes
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 
 
@@ -71,7 +73,7 @@ def take_config(tokens: list[str]) -> tuple[list[str], Path | None]:
         return tokens, None
     at = tokens.index("--config")
     if at + 1 == len(tokens):
-        fail("--config needs the path of a TOML file, as in --config recipes/tiny/quantize.toml")
+        fail("--config needs the path of a TOML file, as in --config quantize.toml")
     path = Path(tokens[at + 1])
     try:
         there = path.is_file()
@@ -79,7 +81,23 @@ def take_config(tokens: list[str]) -> tuple[list[str], Path | None]:
         there = False
     if not there:
         fail(f"--config {path}: there is no such file; give the path of a TOML file")
+    check_config(path)
     return tokens[:at] + tokens[at + 2 :], path
+
+
+def check_config(path: Path) -> None:
+    """One sentence for a file that is no TOML, or has a section of no verb, which would be left out in silence."""
+    try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"it has {path.stat().st_size} bytes, and {LARGEST_CONFIG} are allowed")
+        sections = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        said = " ".join(str(error).split())[:160]
+        fail(f"--config {path} cannot be read as TOML ({said}): mend it, or give the flags themselves")
+    for name, section in sections.items():
+        if name not in COMMANDS or not isinstance(section, dict):
+            what = f"a section [{name!s:.80}]" if isinstance(section, dict) else f"{name!r:.80} outside of a section"
+            fail(f"--config {path} has {what}: sections are named as verbs ({', '.join(COMMANDS)})")
 
 
 def fail(sentence: str, status: int = 2) -> None:

@@ -44,7 +44,7 @@ DOORS = {  # third-party library -> the files or rooms that may import it
     "scipy": ("allocate/knapsack.py",),
     "ray": ("hub/cluster.py",),
     "triton": ("kernels/",),
-    "gguf": ("export/gguf.py", "speed/llama.py"),
+    "gguf": ("export/gguf.py", "hub/gguf_header.py", "speed/llama.py"),
     "llama_cpp": ("speed/llama.py",),
     "matplotlib": ("report/plots.py",),
     "openai": ("hub/endpoint.py",),

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from polybit.core.runtime import PolybitError
-
-MAGIC = b"GGUF"
+from polybit.hub.gguf_header import check_gguf
 
 
 def is_gguf(name: str) -> bool:
@@ -24,11 +23,9 @@ def open_gguf(name: str, *, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = Path(name)
-    with path.open("rb") as opened:
-        if opened.read(len(MAGIC)) != MAGIC:
-            raise PolybitError(f"{path} does not begin as a GGUF file does: fetch it again")
     if find_spec("gguf") is None:
         raise PolybitError(f"{path} is read by the package gguf: run pip install 'polybit[export]'")
+    check_gguf(path)
     open_model: Any = AutoModelForCausalLM.from_pretrained
     try:
         options = {"gguf_file": path.name, "dtype": dtype, "output_loading_info": True}

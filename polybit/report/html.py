@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -59,10 +60,16 @@ def parts_page(name: str, parts: Sequence[Any], runs: Sequence[Json]) -> str:
 
 def render(**context: Any) -> str:
     """The template filled in; what is not given is left out."""
+    return template().render(**context)
+
+
+@cache
+def template() -> Any:
+    """The page's template, compiled once."""
     from jinja2 import Environment
 
     text = (files("polybit.report") / "page.html.j2").read_text(encoding="utf-8")
-    return Environment(autoescape=True).from_string(text).render(**context)
+    return Environment(autoescape=True).from_string(text)
 
 
 def commands_of(runs: Sequence[Json | None]) -> list[str]:

@@ -117,5 +117,13 @@ def test_toml_defaults_yield_to_flags(tmp_path, capsys):
     config = tmp_path / "plan.toml"
     config.write_text("[plan]\nbits = 9\n")
     assert "9" in refused(capsys, "--config", config, "plan", "tinychat")
+    for text, said in (
+        ("[plan]\nbits = ", "TOML"),
+        ("[plam]\nbits = 4", "[plam]"),
+        ("bits = 4", "'bits'"),
+        ("\xff", "TOML"),
+    ):
+        (tmp_path / "odd.toml").write_bytes(text.encode("latin-1"))
+        assert said in refused(capsys, "--config", tmp_path / "odd.toml", "plan", "tinychat")
     main(["--config", str(config), "plan", "tinychat", "--bits", "4", "--no-dry-run"])
     assert "w4" in capsys.readouterr().out

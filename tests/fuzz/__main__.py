@@ -4,8 +4,8 @@
     python -m tests.fuzz plan mix --cases 1000 --journal fuzz.json
 
 A case is a number: the same one gives the same file. It is *read*, or *refused* by one sentence (PolybitError). All
-else is a fault: another error, more than one line, longer than DEADLINE seconds, a file that is lost, HTML that comes
-through.
+else is a fault: another error, more than one line, more than DEADLINE CPU seconds, a file that is lost, HTML that
+comes through.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 from tests.fuzz.readers import READERS, Case
 from tests.fuzz.room import furnish
 
-DEADLINE = 60  # seconds of the clock for one case; a shared machine stands still at times
+DEADLINE = 30  # CPU seconds of one case; readers wait for nothing, and a shared machine stands still at times
 LONGEST = 1200  # characters of a sentence
 KEEP = 20  # faults described of each reader
 
@@ -38,7 +38,7 @@ class TooLong(BaseException):
 
 
 def overdue(*_: Any) -> None:
-    """What the alarm calls."""
+    """What the timer calls."""
     raise TooLong
 
 
@@ -50,7 +50,7 @@ def outcome(case: Case, reader: str, number: int, folder: Path) -> tuple[str, st
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    signal.alarm(DEADLINE)
+    signal.setitimer(signal.ITIMER_PROF, DEADLINE)
     try:
         with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
             read = case(Random(f"{reader} {number}"), folder)
@@ -60,7 +60,7 @@ def outcome(case: Case, reader: str, number: int, folder: Path) -> tuple[str, st
                 said, verdict = "", "read"
             except (PolybitError, CycloptsError) as error:
                 said, verdict = str(error), "refused"
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         if (
             verdict == "refused"
             and isinstance(said, str)
@@ -72,14 +72,14 @@ def outcome(case: Case, reader: str, number: int, folder: Path) -> tuple[str, st
             return "fault", "files were lost or left behind"
         return verdict, said
     except TooLong:
-        return "fault", f"longer than {DEADLINE} s"
+        return "fault", f"longer than {DEADLINE} CPU s"
     except SystemExit as error:
         return "refused", f"exit {error.code}"
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         return "fault", f"{type(error).__name__}: {str(error)[:200]} at {Path(last.filename).name}:{last.lineno}"
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def run(reader: str, case: Case, found: dict[str, Any], cases: int, folder: Path, keep: Any) -> None:
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--room", type=Path, default=Path("fuzz-room"))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, overdue)
+    signal.signal(signal.SIGPROF, overdue)
     journal = json.loads(options.journal.read_text()) if options.journal.is_file() else {}
     room = furnish(options.room)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:

@@ -45,6 +45,7 @@ samples = 8
 measure = false
 calibration = "embedded"
 """
+OPENED_EVERY = 10  # files that passed their checks; opening a model takes much longer than these
 FIGURES_EVERY = 500  # pages of this many cases draw their figures; the others draw what matplotlib is given as text
 
 
@@ -279,7 +280,7 @@ def checkpoint(room: Room) -> Case:
         def read() -> None:
             validate(folder)
             loaded[0] += 1
-            if loaded[0] % 10 == 0:  # opening a model takes much longer than the checks before it
+            if loaded[0] % OPENED_EVERY == 0:
                 load_quantized(folder)
 
         return read
@@ -300,20 +301,26 @@ def gguf(room: Room) -> Case:
     import torch
 
     from polybit.hub.gguf_file import open_gguf
+    from polybit.hub.gguf_header import check_gguf
 
     good = (room.path / "gguf" / "model.gguf").read_bytes()
-    beginning = len(good) // 20  # most of a file is weights, of which any number is a weight
+    head = good.index(b"\0tokenizer.ggml.merges")  # words and weights are most of a file
+    beginning = len(good) // 20
+    passed = [0]
 
     def case(random: Random, folder: Path) -> Callable[[], None]:
-        first, rest = (good[:beginning], good[beginning:]) if random.random() < 0.8 else (good, b"")
-        path = written(folder / "model.gguf", changed_bytes(random, first) + rest)
-        return lambda: none(open_gguf(str(path), dtype=torch.float32))
+        cut = random.choice((head, head, 2 * head, beginning, len(good)))
+        path = written(folder / "model.gguf", changed_bytes(random, good[:cut]) + good[cut:])
+
+        def read() -> None:
+            check_gguf(path)
+            passed[0] += 1
+            if passed[0] % OPENED_EVERY == 0:
+                open_gguf(str(path), dtype=torch.float32)
+
+        return read
 
     return case
-
-
-def none(_: Any) -> None:
-    """Forget a value."""
 
 
 READERS: dict[str, Callable[[Room], Case]] = {

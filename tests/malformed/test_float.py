@@ -146,7 +146,7 @@ def test_file_instead_of_a_directory(tmp_path):
 
 def test_a_gguf_file_that_is_cut(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    refused(tmp_path / "model.gguf", "cannot read")
+    refused(tmp_path / "model.gguf", "no whole GGUF file")
 
 
 def test_code_beside_the_weights_is_not_executed(whole, tmp_path):
