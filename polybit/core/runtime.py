@@ -155,7 +155,8 @@ class Lines:
         self.said = now
         left = seconds_left(now - self.start, self.done - self.before, self.total - self.done)
         eta = "" if left is None else f", {timedelta(seconds=round(left))} left"
-        print(f"polybit: {self.label}: {self.done:.6g} of {self.total:.6g}{eta}", file=sys.stderr, flush=True)
+        done, total = (f"{value:,.1f}".removesuffix(".0") for value in (self.done, self.total))
+        print(f"polybit: {self.label}: {done} of {total}{eta}", file=sys.stderr, flush=True)
 
 
 def seconds_left(elapsed: float, done: float, left: float) -> float | None:
