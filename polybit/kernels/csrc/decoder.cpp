@@ -5,6 +5,8 @@
 // loops the compiler turns into vector code, once per instruction set where the linker can choose at load time.
 #include "decoder.h"
 
+#include "clones.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,11 +15,6 @@
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // nothing here that returns vectors is called: all of it is inlined
-#endif
-#if defined(__x86_64__) && defined(__GLIBC__) && (defined(__GNUC__) && !defined(__clang__))
-#define POLYBIT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define POLYBIT_CLONES
 #endif
 #define POLYBIT_INLINE inline __attribute__((always_inline))  // into every clone
 

@@ -2,6 +2,8 @@
 //
 // Written as plain loops the compiler turns into vector code, once per instruction set where the linker can choose at
 // load time. Addresses come from torch; shapes are checked by the caller (step.py).
+#include "clones.h"
+
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
@@ -11,12 +13,6 @@
 #include <vector>
 
 namespace nb = nanobind;
-
-#if defined(__x86_64__) && defined(__GLIBC__) && (defined(__GNUC__) && !defined(__clang__))
-#define POLYBIT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define POLYBIT_CLONES
-#endif
 
 namespace {
 
