@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polybit.core.runtime import PolybitError, write_json
+from polybit.core.runtime import PolybitError, sweep, write_json
 
 
 class Journal:
@@ -46,3 +46,4 @@ class Journal:
     def remove(self) -> None:
         """The run is complete."""
         self.path.unlink(missing_ok=True)
+        sweep(self.path)

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from platform import node
 from time import monotonic
 from typing import Any, Protocol, TypeVar
+from zlib import crc32
 
 T = TypeVar("T")
 LINE_EVERY = 30.0  # seconds between lines of progress where there is no terminal
+MACHINE = f"{crc32(node().encode()):08x}"  # of a name of a file that another machine must leave alone
 
 
 class PolybitError(Exception):
@@ -38,7 +41,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     if not path.name or "\0" in str(path):
         raise PolybitError(f"{str(path)!r} is no name of a file: give one to write to")
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.staged")
+    sweep(path)
+    staged = path.with_name(f".{path.name}.{MACHINE}.{os.getpid()}.staged")
     try:
         yield staged
         with staged.open("rb") as handle:
@@ -48,6 +52,28 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes of this machine had begun to write in the place of a file."""
+    begins, ends = f".{path.name}.{MACHINE}.", ".staged"
+    with os.scandir(path.parent) as entries:
+        names = [each.name for each in entries if each.name.startswith(begins) and each.name.endswith(ends)]
+    for name in names:
+        number = name[len(begins) : -len(ends)]
+        if number.isdecimal() and not is_running(int(number)):
+            path.with_name(name).unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Whether a process of this number is there."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def fsync_directory(path: Path) -> None:

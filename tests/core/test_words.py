@@ -1,12 +1,16 @@
 """Precision, Plan, Grid: what can be written can be read back, and nonsense gets one clear sentence."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from polybit.core.affine import Grid, fake_quantize_tokens
 from polybit.core.plan import Plan
 from polybit.core.precision import Precision, parse_widths
-from polybit.core.runtime import PolybitError, atomic_path, write_json
+from polybit.core.runtime import MACHINE, PolybitError, atomic_path, write_json
 
 
 @pytest.mark.parametrize("text", ["w4", "w4a8", "w4a8k8v4", "w3q8", "float"])
@@ -66,6 +70,18 @@ def test_activation_rounding_error_and_gradient(bits):
     y.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
     assert torch.equal(fake_quantize_tokens(torch.zeros(2, 3), bits), torch.zeros(2, 3))
+
+
+def test_what_a_killed_process_began_to_write_goes_and_a_living_one_s_stays(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    target = tmp_path / "run.json"
+    begun = [tmp_path / f".run.json.{MACHINE}.{number}.staged" for number in (child.pid, os.getppid())]
+    others = [tmp_path / name for name in (f".run.json.0.{child.pid}.staged", f".run.jso.{MACHINE}.{child.pid}.staged")]
+    for path in (*begun, *others):
+        path.write_text("half")
+    write_json(target, {})
+    assert sorted(tmp_path.iterdir()) == sorted([target, begun[1], *others])
 
 
 def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
