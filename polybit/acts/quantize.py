@@ -17,7 +17,16 @@ from polybit.compress.mix_files import gather_either, read_mix
 from polybit.compress.plan_files import check_document, check_plan, read_plan, store_plan
 from polybit.compress.recipe import Recipe, choose, within_memory
 from polybit.compress.sizes import described, preset_sizes
-from polybit.compress.text import AUTO, BATCH, SELF, Calibration, auto_source, batches, window_length
+from polybit.compress.text import (
+    AUTO,
+    BATCH,
+    HELD_OUT,
+    SELF,
+    Calibration,
+    auto_source,
+    batches,
+    window_length,
+)
 from polybit.core.affine import QWeight
 from polybit.core.memory import fits
 from polybit.core.precision import FLOAT
@@ -188,13 +197,16 @@ def calibration(name: str, source: FloatSource, options: QuantizeOptions, recipe
     asked = options.mix is not None or options.calibration != AUTO
     if not (asked or options.measure or recipe.reads_text):
         return Calibration.empty(auto_source(embedded=is_embedded(name)), length)
-    with writer(name, source, options, writes=writes_its_text(name, options)) as model:
+    writes = writes_its_text(name, options)
+    spares = writes and options.mix is None  # what nobody reads need not be written; of a file it costs nothing
+    with writer(name, source, options, writes=writes) as model:
         return gather_either(
             model,
             source.tokenizer,
             options.calibration,
             options.mix,
-            samples=options.samples,
+            samples=0 if spares and not recipe.reads_text else options.samples,
+            held_out=0 if spares and not options.measure else HELD_OUT,
             length=length,
             seed=options.seed,
             embedded=is_embedded(name),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polybit.compress.text import Calibration, gather
+from polybit.compress.text import HELD_OUT, Calibration, gather
 from polybit.core.runtime import PolybitError
 from polybit.hub.files import read_json
 
@@ -67,12 +67,15 @@ def gather_either(
     samples: int,
     length: int,
     seed: int,
+    held_out: int = HELD_OUT,
     embedded: bool = False,
 ) -> Calibration:
     """Calibration text from a mixture where one was asked for, else from one source."""
     if mixture is not None:
         return gather_mixture(model, tokenizer, mixture, samples=samples, length=length, seed=seed)
-    return gather(model, tokenizer, source, samples=samples, length=length, seed=seed, embedded=embedded)
+    return gather(
+        model, tokenizer, source, samples=samples, held_out=held_out, length=length, seed=seed, embedded=embedded
+    )
 
 
 def gather_mixture(model: Any, tokenizer: Any, spec: str, *, samples: int, length: int, seed: int) -> Calibration:

@@ -6,22 +6,32 @@ import torch
 from torch import Tensor, nn
 
 from polybit.core.runtime import PolybitError, track
+from polybit.hub.growing import with_room
 
 GREEDY_TOKENS = 4  # without a start token, this many greedy tokens follow a random first one, then sampling begins
 
 
 @torch.inference_mode()
-def self_text(model: nn.Module, start: int | None, *, count: int, length: int, seed: int, batch: int = 32) -> Tensor:
+def self_text(
+    model: nn.Module,
+    start: int | None,
+    *,
+    count: int,
+    length: int,
+    seed: int,
+    batch: int = 32,
+    kind: str = "calibration",
+) -> Tensor:
     """Windows of token ids [count, length] drawn from the model's own distribution at temperature 1.
 
     start: id of the token every window begins with; None = random vocabulary tokens, each followed by a few greedy
     ones, so that a rare first token does not lead straight into noise. An end token does not stop a window: the next
-    text simply begins, as in a packed calibration set.
+    text simply begins, as in a packed calibration set. kind: of text, to tell progress.
     """
     draw = torch.Generator().manual_seed(seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    windows = []
-    for first in track(range(0, count, batch), "writing calibration text"):
+    windows = [torch.empty(0, length, dtype=torch.long)]
+    for first in track(range(0, count, batch), f"writing {kind} text"):
         size = min(batch, count - first)
         drawn = torch.randint(0, vocabulary, (size, 1), generator=draw)
         ids = drawn if start is None else torch.full_like(drawn, start)
@@ -43,7 +53,8 @@ def continue_text(model: nn.Module, ids_BT: Tensor, length: int, draw: torch.Gen
                 f"{type(model).__name__} could not write a text of its own ({type(error).__name__}: {error!s:.120}): "
                 "give a text to calibrate on"
             ) from error
-        cache, logits_BV = getattr(output, "past_key_values", None), output.logits[:, -1].float().cpu()
+        cache = with_room(getattr(output, "past_key_values", None))
+        logits_BV = output.logits[:, -1].float().cpu()
         if ids_BT.shape[1] <= greedy:
             fed = logits_BV.argmax(-1, keepdim=True)
         else:

@@ -18,6 +18,8 @@ from polybit.hub.lm import longest_input
 
 SELF = "self"  # the model writes its own text
 BATCH = 4  # windows per calibration batch
+HELD_OUT = 32  # windows to measure on
+HELD_OUT_SEED = 1 << 40  # added to the seed of a text the model writes: held-out windows depend on nothing else
 AUTO = "auto"  # conversations of the generator for the embedded model, otherwise SELF
 
 
@@ -41,17 +43,34 @@ class Calibration:
 
 
 def gather(
-    model, tokenizer, source: str, *, samples: int, length: int, seed: int, held_out: int = 32, embedded: bool = False
+    model,
+    tokenizer,
+    source: str,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    held_out: int = HELD_OUT,
+    embedded: bool = False,
 ) -> Calibration:
-    """Calibration windows and held-out windows from one source, without a token in common."""
-    if samples < 1 or held_out < 1:
-        raise PolybitError(f"{min(samples, held_out)} calibration samples are too few: give 1 or more")
+    """Calibration windows and held-out windows from one source, without a token in common.
+
+    A text the model writes itself is dear and may be asked for one kind of windows alone, 0 of the other.
+    """
     if source == AUTO:
         source = auto_source(embedded=embedded)
-    bos = tokenizer.bos_token_id
     if source == SELF:
-        drawn = self_text(model, bos, count=samples + held_out, length=length, seed=seed)
-        return Calibration(drawn[:samples], drawn[samples:], SELF)
+        start, kinds = (
+            tokenizer.bos_token_id,
+            {"calibration": (samples, seed), "held-out": (held_out, seed + HELD_OUT_SEED)},
+        )
+        written = {
+            kind: self_text(model, start, count=count, length=length, seed=own, kind=kind)
+            for kind, (count, own) in kinds.items()
+        }
+        return Calibration(written["calibration"], written["held-out"], SELF)
+    if samples < 1 or held_out < 1:
+        raise PolybitError(f"{min(samples, held_out)} calibration samples are too few: give 1 or more")
     drawn, warnings = read_windows(source, tokenizer, length, count=samples + held_out, seed=seed)
     for warning in warnings:
         print(f"polybit: warning: {warning}", file=sys.stderr)

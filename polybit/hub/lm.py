@@ -16,6 +16,7 @@ from polybit.data.batches import buckets, pad, same_context
 from polybit.data.chat import Prompt, encode_prompt
 from polybit.data.text import encode
 from polybit.hub.cache import keep_packed, logits_in_blocks, reads_in_blocks
+from polybit.hub.growing import with_room
 from polybit.hub.halves import in_halves
 from polybit.hub.likelihood import LogLik, PairReader, TokenPair, loglik_alone
 from polybit.nn import switch
@@ -194,7 +195,7 @@ class LocalLM:
         cache = None
         for _ in range(max_tokens):
             out = self._step(ids_BT, mask_BT, cache)
-            cache = getattr(out, "past_key_values", None)
+            cache = with_room(getattr(out, "past_key_values", None))
             next_B = out.logits[:, -1].float().argmax(-1)
             for row, token in enumerate(next_B.tolist()):
                 if not done_B[row]:
