@@ -15,23 +15,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from polybit.compress.blocks import find_blocks, run_blocks
 from polybit.compress.sizes import base_model
-from polybit.compress.states import HiddenStates, Room
+from polybit.compress.states import Room
 from polybit.core.memory import allowed_bytes, return_large
-from polybit.core.runtime import PolybitError, track, warn
+from polybit.core.runtime import PolybitError, warn
 from polybit.evals.table import SUITES
 from polybit.hub.checkpoint import METHOD
 from polybit.hub.gguf_file import is_gguf
 from polybit.hub.lent import LentModel, open_lent
-from polybit.hub.lent_calls import head_by_rows
 from polybit.hub.lent_checkpoint import open_lent_checkpoint
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import TOKENIZER_FILES, fetch, guarded, load_config, load_tokenizer, quantization_of
 from polybit.hub.models import resolve
-from polybit.measure.sensitivity import entered
+from polybit.measure.passage import States, WholePassage
 from polybit.nn.convert import Target, targets
 from polybit.options.evaluate import EvalOptions
 
@@ -49,12 +47,13 @@ class BlockwiseLM(LocalLM):
     def __init__(self, source: LentModel, tokenizer: Any, targets: Sequence[Target], memory: int) -> None:
         super().__init__(source.model, tokenizer, keep_decoded=False, batch_logits=LOGITS)
         self.source, self.targets = source, targets
-        self.path, self.modules = find_blocks(source.model, targets)
         self.room = Room(memory, Path(tempfile.gettempdir()))
         self.preset: str | None = None
-        self.known: dict[tuple[str | None, bytes], tuple[HiddenStates, int]] = {}
-        self.wraps = False
-        self.open = ExitStack()
+        self.passage: WholePassage | None = None
+        self.states: dict[str | None, States] = {}
+        self.places: dict[bytes, int] = {}
+        self.open = ExitStack()  # holds what follows the blocks, once logits are asked for
+        self.is_open = False
 
     @property
     def device(self) -> torch.device:
@@ -74,43 +73,31 @@ class BlockwiseLM(LocalLM):
 
     def read_ahead(self, batches: Sequence[Tensor], presets: Sequence[str | None]) -> None:
         """Take batches of token ids [B, T] through all blocks at each preset, and forget earlier ones."""
-        self.open.close()
-        for states in {id(states): states for states, _ in self.known.values()}.values():
-            states.clear()
-        self.known = {}
+        self.forget()
+        if not batches:
+            return
+        self.passage = WholePassage(self.model, batches, self.targets, source=self.source, room=self.room)
+        self.places = {key_of(ids_BT): index for index, ids_BT in enumerate(batches)}
         for preset in presets:
             with self.at(preset):
-                states = self.walked(batches)
-            for index, ids_BT in enumerate(batches):
-                self.known[preset, key_of(ids_BT)] = states, index
+                self.states[preset] = self.passage.through(label="blocks")
 
-    @torch.inference_mode()
-    def walked(self, batches: Sequence[Tensor]) -> HiddenStates:
-        """The hidden states behind the last block."""
-        walk = run_blocks(self.model, batches, self.targets, references=False, source=self.source, room=self.room)
-        block = None
-        for block in track(walk, "blocks", len(self.modules)):
-            if not block.index:
-                handle = block.module.register_forward_hook(self._hear)
-                block.finish()
-                handle.remove()
-            else:
-                block.finish()
-        assert block is not None and isinstance(block.outputs, HiddenStates)
-        return block.outputs
+    def forget(self) -> None:
+        """Give back what was read ahead."""
+        self.open.close()
+        self.is_open = False
+        for states in self.states.values():
+            assert self.passage is not None
+            self.passage.let_go(states)
+        self.states, self.places, self.passage = {}, {}, None
 
-    @torch.inference_mode()
     def logits(self, ids_BT: Tensor) -> Tensor:
         """Logits float32 [B, T, V] of a batch that was read ahead."""
-        states, index = self.known[self.preset, key_of(ids_BT)]
-        if not self.open._exit_callbacks:  # type: ignore[attr-defined]
-            self.open.enter_context(self.source.entry(self.path, f"{self.path}.0"))
-            self.open.enter_context(head_by_rows(self.model, self.source))
-        with entered(self.modules, len(self.modules), states[index], self.wraps):
-            return self._call(input_ids=ids_BT, use_cache=False).logits.float()
-
-    def _hear(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.wraps = isinstance(output, (tuple, list))
+        assert self.passage is not None
+        if not self.is_open:
+            self.open.enter_context(self.passage.open())
+            self.is_open = True
+        return self.passage.logits(self.states[self.preset], self.places[key_of(ids_BT)]).float()
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise PolybitError(

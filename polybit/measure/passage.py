@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from polybit.compress.blocks import VisitedBlock, find_blocks, run_blocks
 from polybit.compress.source import IN_MEMORY, WeightSource
 from polybit.compress.states import Room, let_go
+from polybit.core.runtime import track
 from polybit.measure.probe import counted_log_probabilities
 from polybit.measure.sensitivity import answers_with_tuple, entered
 from polybit.nn.convert import Target
@@ -58,12 +59,14 @@ class WholePassage:
             self.wraps = answers_with_tuple(model, self.modules[0], batches[0])
 
     @torch.no_grad()
-    def through(self, weights: Weights = as_they_are) -> States:
-        """Hidden states behind the last block; `weights` is asked block by block, in order, and once each."""
+    def through(self, weights: Weights = as_they_are, *, label: str | None = None) -> States:
+        """Hidden states behind the last block; `weights` is asked block by block, in order, and once each.
+
+        label: of the progress that is shown (default: none is)
+        """
         block = None
-        for block in run_blocks(
-            self.model, self.batches, self.targets, references=False, source=self.source, room=self.room
-        ):
+        walk = run_blocks(self.model, self.batches, self.targets, references=False, source=self.source, room=self.room)
+        for block in walk if label is None else track(walk, label, len(self.modules)):
             block.finish(weights(block))
         assert block is not None
         return block.outputs
@@ -78,8 +81,13 @@ class WholePassage:
         with self.source.calls(self.path):
             yield
 
-    def log_probabilities(self, states: States, index: int, counted_BT: Tensor) -> Tensor:
-        """Log-probabilities [N, V] in float32 of the counted tokens of batch `index`; to be called inside `open`."""
+    def logits(self, states: States, index: int) -> Tensor:
+        """Logits [B, T, V] of batch `index`; to be called inside `open`."""
         ids_BT = self.batches[index].to(states[index].device)
         with torch.no_grad(), entered(self.modules, len(self.modules), states[index], self.wraps):
-            return counted_log_probabilities(self.model(input_ids=ids_BT, use_cache=False).logits, counted_BT)
+            found: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
+        return found
+
+    def log_probabilities(self, states: States, index: int, counted_BT: Tensor) -> Tensor:
+        """Log-probabilities [N, V] in float32 of the counted tokens of batch `index`; to be called inside `open`."""
+        return counted_log_probabilities(self.logits(states, index), counted_BT)
