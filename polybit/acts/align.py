@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from polybit.acts.launch import by_processes
 from polybit.acts.pairs import model_pair
+from polybit.compress.ends import HeldEnds, held_ends
 from polybit.compress.sizes import quantized_layers, stored_bits_per_weight, stored_widths
 from polybit.compress.stats import collect
 from polybit.core.affine import QWeight
@@ -135,6 +137,9 @@ def align_with(
     told = fingerprint(options, models, digest, widths)
     store = world.workspace(options.out, told, restart=options.restart)
     try:
+        parent = None if models.checkpoint is None else start_of(models.checkpoint, model, options.trust_remote_code)
+        if parent is not None:
+            parent.ends.into_float(model)
         material = read_material(pairs, reference=digest, pad_token=tokenizer.pad_token_id or 0)
         check_tokens(model, pairs, material)
         count = options.held_out or max(1, min(HELD_OUT_MOST, int(len(material) * HELD_OUT_SHARE)))
@@ -143,7 +148,7 @@ def align_with(
         trainable = trainable_of(
             model,
             widths,
-            None if models.checkpoint is None else start_codes(models.checkpoint, options.trust_remote_code),
+            None if parent is None else parent.codes,
             group_size=options.group_size,
             adapter=options.adapter,
             rank=options.rank,
@@ -161,9 +166,11 @@ def align_with(
         )
         settled = settle_kept(trainable, widths.kept, stats, halves[1], outcome)
         frozen = freeze(trainable.cpu(), widths.trained[0] if options.adapter == "nested" else None)
-        parent = own_name(name if models.checkpoint is None else models.float_name)
-        notes = {"base_model": parent, "aligned": noted_of(options, outcome)}
+        base = own_name(name if models.checkpoint is None else models.float_name)
+        notes = {"base_model": base, "aligned": noted_of(options, outcome)}
         set_named_presets(frozen, widths)
+        if parent is not None:
+            parent.ends.into_checkpoint(frozen, widths.stored)
         if world.first():
             more: dict[str, Any] = {"widths": widths.stored, "notes": notes, "overwrite": options.overwrite}
             verify(save(frozen, options.out, tokenizer=tokenizer, **more), frozen)
@@ -214,17 +221,29 @@ def statistics(model: nn.Module, material: PairMaterial) -> dict[str, LayerStats
     return collect(model, list(ids_NT.split(8)), kinds)
 
 
-def start_codes(checkpoint: str, trust_remote_code: bool) -> dict[str, QWeight]:
-    """The codes of a checkpoint's layers; one that quantizes more than linear layers is refused."""
+@dataclass(frozen=True)
+class Start:
+    """What a checkpoint brings to its alignment: codes to train, and ends that stay as they are."""
+
+    codes: Mapping[str, QWeight]
+    ends: HeldEnds
+
+
+def start_of(checkpoint: str, like: nn.Module, trust_remote_code: bool) -> Start:
+    """The start a checkpoint gives; one that quantizes more than linear layers and its ends is refused.
+
+    like: the float model
+    """
     quantized, _ = load_quantized(checkpoint, trust_remote_code=trust_remote_code)
-    start = {n: unpack(m.planes) for n, m in quantized.named_modules() if isinstance(m, QuantLinear)}
-    left = set(quantized_layers(quantized)) - set(start)
+    ends = held_ends(quantized, like)
+    layers = {name: module for name, module in quantized_layers(quantized).items() if name not in ends.planes}
+    left = {name for name, module in layers.items() if not isinstance(module, QuantLinear)}
     if left:
         raise PolybitError(
             f"{checkpoint} quantizes {min(left)!r:.120}, which is no linear layer and cannot be trained: "
             "make the checkpoint without --include-embeddings, from a model without fused experts"
         )
-    return start
+    return Start({name: unpack(module.planes) for name, module in layers.items()}, ends)
 
 
 def fingerprint(options: AlignOptions, models: AskedModels, digest: str, widths: FileWidths) -> dict[str, Any]:

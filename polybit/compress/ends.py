@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from polybit.compress.rows import is_large, matrix_of, round_rows
 from polybit.compress.source import IN_MEMORY, WeightSource
 from polybit.core.affine import Grid
 from polybit.core.plan import Plan
-from polybit.core.planes import Planes, pack
+from polybit.core.planes import Planes, pack, unpack
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
-from polybit.nn.convert import Target, targets
+from polybit.nn.convert import Target, convert, targets
+from polybit.nn.linear import QuantWeight
 from polybit.nn.switch import presets, set_presets
 from polybit.quant.rtn import rtn
 
@@ -72,3 +76,38 @@ def hold_ends(model: Any, names: list[str], bits: int, widths: tuple[int, ...]) 
     for name, plan in presets(model).items():
         plans[name] = Plan(plan.default, {**plan.layers, **held}, plan.columns)
     set_presets(model, plans)
+
+
+@dataclass(frozen=True)
+class HeldEnds:
+    """The ends of a checkpoint that reads them at one width whatever its preset.
+
+    planes: what is stored of each, by name; none where the ends are float · bits: the width they are read at
+    """
+
+    planes: Mapping[str, Planes]
+    bits: int
+
+    @torch.no_grad()
+    def into_float(self, model: Any) -> None:
+        """Give a float model, in place, the numbers that are read, so that what is trained between them knows them."""
+        for target in end_targets(model):
+            if target.name in self.planes:
+                parameter = target.parameter(model)
+                parameter.copy_(unpack(self.planes[target.name], self.bits).dequantize().to(parameter))
+
+    def into_checkpoint(self, model: Any, widths: tuple[int, ...]) -> None:
+        """Put the same bytes, in place, into a quantized model with float ends."""
+        convert(model, self.planes)
+        hold_ends(model, list(self.planes), self.bits, widths)
+
+
+def held_ends(quantized: Any, like: Any) -> HeldEnds:
+    """The ends that `quantized` holds at one width; like: a float model of the same shape.
+
+    Ends that are read at every preset's own width (--include-embeddings) are none of these.
+    """
+    names = {target.name for target in end_targets(like)}
+    found = {n: m.planes for n, m in quantized.named_modules() if n in names and isinstance(m, QuantWeight)}
+    read = {plan.at(name).w for plan in presets(quantized).values() for name in found}
+    return HeldEnds(found, read.pop()) if len(read) == 1 else HeldEnds({}, FLOAT)

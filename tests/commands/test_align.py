@@ -15,7 +15,7 @@ from polybit.hub.checkpoint import describe
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import load
 from polybit.hub.models import open_model
-from polybit.nn.switch import panel
+from polybit.nn.switch import panel, use
 from polybit.train import answering
 from polybit.train.chain import Chain
 from polybit.train.pairs import read_pairs
@@ -131,6 +131,31 @@ def test_an_aligned_checkpoint_is_a_plain_one(tiny_llama, made, tmp_path):
     ours, theirs = ({n: (t.shape, t.dtype) for n, t in m.named_parameters()} for m in (model, rounded))
     assert ours == theirs
     assert bool(torch.isfinite(model(input_ids=torch.arange(5, 15)[None]).logits).all())
+
+
+def test_ends_with_a_width_of_their_own_stay_as_they_are(tiny_llama, prompts, tmp_path, capsys):
+    """As a real model's checkpoint has them by default; training sees the numbers that are read."""
+    start = tmp_path / "start"
+    polybit.quantize(str(tiny_llama), out=start, widths="4,2", method="nested", ends=8, measure=False, group_size=16,
+                     samples=4, window=16)  # fmt: skip
+    make(start, prompts, tmp_path / "pairs")
+    numbers = aligned(start, tmp_path / "pairs", tmp_path / "out", "--precision", "w2", "--learning-rate", "1e-2")
+    (before, _), (after, _) = load(start), load(tmp_path / "out")
+    ends = [dict(model.named_modules())["model.embed_tokens"] for model in (before, after)]
+    assert all(
+        torch.equal(a, b) for a, b in zip(ends[0].state_dict().values(), ends[1].state_dict().values(), strict=True)
+    )
+    for width in (4, 2):
+        use(after, f"w{width}")
+        layers = panel(after).layers
+        assert {layers[name].width for name in layers} == {8, width} and layers["model.embed_tokens"].width == 8
+    moved = ["model.layers.0.mlp.up_proj" in name and not torch.equal(t, dict(before.state_dict())[name])
+             for name, t in after.state_dict().items()]  # fmt: skip
+    assert any(moved) and numbers["presets"]["w2"]["after"]["kl"] < numbers["presets"]["w2"]["before"]["kl"]
+    every = tmp_path / "every"
+    polybit.quantize(str(tiny_llama), out=every, bits=4, method="rtn", include_embeddings=True, measure=False)
+    said = refused(capsys, "align", every, "--pairs", tmp_path / "pairs", "--out", tmp_path / "no")
+    assert "model.embed_tokens" in said and "--include-embeddings" in said
 
 
 @pytest.mark.slow
