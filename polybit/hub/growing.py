@@ -18,7 +18,7 @@ GROWTH = 1.5  # times what is held, when room runs out
 LEAST = 64  # tokens of room beyond what is held
 
 
-class Held:
+class RoomyStates:
     """A tensor [B, H, T, D] with room at the end of T, and how many tokens anybody has written into it.
 
     Whoever holds fewer tokens than that is a branch of its own (a copied or cropped cache) and gets a tensor of its
@@ -56,12 +56,12 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, layer: DynamicLayer) -> None:
         super().__init__()
         self.__dict__.update(layer.__dict__)
-        self.held: dict[str, Held] = {}
+        self.held: dict[str, RoomyStates] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new tokens in; gives all keys and values [B, H, T, D]."""
         learns = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if learns or not self.get_seq_length():
+        if learns or self.keys is None or self.values is None or not self.get_seq_length():
             return super().update(key_states, value_states, *args, **kwargs)
         self.keys = self._appended("keys", self.keys, key_states)
         self.values = self._appended("values", self.values, value_states)
@@ -70,7 +70,7 @@ class RoomyLayer(DynamicLayer):
     def _appended(self, name: str, states_BHTD: Tensor, new_BHTD: Tensor) -> Tensor:
         more = new_BHTD.shape[2]
         if name not in self.held or not self.held[name].has_room(states_BHTD, more):
-            self.held[name] = Held(states_BHTD, more)
+            self.held[name] = RoomyStates(states_BHTD, more)
         return self.held[name].append(new_BHTD)
 
 
