@@ -28,7 +28,7 @@ SIZES = re.compile(  # sizes that some tensor of the model has as a side
     r"\w+\.(embedding_length|feed_forward_length|expert_feed_forward_length|vocab_size|expert_count|expert_used_count|"
     r"attention\.(head_count|head_count_kv|key_length|value_length))"
 )
-BLOCKS, BLOCK = re.compile(r"\w+\.block_count"), re.compile(r"blk\.(\d{1,6})\.")
+BLOCKS, BLOCK = re.compile(r"\w+\.block_count"), re.compile(r"(?:^|\.)blk\.(\d{1,6})\.")
 
 
 class GgufDamage(Exception):
@@ -75,6 +75,8 @@ class GgufHead:
             if name in self.keys:
                 raise GgufDamage(f"the key {name!r:.80} stands there twice")
             self.keys[name] = self.value(self.number("I"), name)
+        if self.keys.get("split.count", 1) not in (0, 1):
+            raise GgufDamage(f"it is one of {self.keys['split.count']} parts, to be joined by llama-gguf-split --merge")
         self.check_tensors([self.tensor() for _ in range(tensors)])
 
     def room(self, count: int, what: str) -> None:
@@ -162,7 +164,7 @@ class GgufHead:
     def check_sizes(self, tensors: list[tuple[str, tuple[int, ...], int, int]]) -> None:
         """Sizes are those of tensors, and there are as many blocks: readers build what they are told."""
         longest = max((max(shape) for _, shape, _, _ in tensors), default=0)
-        blocks = len({found[1] for name, *_ in tensors if (found := BLOCK.match(name))})
+        blocks = len({found[1] for name, *_ in tensors if (found := BLOCK.search(name))})
         for name, value in self.keys.items():
             if BLOCKS.fullmatch(name) and value != blocks:
                 raise GgufDamage(f"{name!r:.80} is {value!r:.40}, and tensors are there of {blocks} blocks")

@@ -74,7 +74,9 @@ def test_damage_is_one_sentence(what, tmp_path):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize(("name", "value"), [("general.alignment", 24), ("llama.attention.head_count", 33)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("general.alignment", 24), ("llama.attention.head_count", 33), ("split.count", 3)]
+)
 def test_keys_that_do_not_fit(name, value, tmp_path):
     path = write(tmp_path / "a.gguf", keys=[("x." + name[2:], value)])  # as long a name, and then the right one
     path.write_bytes(path.read_bytes().replace(("x." + name[2:]).encode(), name.encode()))
