@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from polybit.compress.sizes import base_model, stored_widths
 from polybit.core.precision import Precision
 from polybit.core.records import Run
-from polybit.core.runtime import PolybitError
+from polybit.core.runtime import PolybitError, progress
 from polybit.data.chat import encode_prompt
 from polybit.data.prompts import gather_prompts
 from polybit.data.text import has_chat_template
@@ -21,6 +22,8 @@ from polybit.hub.lm import LocalLM
 from polybit.hub.models import open_model, resolve
 from polybit.options.checks import names_of, plain
 from polybit.options.route import RouteOptions
+from polybit.serve.gate_fit import fit_gate, read_pair
+from polybit.serve.loading import bytes_read
 from polybit.serve.router import (
     ROUTER,
     PromptFeatures,
@@ -30,6 +33,7 @@ from polybit.serve.router import (
     write_router,
 )
 from polybit.serve.router_fit import fit, judge
+from polybit.serve.runners import RowRunner
 from polybit.serve.signals import FirstBlocks, main_parts
 
 LEAST = 20  # prompts from which anything can be learnt
@@ -66,9 +70,33 @@ def learnt(directory: Path, options: RouteOptions) -> dict[str, Any]:
     for row in features_NF:
         router.choose(row)
     seconds += (process_time() - began) / len(prompts)
+    gates = fitted_gates(quantized.model, widths, prompts, answers, options)
+    router = replace(router, margins={pair: found["margin"] for pair, found in gates.items()})
     if not options.dry_run:
         write_router(directory / ROUTER, router, checkpoint_digest(directory))
-    return numbers | {"widths": list(widths), "seconds_per_prompt": seconds, "kept": not options.dry_run}
+    return numbers | {
+        "widths": list(widths),
+        "seconds_per_prompt": seconds,
+        "gates": gates,
+        "kept": not options.dry_run,
+    }
+
+
+def fitted_gates(
+    model: Any, widths: tuple[str, ...], prompts: list[list[int]], answers: list[list[int]], options: RouteOptions
+) -> dict[str, Any]:
+    """Margins of gates that decide at the widest width, by "low:high"; none where no compiled code reads rows."""
+    if not FirstBlocks.fits(model) or not options.gate_prompts:
+        return {}
+    chosen = slice(0, options.gate_prompts)
+    prompts, answers = prompts[chosen], answers[chosen]
+    runner = RowRunner(model, slots=2, room=max(map(len, prompts)) + options.max_tokens + 1)
+    high, size, found = widths[0], bytes_read(model, widths), {}
+    with progress("margins of gates", (len(widths) - 1) * len(prompts)) as step:
+        for low in widths[1:]:
+            reading = read_pair(runner, low, high, prompts, answers, lambda: step(1))
+            found[f"{low}:{high}"] = fit_gate(reading, size[high] / size[low], seed=options.seed)
+    return found
 
 
 def open_both(directory: Path, options: RouteOptions) -> tuple[LocalLM, LocalLM]:

@@ -26,6 +26,8 @@ class RouteOptions:
     """Tokens of each answer on which widths are compared."""
     states: int = 16
     """Directions of the first blocks' states that the router looks at; 0 = it reads no block."""
+    gate_prompts: int = 120
+    """Prompts from which margins of gates are learnt (precision gate of a request); 0 = none."""
     seed: int = 0
     """Seed of intervals."""
     dry_run: bool = False
@@ -36,6 +38,6 @@ class RouteOptions:
     """Allow code that the model's repository brings."""
 
     def __post_init__(self) -> None:
-        at_least(self, limit=20, max_tokens=1, states=0)
+        at_least(self, limit=20, max_tokens=1, states=0, gate_prompts=0)
         if not 1 <= self.budget <= 8:
             raise PolybitError(f"--budget {self.budget} is not possible: give mean bits per weight, from 1 to 8")

@@ -40,7 +40,17 @@ def told(numbers: Json) -> str:
             f"{numbers['prompts']} prompts, each routed by a model that never saw it.",
             verdict,
             f"The router itself takes {1e6 * numbers['seconds_per_prompt']:.0f} microseconds per prompt.",
+            *(gate_line(pair, found) for pair, found in numbers.get("gates", {}).items()),
         ]
+    )
+
+
+def gate_line(pair: str, found: Json) -> str:
+    """What a gate at its learnt margin does to answers it was not learnt from."""
+    low, _, high = pair.partition(":")
+    return (
+        f"Gate {low} at {high}: leads under {found['margin']:.2g} nats; on other answers {estimate(found['removed'])} "
+        f"of the flips removed for {estimate(found['extra_bytes'])} of the bytes more."
     )
 
 

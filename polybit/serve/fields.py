@@ -43,7 +43,7 @@ class PrecisionObject(Strict):
     sure: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
     lookup: Annotated[int, Field(ge=0, le=16)] = 0
     gate: Width | None = None
-    margin: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.5
+    margin: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
     def ways_agree(self) -> PrecisionObject:

@@ -16,7 +16,7 @@ from polybit.nn.switch import at, panel, presets
 from polybit.serve.engine import Engine
 from polybit.serve.grammar import Grammars
 from polybit.serve.policy import AutoPolicy, Needs
-from polybit.serve.router import ROUTER, PromptFeatures, embedding_of, read_router
+from polybit.serve.router import ROUTER, PromptFeatures, Router, embedding_of, read_router
 from polybit.serve.runners import Runner, make_runner
 from polybit.serve.service import Service
 from polybit.serve.signals import FirstBlocks
@@ -95,6 +95,7 @@ def service_of(
     if missing:
         raise PolybitError(f"--auto {missing[0]} is not served: choose from {', '.join(precisions)}")
     widest = sorted((w for w in allowed if is_width(w)), key=lambda w: -Precision.parse(w).w) or list(allowed)
+    router = router_of(directory, loaded, precisions)
     ends = ends_of(loaded, tokenizer)
     engine = Engine(runner, tokenizer, queue=queue, chunk=chunk, threads=threads)
     engine.start()
@@ -103,12 +104,13 @@ def service_of(
         tokenizer=tokenizer,
         engine=engine,
         precisions=precisions,
-        policy=AutoPolicy(tuple(widest), *pressure, needs=needs_of(directory, loaded, tokenizer, precisions)),
+        policy=AutoPolicy(tuple(widest), *pressure, needs=needs_of(router, loaded, tokenizer)),
         templates=Templates.of(tokenizer),
         grammars=Grammars(tokenizer, int(loaded.config.get_text_config().vocab_size), ends),
         ends=ends,
         most_tokens=min(most_tokens, room),
         created=int(time.time()),
+        margins={} if router is None else router.margins,
         notes={
             "context": room,
             "runner": {name: "rows" if runner.exact(name) else "transformers" for name in precisions},
@@ -122,23 +124,25 @@ def threads_for(model: Any) -> int | None:
     return 1 if sum(p.numel() * p.element_size() for p in model.parameters()) < SMALL else None
 
 
-def needs_of(directory: Path | None, model: Any, tokenizer: Any, precisions: tuple[str, ...]) -> Needs | None:
-    """What a checkpoint's router asks for; None where it has none."""
+def router_of(directory: Path | None, model: Any, precisions: tuple[str, ...]) -> Router | None:
+    """A checkpoint's router; None where it has none."""
     if directory is None or not directory.is_dir() or not any(is_width(name) for name in precisions):
         return None
-    embedding_VD = embedding_of(model)
-    router = read_router(directory, precisions, embedding_VD.shape[1])
+    found = read_router(directory, precisions, embedding_of(model).shape[1])
+    if found is not None and found.states_EK.size and not FirstBlocks.fits(model):
+        raise PolybitError(
+            f"{directory / ROUTER} reads the model's first blocks, which the compiled decoder does not read here: fit "
+            "it again on this machine with polybit route"
+        )
+    return found
+
+
+def needs_of(router: Router | None, model: Any, tokenizer: Any) -> Needs | None:
+    """What a router asks for."""
     if router is None:
         return None
-    blocks = None
-    if router.states_EK.size:
-        if not FirstBlocks.fits(model):
-            raise PolybitError(
-                f"{directory / ROUTER} reads the model's first blocks, which the compiled decoder does not read here: "
-                "fit it again on this machine with polybit route"
-            )
-        blocks = FirstBlocks(model, router.widths[0])
-    features = PromptFeatures(tokenizer, embedding_VD, router.basis_DK, blocks, router.states_EK)
+    blocks = FirstBlocks(model, router.widths[0]) if router.states_EK.size else None
+    features = PromptFeatures(tokenizer, embedding_of(model), router.basis_DK, blocks, router.states_EK)
     return lambda tokens: router.choose(features(tokens))
 
 

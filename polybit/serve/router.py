@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ class Router:
     """A fitted router; its directions are those of PromptFeatures.
 
     widths: names, widest first, with their bits · coefficients [W, F + 1]: log harm of each width, constant last, of
-    features less `mean` over `spread` · price: nats per bit.
+    features less `mean` over `spread` · price: nats per bit · margins: of a gate in nats, by "low:high" (gate_fit).
     """
 
     widths: tuple[str, ...]
@@ -104,6 +104,7 @@ class Router:
     states_EK: Array
     price: float
     budget: float
+    margins: Mapping[str, float] = field(default_factory=dict)
 
     def harms(self, features_NF: Array) -> Array:
         """Expected harm of every width for every prompt, nats per token [N, W]."""
@@ -129,6 +130,7 @@ class Router:
             "states": self.states_EK.tolist(),
             "price": self.price,
             "budget": self.budget,
+            "margins": dict(self.margins),
         }
 
 
@@ -191,6 +193,9 @@ def parsed(value: Mapping[str, Any]) -> Router:
     price, budget = float(value["price"]), float(value["budget"])
     if not all(np.isfinite(array).all() for array in arrays.values()) or not math.isfinite(price + budget) or price < 0:
         raise ValueError("a number is not finite")
+    margins = {str(pair): float(margin) for pair, margin in dict(value["margins"]).items()}
+    if not all(math.isfinite(margin) and margin >= 0 for margin in margins.values()):
+        raise ValueError("a margin is no number of nats")
     if (arrays["spread"] <= 0).any():
         raise ValueError("spread must be positive")
     return Router(
@@ -203,6 +208,7 @@ def parsed(value: Mapping[str, Any]) -> Router:
         arrays["states"],
         price,
         budget,
+        margins,
     )
 
 

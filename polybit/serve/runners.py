@@ -61,6 +61,8 @@ class RowRunner:
 
     def read(self, parts: Sequence[TokenRows], keep: Sequence[int]) -> list[Tensor]:
         """See Runner; parts of one setting are put side by side, so that they meet each weight together."""
+        if not parts:
+            return []
         order = sorted(range(len(parts)), key=lambda i: (parts[i].setting, i))
         hidden_RD = self.decoder.step([parts[i] for i in order])
         wanted: dict[int, list[tuple[int, Tensor]]] = {}
@@ -161,8 +163,6 @@ class BothRunner:
         found = [torch.empty(0)] * len(parts)
         for wanted, runner in ((True, self.rows), (False, self.plain)):
             chosen = [i for i, part in enumerate(parts) if (part.setting >= 0) is wanted]
-            if not chosen:
-                continue
             given = [parts[i] if wanted else replace(parts[i], setting=-1 - parts[i].setting) for i in chosen]
             for i, logits_nV in zip(chosen, runner.read(given, [keep[i] for i in chosen]), strict=True):
                 found[i] = logits_nV

@@ -17,6 +17,7 @@ from polybit.serve.request import Decoding, Done, Piece, Request, Spent
 from polybit.serve.templates import Templates
 
 AUTO = "auto"
+MARGIN = 0.5  # nats, of a gate that nobody fitted
 
 
 class UnknownModel(PolybitError):
@@ -34,7 +35,7 @@ class Precise:
     sure: float = 1.0
     lookup: int = 0
     gate: str | None = None
-    margin: float = 0.5
+    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class ReadAs:
     def to_json(self) -> dict[str, Any]:
         """For the response."""
         d = self.decoding
-        more = {"prefill": d.prefill, "draft": d.draft, "lookup": d.lookup, "gate": d.gate}
+        more = {"prefill": d.prefill, "draft": d.draft, "lookup": d.lookup, "gate": d.gate, "margin": d.margin}
         return {"width": d.precision, "chosen_by": self.by, **{key: value for key, value in more.items() if value}}
 
 
@@ -143,8 +144,9 @@ class Service:
     """A loaded model, ready to answer.
 
     name: what clients call it, `name@w4` at a width · precisions: all it can be read at, the default first ·
-    most_tokens: of one answer · ends: tokens that end an answer · notes: what /v1/models tells beside the name · note,
-    first_seconds: told of every finished answer, and of the seconds to its first token.
+    most_tokens: of one answer · ends: tokens that end an answer · margins: of gates, by "low:high" · notes: what
+    /v1/models tells beside the name · note, first_seconds: told of every finished answer, and of the seconds to its
+    first token.
     """
 
     name: str
@@ -157,6 +159,7 @@ class Service:
     ends: frozenset[int]
     most_tokens: int
     created: int = 0
+    margins: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     note: Callable[[Spent, str, str], None] = lambda spent, width, by: None
     first_seconds: Callable[[float], None] = lambda seconds: None
@@ -233,9 +236,13 @@ class Service:
             sure=asked.sure,
             lookup=asked.lookup,
             gate=asked.gate,
-            margin=asked.margin if asked.gate else 0.0,
+            margin=self.margin(wanted, asked) if asked.gate else 0.0,
         )
         return ReadAs(decoding, by)
+
+    def margin(self, low: str, asked: Precise) -> float:
+        """Of a gate, in nats: what was asked for, else what `polybit route` learnt for these widths, else a guess."""
+        return self.margins.get(f"{low}:{asked.gate}", MARGIN) if asked.margin is None else asked.margin
 
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """Token ids of a text; refused where it cannot be one."""

@@ -6,6 +6,7 @@ import pytest
 
 from polybit.cli import main
 from polybit.serve.loading import load_service
+from polybit.serve.service import Precise
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +31,15 @@ def test_a_router_is_kept_and_answers_auto(nested, tiny_llama, tmp_path, capsys)
     numbers = json.loads(record.read_text())["numbers"]
     assert numbers["at_budget"]["bits"] <= 4.6 and numbers["area"]["low"] <= numbers["area"]["high"]
     assert "<svg" in page.read_text() and "http://" not in page.read_text().replace("http://www.w3.org", "")
+    gate = numbers["gates"]["w2:w8"]
+    assert 0 <= gate["removed"]["low"] <= gate["removed"]["value"] <= 1 and gate["frontier"][-1]["removed"] == 1.0
+    assert f"Gate w2 at w8: leads under {gate['margin']:.2g} nats" in said
     service = load_service(str(nested), slots=1, context=32)
     try:
         assert service.policy.needs is not None
         assert service.policy.choose((1, 2, 3), 0.0).by == "router"
+        read_as = service.chosen(f"{service.name}@w2", Precise(gate="w8"), (1, 2, 3))
+        assert read_as.decoding.margin == pytest.approx(gate["margin"])
     finally:
         service.engine.close()
 
