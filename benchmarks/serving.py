@@ -35,6 +35,7 @@ import httpx
 from polybit.core.records import machine
 from polybit.core.runtime import write_json
 
+TRANSFORMERS = "from transformers.cli.transformers import main; main()"
 WRITTEN = re.compile(rb'"content": ?"[^"]')  # the first event that holds text
 SUBJECTS = ("a cat", "the sea", "Paris", "a blue house", "seven", "an old friend", "rain", "a long walk")
 
@@ -57,8 +58,8 @@ def commands(args: argparse.Namespace, port: int) -> dict[str, tuple[list[str], 
         command = [python, "-m", "llama_cpp.server", "--model", args.gguf, "--port", str(port), *more]
         found["llama-cpp-python"] = (command, "model")
     if args.float:
-        beside = Path(python).parent / "transformers"
-        found["transformers serve"] = ([str(beside), "serve", "--port", str(port), "--device", "cpu"], args.float)
+        more = ["serve", args.float, "--port", str(port), "--device", "cpu", *args.transformers_flags.split()]
+        found["transformers serve"] = ([python, "-c", TRANSFORMERS, *more], args.float)
     return found
 
 
@@ -147,11 +148,13 @@ def main() -> None:
     for name in ("polybit", "gguf", "llama-server", "float"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--llama-flags", default="", help="more flags of llama-server, one text")
+    parser.add_argument("--transformers-flags", default="", help="more flags of transformers serve, one text")
+    parser.add_argument("--least", type=int, default=4, help="requests in all, at least")
     parser.add_argument("--precision", default="w4")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=2, help="for every client, at least 4 in all")
+    parser.add_argument("--requests", type=int, default=2, help="for every client")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -164,7 +167,7 @@ def main() -> None:
             try:
                 with started(command, port, args.threads) as (base, pid):
                     for clients in args.clients:
-                        requests = max(4, args.requests * clients)
+                        requests = max(args.least, args.requests * clients)
                         found = asyncio.run(streams(base, pid, model, clients, requests, args.tokens))
                         print(name, clients, found, file=sys.stderr, flush=True)
                         seen.setdefault(name, {}).setdefault(clients, []).append(found)

@@ -10,8 +10,9 @@ from torch import Tensor
 from polybit.hub.rows import TokenRows
 from polybit.serve.request import Request, Spent
 from polybit.serve.runners import Runner
+from polybit.serve.sampling import lead_of, likeliest
 
-LONGEST_LOOKUP = 7  # with the newest token they fill one tile of the kernels
+LONGEST_LOOKUP = 3  # with the newest token they fill one tile of the kernels, whose inputs of 16 bits are two rows each
 
 Read = Callable[[Sequence[TokenRows], Sequence[int]], list[Tensor]]
 
@@ -83,9 +84,8 @@ def draft(runner: Runner, read: Read, answers: Sequence[Drafting]) -> None:
             parts.append(TokenRows(setting, answer.slot.index, answer.read + len(answer.drafts), newest))
         unsure = []
         for answer, logits_1V in zip(going, read(parts, [1] * len(parts)), strict=True):
-            best = logits_1V[0].topk(2)
-            answer.drafts.append(int(best.indices[0]))
-            if float(best.values[0] - best.values[1]) < answer.asked.decoding.sure:
+            answer.drafts.append(likeliest(logits_1V[0]))
+            if lead_of(logits_1V[0]) < answer.asked.decoding.sure:
                 unsure.append(id(answer))
         going = [answer for answer in going if id(answer) not in unsure]
     for answer in answers:

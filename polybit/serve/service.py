@@ -32,7 +32,7 @@ class Precise:
     prefill: str | None = None
     draft: str | None = None
     drafts: int = 3
-    sure: float = 1.0
+    sure: float = 0.3
     lookup: int = 0
     gate: str | None = None
     margin: float | None = None
