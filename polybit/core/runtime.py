@@ -49,8 +49,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         staged.replace(path)
         fsync_directory(path.parent)
-    except BaseException:
+    except BaseException as error:
         staged.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a write; the sentence should name the file
+            error.filename = str(path)
         raise
 
 

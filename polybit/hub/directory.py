@@ -19,6 +19,7 @@ from polybit.hub.files import read_json
 
 MANIFEST = "manifest.json"
 FREE = ("README.md", MANIFEST)  # files that may change without making the artefact another one
+CUT_SHORT = re.compile(r"^\d+ requested and \d+ written|unexpected pos \d+ vs \d+")  # numpy's and torch's full disk
 LONGEST_NAME = 200  # characters of a file's name, of which file systems spell 255 bytes
 TEMPLATES = "additional_chat_templates"  # the one folder a tokenizer may write
 # what transformers reads wherever it lies beside the weights: weights, adapters, tokenizers, templates, settings, code
@@ -176,7 +177,7 @@ def disk_errors(out: Path) -> Iterator[None]:
     except Exception as error:  # compiled libraries (safetensors, tokenizers) raise kinds of their own
         number = error.errno if isinstance(error, OSError) else None
         spelled = re.search(r"os error (\d+)", str(error))
-        number = int(spelled[1]) if spelled else number
+        number = int(spelled[1]) if spelled else errno.ENOSPC if CUT_SHORT.search(str(error)) else number
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise PolybitError(
                 f"the disk or quota is full while writing {out}: free some space and run again; "

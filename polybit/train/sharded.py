@@ -109,7 +109,12 @@ def write_state(path: Path, tensors: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     world.wait()
     with disk_errors(path), quiet():
-        dcp.save(dict(tensors), checkpoint_id=path, no_dist=world.size() == 1)
+        try:
+            dcp.save(dict(tensors), checkpoint_id=path, no_dist=world.size() == 1)
+        except dcp.CheckpointException as error:  # no Exception, and its words are tracebacks
+            if world.first():
+                shutil.rmtree(path, ignore_errors=True)
+            raise next(iter(error.failures.values()))[0] from error
     world.wait()
 
 

@@ -1,7 +1,7 @@
 """A disk that fills up at any file of a verb: one sentence, and what was there before stays, whole."""
 
-import os
 import subprocess
+from contextlib import redirect_stderr
 
 import pytest
 
@@ -32,9 +32,8 @@ def said(work, heard):
     """(whether a child ended as it should, what it said on stderr)."""
 
     def talking():
-        with heard.open("w") as opened:
-            os.dup2(opened.fileno(), 2)
-        work()
+        with heard.open("w") as opened, redirect_stderr(opened):
+            work()
 
     return forked(talking) == 0, heard.read_text()
 
