@@ -47,6 +47,7 @@ from polybit.quant.rtn import rtn
 from polybit.speed.llama import library
 
 PROMPTS, HEAD, GREEDY = 20, 32, 32  # prompts, tokens of one, tokens that follow
+WAYS = ("polybit", "as it comes", "cache in F32", "as F32")
 F32, ALL_F32 = 0, 0  # a ggml type, a llama_ftype
 
 
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--text", default="embedded-test")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--build", default="llama.cpp", help="name of this build in the rows")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -104,11 +106,11 @@ def measured(args: Any, folder: Path) -> Iterator[dict[str, Any]]:
             "prompts": PROMPTS,
         }
 
-    yield row("polybit", own)
-    yield row("as it comes", LlamaCpp(file, args.window, plain_cache=False))
-    yield row("cache in F32", LlamaCpp(file, args.window, plain_cache=True))
-    to_f32(file, plain)
-    yield row("as F32", LlamaCpp(plain, args.window, plain_cache=True))
+    if "as F32" in args.ways:
+        to_f32(file, plain)
+    for way in args.ways:
+        given = plain if way == "as F32" else file
+        yield row(way, own if way == "polybit" else LlamaCpp(given, args.window, plain_cache=way != "as it comes"))
 
 
 def symmetric(args: Any, out: Path) -> Path:
