@@ -8,18 +8,20 @@ from time import process_time
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from polybit.compress.sizes import base_model, stored_widths
 from polybit.core.precision import Precision
 from polybit.core.records import Run
-from polybit.core.runtime import PolybitError, progress
+from polybit.core.runtime import PolybitError, progress, track
 from polybit.data.chat import encode_prompt
 from polybit.data.prompts import gather_prompts
 from polybit.data.text import has_chat_template
 from polybit.evals.token_flip import answer_batches, measure_tokens
 from polybit.hub.lm import LocalLM
 from polybit.hub.models import open_model, resolve
+from polybit.hub.rows import TokenRows
 from polybit.options.checks import names_of, plain
 from polybit.options.route import RouteOptions
 from polybit.serve.gate_fit import fit_gate, read_pair
@@ -155,8 +157,29 @@ def harms(
     answers: list[list[int]],
 ) -> NDArray[np.float64]:
     """Mean KL(float || width) in nats per token of every answer, at every width, [N, W]."""
+    if FirstBlocks.fits(quantized.model):
+        return harms_by_rows(reference, quantized.model, widths, prompts, answers)
     batches = answer_batches(reference, prompts, answers)
     tokens, tables = measure_tokens(reference, quantized, widths, batches, label="harm at each width")
     counts = np.bincount(tokens.text_N, minlength=len(prompts))
     sums = [np.bincount(tokens.text_N, weights=tables[width].kl_N, minlength=len(prompts)) for width in widths]
     return np.stack(sums, axis=1) / counts[:, None]
+
+
+@torch.inference_mode()
+def harms_by_rows(
+    reference: LocalLM, model: Any, widths: tuple[str, ...], prompts: list[list[int]], answers: list[list[int]]
+) -> NDArray[np.float64]:
+    """The same as the server reads the widths: faster than forward passes, and with its rounded inputs."""
+    room = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    runner = RowRunner(model, slots=len(widths), room=room)
+    settings = [runner.setting(width) for width in widths]
+    rows = []
+    pairs = list(zip(prompts, answers, strict=True))
+    for prompt, answer in track(pairs, "harm at each width"):
+        text = [*prompt, *answer][:-1]
+        logp_TV = reference.logits(torch.tensor([text]))[0, -len(answer) :].cpu().log_softmax(-1)
+        parts = [TokenRows(setting, slot, 0, text) for slot, setting in enumerate(settings)]
+        found = runner.read(parts, [len(answer)] * len(parts))
+        rows.append([float((logp_TV.exp() * (logp_TV - q_TV.log_softmax(-1))).sum(-1).mean()) for q_TV in found])
+    return np.maximum(np.asarray(rows), 0.0)

@@ -4,9 +4,12 @@ import json
 
 import pytest
 
+from polybit.acts import route
 from polybit.cli import main
+from polybit.options.route import RouteOptions
 from polybit.serve.loading import load_service
 from polybit.serve.service import Precise
+from polybit.serve.signals import FirstBlocks
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +69,20 @@ def test_refusals(nested, tiny_llama, tmp_path, capsys, flags, said):
     with pytest.raises(SystemExit) as stop:
         main([*given, *flags])
     assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_rows_read_the_harm_that_forward_passes_read(nested, tiny_llama):
+    """The twin is the evaluation's own; inputs that the server rounds to 8 bits are the difference."""
+    options = RouteOptions(prompts="unused", reference=str(tiny_llama))
+    quantized, reference = route.open_both(nested, options)
+    if not FirstBlocks.fits(quantized.model):
+        pytest.skip("needs the compiled kernels")
+    prompts, answers = [[5, 6, 7, 8], [9], [10, 11, 12]], [[1, 2, 3], [4, 5], [6]]
+    given = reference, quantized, ("w8", "w2"), prompts, answers
+    fast = route.harms(*given)
+    fits, FirstBlocks.fits = FirstBlocks.fits, staticmethod(lambda model: False)
+    try:
+        slow = route.harms(*given)
+    finally:
+        FirstBlocks.fits = fits
+    assert fast == pytest.approx(slow, rel=0.1, abs=1e-3)

@@ -13,10 +13,11 @@ namespace polybit {
 namespace {
 
 // Fetches what is read some blocks later: the processor's own prefetching stops at every page and follows few streams.
-// Distances and levels are the best of those tried on Zen 4; narrow widths need their lines in the first level.
+// Distances and levels are the best of those tried on Zen 4, for 3 and 4 bits on a Xeon, whose memory answers later (512
+// bytes took a fifth to a third longer there); narrow widths need their lines in the first level.
 template <int B, int M, bool Mixed>
 POLYBIT_INLINE void fetch_ahead(const uint8_t* block, size_t stride) {
-  constexpr int distance = Mixed ? 512 : B <= 2 || B > 4 ? 2048 : 512;
+  constexpr int distance = Mixed ? 512 : 2048;
   POLYBIT_UNROLL
   for (int p = 0; p < B; ++p) {
     const uint8_t* ahead = block + p * stride + distance;
