@@ -105,7 +105,8 @@ def asked_first(models: AskedModels, options: AlignOptions) -> Path:
     """Pairs of --prompts, beside the output, kept until the checkpoint is complete and taken over by a later run."""
     assert options.prompts is not None
     directory = options.out.with_name(f"{options.out.name}.pairs")
-    asking = Asking(prompts=options.prompts, max_tokens=options.max_tokens, shard=SHARD)
+    compared = options.objective.pairs and not options.refresh
+    asking = Asking(prompts=options.prompts, max_tokens=options.max_tokens, shard=SHARD, float_only=not compared)
     if world.first() and not are_made(directory, models, asking):
         old = (directory / SUMMARY).is_file()
         hands = Hands(where=Where(options.workers, options.ray), device=options.device)

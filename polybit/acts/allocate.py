@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from polybit.acts.allocate_mix import mixed, refuse_idle
 from polybit.acts.allocate_proof import agreements, front, layer_rows, proof
 from polybit.acts.float_source import FloatSource, is_own_text, open_fitting, writer
 from polybit.allocate.budget import bits_of, check_mean, choices_of, pinned
@@ -30,7 +33,7 @@ from polybit.measure.probe import ProbeText
 from polybit.measure.probe_texts import ProbePair, check_names, general_probe, task_probe
 from polybit.measure.quantizing import Quantizing, knobs_of, measurable
 from polybit.nn.convert import Target, targets
-from polybit.options.allocate import AllocateOptions, read_pin
+from polybit.options.allocate import AUTO_MIX, AllocateOptions, read_pin
 from polybit.options.checks import plain
 from polybit.report.allocation import page
 from polybit.report.plots import figure
@@ -48,12 +51,14 @@ def allocate(model: str, options: AllocateOptions) -> Run:
     Grid(min(parse_widths(options.widths)), options.group_size)  # a group size that cannot be is said first
     if options.report is not None:
         figure()  # a missing library is said before the work, not after it
-    mixture = read_run(options.mix, "mix") if options.report is not None and options.mix is not None else None
+    drawn = options.report is not None and options.mix not in (None, AUTO_MIX)
+    mixture = read_run(Path(str(options.mix)), "mix") if drawn else None
     run = Run("allocate", {"model": model, **plain(options)})
     with run.timed():
         document, run.numbers = solved(model, options)
     write_json(options.out, document)
     if options.report is not None:
+        mixture = run.to_json() if options.mix == AUTO_MIX else mixture
         with atomic_path(options.report) as staged:
             staged.write_text(page(run.to_json(), mixture), encoding="utf-8")
     return run
@@ -69,8 +74,14 @@ def solved(name: str, options: AllocateOptions) -> tuple[dict[str, Any], dict[st
     bits = quantizing.bits(chosen)
     check_mean(options.bits, bits, total, options.group_size)
     pins = pinned([read_pin(pin) for pin in options.pin or ()], list(bits), quantizing.widths)
-    general, tasks = read_texts(float_source, name, options)
-    found = read_harms(float_source, name, chosen, [*general, *tasks], quantizing, options)
+    asked = asked_texts(name, options)
+    refuse_idle(options, asked[1], quantizing)
+    general, tasks = read_texts(float_source, name, asked, options)
+    calibration, mixture = tuple(batch for pair in general for batch in pair.calibration), None
+    if options.mix == AUTO_MIX:
+        named = (dict(zip(names, pairs, strict=True)) for names, pairs in zip(asked, (general, tasks), strict=True))
+        calibration, mixture = mixed(float_source, chosen, *named, options)
+    found = read_harms(float_source, name, chosen, [*general, *tasks], calibration, quantizing, options)
     labels = [pair.search.name for pair in general], [pair.search.name for pair in tasks]
     table = harms({probe: s.table(options.signal) for probe, s in found.signals.items()}, *labels, options.beta)
     choices, groups = choices_of(bits, table, pins), fused_groups(bits, free=options.free_groups)
@@ -107,6 +118,7 @@ def solved(name: str, options: AllocateOptions) -> tuple[dict[str, Any], dict[st
         "proof": proved,
         "front": drawn,
         "plan": document["plan"],
+        **({} if mixture is None else {"mixture": mixture.to_json()}),
     }
     return document, numbers
 
@@ -119,13 +131,24 @@ def quantizing_of(options: AllocateOptions) -> Quantizing:
     return Quantizing(widths, options.method, options.group_size, zero, knobs)
 
 
+def asked_texts(name: str, options: AllocateOptions) -> tuple[list[str], list[str]]:
+    """Names of (general texts, tasks), as they were given or as the model has them."""
+    embedded = is_embedded(name)
+    general = [
+        text.auto_source(embedded=embedded) if source == text.AUTO else source
+        for source in options.general or [text.AUTO]
+    ]
+    return general, options.tasks if options.tasks is not None else (list(EMBEDDED_TASKS) if embedded else [])
+
+
 def read_texts(
-    float_source: FloatSource, name: str, options: AllocateOptions
+    float_source: FloatSource, name: str, asked: tuple[list[str], list[str]], options: AllocateOptions
 ) -> tuple[list[ProbePair], list[ProbePair]]:
     """(general texts, tasks), part of each kept for the proof."""
     model, tokenizer, embedded = float_source.model, float_source.tokenizer, is_embedded(name)
     length = text.window_length(model, options.window)
-    sources = options.general or [text.AUTO]
+    sources, questions = asked
+    each = options.calibration_samples if options.mix == AUTO_MIX else -(-options.calibration_samples // len(sources))
     writes = any(is_own_text(source, embedded=embedded) for source in sources)
     with writer(name, float_source, options, writes=writes) as author:
         general = [
@@ -134,16 +157,16 @@ def read_texts(
                 tokenizer,
                 source,
                 samples=options.samples,
-                calibrate=-(-options.calibration_samples // len(sources)),
+                calibrate=each,
                 length=length,
                 seed=options.seed,
                 embedded=embedded,
             )
             for source in sources
         ]
-    asked = options.tasks if options.tasks is not None else (list(EMBEDDED_TASKS) if embedded else [])
     tasks = [
-        task_probe(model, tokenizer, source, items=options.items, length=length, seed=options.seed) for source in asked
+        task_probe(model, tokenizer, source, items=options.items, length=length, seed=options.seed)
+        for source in questions
     ]
     check_names([*general, *tasks])
     return general, tasks
@@ -154,6 +177,7 @@ def read_harms(
     name: str,
     chosen: Sequence[Target],
     texts: Sequence[ProbePair],
+    calibration: tuple[Tensor, ...],
     quantizing: Quantizing,
     options: AllocateOptions,
 ) -> MeasuredSignals:
@@ -162,7 +186,7 @@ def read_harms(
         float_source.by_name(name, options),
         tuple(chosen),
         tuple(pair.search for pair in texts),
-        tuple(batch for pair in texts for batch in pair.calibration),
+        calibration,
         quantizing,
         options.sensitivity,
         options.seed,

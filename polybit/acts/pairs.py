@@ -40,6 +40,7 @@ def pairs(model: str, options: PairsOptions) -> Run:
             top=options.top,
             shard=options.shard,
             writer=writer(models, options),
+            float_only=options.float_only,
         )
         hands = Hands(where=Where(options.workers, options.ray), device=options.device)
         run.numbers = make_pairs(

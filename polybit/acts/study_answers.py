@@ -28,6 +28,7 @@ from polybit.train.material import PairMaterial, Scored
 from polybit.train.preference import sum_rows
 
 Told = dict[str, Any]
+POOL = 2496  # prompts of a source that are drawn from
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,11 @@ class Exam:
 
 def split_prompts(lm: LocalLM, sources: Sequence[str], out: Path, *, train: int, test: int, longest: int) -> None:
     """Write out/train.jsonl and out/test.jsonl: shuffled prompts of all sources, none in both, none longer than
-    `longest` tokens."""
+    `longest` tokens. More prompts to train on leave those that are measured as they are."""
     chat = has_chat_template(lm.tokenizer)
     seen: dict[str, Prompt] = {}
     for source in sources:
-        for prompt in gather_prompts(source, chat=chat, limit=8 * (train + test)):
+        for prompt in gather_prompts(source, chat=chat, limit=max(POOL, 2 * (train + test))):
             seen.setdefault(json.dumps(prompt, ensure_ascii=False), prompt)
     order = sorted(seen)
     random.Random(0).shuffle(order)

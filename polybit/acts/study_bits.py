@@ -56,6 +56,7 @@ def planned(model: str, options: StudyOptions) -> dict[str, Any]:
         general=names_of(options.general) or None,
         sensitivity=options.sensitivity,
         items=options.task_items,
+        method=options.ranked_by,
         cache=options.out / "sensitivity",
         calibration_samples=options.samples,
         **options.told("samples", "beta", "window", "group_size", "trust_remote_code"),

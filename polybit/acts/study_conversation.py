@@ -106,13 +106,16 @@ def quantized(model: str, method: str, bits: int, options: StudyOptions) -> Path
 
 
 def aligned(model: str, arm: AnswerArm, options: StudyOptions) -> Path:
-    """A checkpoint aligned from a quantizer's; plain rounding starts from the float model itself, as align does."""
+    """A checkpoint aligned from a quantizer's, whose own answers are made while it is trained; plain rounding starts
+    from the float model itself, as align does."""
     source = model if arm.method == "rtn" else str(quantized(model, arm.method, arm.bits, options))
-    out, asked = (options.out / "aligned" / arm.slug, options.out / "pairs" / f"{arm.method}-w{arm.bits}")
+    out, asked = options.out / "aligned" / arm.slug, options.out / "pairs"
     shared: dict[str, Any] = {"precision": f"w{arm.bits}", **options.told("group_size", "trust_remote_code")}
     prompts = str(options.out / "train.jsonl")
-    asking = PairsOptions(prompts=prompts, out=asked, shard=64, max_tokens=options.max_tokens, **shared)
-    made(asked, partial(pairs, source, asking))
+    asking = PairsOptions(
+        prompts=prompts, out=asked, shard=64, max_tokens=options.max_tokens, float_only=True, **shared
+    )
+    made(asked, partial(pairs, model, asking))
     told = options.told("steps", "batch", "learning_rate")
     how = AlignOptions(out=out, pairs=asked, method=arm.objective, seed=arm.seed, **shared, **told)
     return made(out, partial(align, source, how))

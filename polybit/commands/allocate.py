@@ -8,8 +8,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from polybit.commands.flags import Json, keep
+from polybit.data.table import EMBEDDED_TASKS, HUB_SETS, HUB_TASKS
 from polybit.options.allocate import AllocateOptions
 from polybit.report.allocation import told, warned
+from polybit.report.mixture import as_flag, chosen
 
 
 def allocate(
@@ -32,6 +34,12 @@ def allocate(
     if warning := warned(run.numbers):
         print(f"polybit: warning: {warning}", file=sys.stderr)
     zero = " --asymmetric" if options.asymmetric else ""
+    mixture = run.numbers.get("mixture")
+    if mixture is not None:
+        print(chosen(mixture))
+        named = [source for source, share in mixture["best"]["weights"].items() if share > 0]
+        readable = not ({*EMBEDDED_TASKS, *HUB_TASKS} - {*HUB_SETS}) & {*named}  # as text, by quantize
+        zero += f" --mix {as_flag(mixture)}" if readable else ""
     print(f"Next: polybit quantize {model} --out OUT --plan {options.out} --group-size {options.group_size}{zero}")
     if options.report is not None:
         print(f"Page: {options.report}")

@@ -23,10 +23,11 @@ def pairs(model: str, /, *, options: Annotated[PairsOptions, Parameter(name="*")
     keep(run, json)
     numbers = run.numbers
     star = numbers["mean_first_divergence"]
+    said = f"{numbers['pairs']} pairs at {numbers['precision']}, {numbers['identical']} identical answers dropped, of"
+    said = f"float answers of {numbers['mean_answer_tokens']:.1f} tokens to" if numbers["float_only"] else said
     print(
-        f"{options.out}: {numbers['pairs']} pairs at {numbers['precision']}, {numbers['identical']} identical answers "
-        f"dropped, of {numbers['prompts']} prompts ({numbers['empty']} empty, {numbers['duplicate']} repeated and "
-        f"{numbers['too_long']} over-long ones left out)."
+        f"{options.out}: {said} {numbers['prompts']} prompts ({numbers['empty']} empty, {numbers['duplicate']} "
+        f"repeated and {numbers['too_long']} over-long ones left out)."
     )
     if star is not None:
         print(f"Answers part after {star:.1f} of {numbers['mean_answer_tokens']:.1f} tokens on average.")
@@ -35,7 +36,7 @@ def pairs(model: str, /, *, options: Annotated[PairsOptions, Parameter(name="*")
 
 def next_step(model: str, out: Path, numbers: Mapping[str, Any]) -> str:
     """What to do with the pairs, or why there is nothing to do."""
-    if not numbers["pairs"]:
+    if not numbers["pairs"] and not numbers.get("float_only"):
         return (
             f"All answers are the same at {numbers['precision']}, so there is nothing to prefer: choose a lower "
             "precision, more prompts or longer answers (polybit align --method kd learns from these all the same)."

@@ -22,6 +22,8 @@ else:
     How = Literal[tuple(SIGNALS)]
     Layerwise = Literal[LAYERWISE]
 
+AUTO_MIX = "auto"
+
 
 @dataclass(frozen=True, kw_only=True)
 class AllocateOptions(WorkerOptions, LoadingOptions):
@@ -71,8 +73,9 @@ class AllocateOptions(WorkerOptions, LoadingOptions):
     """Tokens per window (default: 256 or 512 by the model's context)."""
     cache: Path | None = None
     """Where measured sensitivities are kept for later budgets (default: ~/.cache/polybit/sensitivity)."""
-    mix: Path | None = None
-    """What polybit mix --json wrote, to show its curve on the page."""
+    mix: str | None = None
+    """auto = search the shares of the general text and of the tasks, and calibrate the quantizer of the sensitivities
+    on them; or the file that polybit mix --json wrote, to show its curve on the page."""
     report: Path | None = None
     """Write a page: bit map, sensitivities, front of loss against bits."""
     seed: int = 0

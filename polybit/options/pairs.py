@@ -39,6 +39,9 @@ class PairsOptions(EndpointOptions, WorkerOptions):
     """Longest answer."""
     top: int | None = None
     """Likeliest tokens of the float model to keep per token (default: all of a vocabulary up to 1024, else 64)."""
+    float_only: bool = False
+    """Leave out the quantized model's answers: half the time, and enough for every method of align but qdpo that never
+    renews them (--refresh-every 0)."""
     shard: int = SHARD
     """Prompts per file; a run that is interrupted goes on after its last file."""
     device: Device = "auto"

@@ -13,15 +13,17 @@ from polybit.core.runtime import PolybitError
 from polybit.data.table import EMBEDDED
 from polybit.measure.table import SIGNALS
 from polybit.options.checks import at_least, names_of, seeds_of, squad_is_there
-from polybit.quant.table import FIXED, QUANTIZERS
+from polybit.quant.table import FIXED, LAYERWISE, QUANTIZERS
 from polybit.train.table import ANSWER_OBJECTIVES
 
 if TYPE_CHECKING:
     QuestionName = str
     How = str
+    Layerwise = str
 else:
     QuestionName = Literal[tuple(STUDIES)]
     How = Literal[tuple(SIGNALS)]
+    Layerwise = Literal[LAYERWISE]
 
 
 def defaults(name: str) -> str:
@@ -150,6 +152,8 @@ class BitsOptions:
     beta: float = 0.7
     """Weight of the tasks against the general text, 0 to 1."""
     sensitivity: How = field(default="gradient", metadata={"help": f"How needs are read: {described(SIGNALS)}."})
+    ranked_by: Layerwise = "gptq"
+    """Quantizer the needs are read with, as in polybit allocate --method; rtn takes a tenth of the time."""
     task_items: int = 32
     """Questions of each task to read needs on."""
     uniform: str = "rtn,hqq,gptq,awq"

@@ -44,14 +44,21 @@ def run(
     Raises PolybitError when there is nothing to learn from.
     """
     material, held_out = halves
-    if "pairs" in objective.needs and not any(material.other(row) for row in range(len(material))):
+    renewed = refresh is not None and bool(refresh.every)
+    if "pairs" in objective.needs and not material.rejected and not renewed:
+        raise PolybitError(
+            "there are no answers of the quantized model, because the pairs were made with --float-only: make them "
+            "without it, or let align renew them (--refresh-every 10)"
+        )
+    known = bool(material.rejected) and not any(material.other(row) for row in range(len(material)))
+    if "pairs" in objective.needs and known:
         raise PolybitError(
             "all answers of the two models are the same, so there is no preference to learn: choose a lower precision, "
             "more or longer answers, or the method kd"
         )
     rows = order_of(len(material), course.steps * course.batch, seed=course.seed)
     renew = None
-    if refresh is not None and refresh.every:
+    if refresh is not None and renewed:
         renew = renewal(model, material, objective, rows, presets, course, refresh)
     teaching = Teaching(
         order=rows,

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class Asking:
 
     prompts: a source of prompts (data.prompts), at most `limit` of them · max_tokens: longest answer · top: likeliest
     tokens of the float model kept per token (material.kept_tokens) · shard: prompts per file · writer: who writes the
-    float answers (default: the float model here).
+    float answers (default: the float model here) · float_only: the quantized model is not asked.
     """
 
     prompts: str
@@ -80,6 +81,7 @@ class Asking:
     top: int | None = None
     shard: int
     writer: Endpoint | None = None
+    float_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +112,13 @@ def make_pairs(
 
 
 def are_made(directory: Path, models: AskedModels, asking: Asking) -> bool:
-    """Whether a directory holds just these pairs."""
+    """Whether a directory holds just these pairs, or the answers of both models where those of one are asked for."""
     if not (directory / SUMMARY).is_file():
         return False
     noted = summary(directory)
     asked, _ = plan_shards(models, asking)
+    if asking.float_only:
+        del asked["float_only"]
     return all(noted.get(key) == value for key, value in asked.items())
 
 
@@ -149,6 +153,7 @@ def plan_shards(models: AskedModels, asking: Asking) -> tuple[dict[str, Any], li
         "top": asking.top,
         "shard": asking.shard,
         "writer": None if asking.writer is None else asking.writer.model,
+        "float_only": asking.float_only,
         "prompts_digest": hashlib.sha256(json.dumps(sifted.prompts).encode()).hexdigest(),
         "empty": sifted.empty + blank,
         "duplicate": sifted.duplicate,
@@ -176,7 +181,8 @@ class PairMaker:
         float_model, tokenizer = load_float(models.float_name, trust_remote_code=models.trust_remote_code)
         self.fingerprint = model_digest(float_model)
         self.reference = LocalLM(float_model.to(device_of(device)), tokenizer)
-        self.quantized = LocalLM(quantized_of(models).to(device_of(device)), tokenizer)
+        quantized = None if asking.float_only else quantized_of(models).to(device_of(device))
+        self.quantized = None if quantized is None else LocalLM(quantized, tokenizer)
         self.precision, self.directory, self.asking = models.precision, directory, asking
 
     def __call__(self, task: Task) -> dict[str, Any]:
@@ -184,9 +190,9 @@ class PairMaker:
         number, prompts = task
         replies = self.directory / f"replies-{number:05d}.sqlite"
         writer = None if self.asking.writer is None else Written(self.reference, self.asking.writer, replies)
-        with self.quantized.at(self.precision):
+        with nullcontext() if self.quantized is None else self.quantized.at(self.precision):
             found = answer_pairs(writer or self.reference, self.quantized, prompts, self.asking.max_tokens)
-        material = prepare(self.reference, found, top=self.asking.top)
+        material = prepare(self.reference, found, top=self.asking.top, preferences=self.quantized is not None)
         write_cache(self.directory / scores_name(number), material, reference=self.fingerprint)
         write_shard(self.directory / shard_name(number), found)  # last: a shard that is there is whole
         replies.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from polybit.data.batches import buckets, pad
 from polybit.hub.directory import check_manifest
 from polybit.hub.lm import LocalLM
 from polybit.hub.tensors import read_tensors, write_tensors
+from polybit.train.forward import logits_of
 from polybit.train.pairs import SHARDS, Pair, digest_rows, first_divergence, read_shard, scores_name, summary
 
 WHOLE_VOCABULARY = 1024  # up to here the whole distribution is cached, above it the likeliest tokens and the rest
@@ -52,25 +53,29 @@ def score(
     label: str = "reference",
 ) -> list[Scored]:
     """The reference's float32 log-probabilities at every token of every answer, and its `top` likeliest tokens."""
-    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    longest = max((len(row) for row in rows), default=1)
+    rows = [[*prompt, *answer][:-1] for prompt, answer in zip(prompts, answers, strict=True)]
     found: list[Scored | None] = [None] * len(rows)
-    groups = buckets([len(row) for row in rows], tokens=reference.batch_tokens, rows=reference.rows_per_batch(longest))
+    most = max((len(answer) for answer in answers), default=1)
+    kept = max(1, reference.batch_logits // reference.vocabulary // max(1, most))
+    groups = buckets([len(row) for row in rows], tokens=reference.batch_tokens, rows=kept)
     for group in track(groups, label):
-        ids_BT, _ = pad([rows[index] for index in group], reference.pad_token())
-        logp_BTV = reference.logits(ids_BT[:, :-1]).log_softmax(-1)
-        for line, index in enumerate(group):
-            start, stop = len(prompts[index]) - 1, len(rows[index]) - 1
-            logp_TV = logp_BTV[line, start:stop].cpu()
-            target_T = torch.tensor(answers[index], dtype=torch.int64)
-            logp_T = logp_TV.gather(1, target_T[:, None])[:, 0].clone()
+        ids_BT, mask_BT = pad([rows[index] for index in group], reference.pad_token())
+        first_B1 = torch.tensor([[len(prompts[index]) - 1] for index in group])
+        keep_BT = mask_BT & (torch.arange(ids_BT.shape[1]) >= first_B1)
+        part = {"ids_BT": ids_BT, "mask_BT": mask_BT.long(), "keep_BT": keep_BT}
+        part = {name: tensor.to(reference.device) for name, tensor in part.items()}
+        logp_NV = logits_of(reference.model, part).float().log_softmax(-1)
+        lengths = [len(answers[index]) for index in group]
+        for index, logp_TV in zip(group, logp_NV.split(lengths), strict=True):
+            target_T = torch.tensor(answers[index], dtype=torch.int64, device=logp_TV.device)
+            logp_T = logp_TV.gather(1, target_T[:, None])[:, 0].cpu()
             best = logp_TV.topk(top, dim=-1) if top else None
             index_type = torch.int16 if logp_TV.shape[-1] < 1 << 15 else torch.int32  # half a cache is indices
             found[index] = Scored(
                 list(answers[index]),
                 logp_T,
-                None if best is None else best.values.clone(),
-                None if best is None else best.indices.to(index_type),
+                None if best is None else best.values.cpu(),
+                None if best is None else best.indices.to(index_type).cpu(),
             )
     return [scored for scored in found if scored is not None]
 
@@ -344,14 +349,15 @@ def largest_token(material: PairMaterial) -> int:
 
 def read_material(directory: Path, *, reference: str, pad_token: int) -> PairMaterial:
     """A finished directory of pairs with their scores; what was changed, or is of another float model, is refused."""
-    summary(directory)
+    float_only = bool(summary(directory).get("float_only"))
     check_manifest(directory)
-    whole = PairMaterial([], [], {"": []}, pad_token)
+    whole = PairMaterial([], [], {} if float_only else {"": []}, pad_token)
     for number, path in enumerate(sorted(directory.glob(SHARDS))):
         part = read_cache(directory / scores_name(number), list(read_shard(path)), reference=reference)
         whole.prompts += part.prompts
         whole.chosen += part.chosen
-        whole.rejected[""] += part.rejected.get("", [None] * len(part))
+        if not float_only:
+            whole.rejected[""] += part.rejected.get("", [None] * len(part))
     return whole
 
 

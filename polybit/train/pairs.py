@@ -106,13 +106,18 @@ def sift(encoded: Iterable[Sequence[int]], *, room: int | None) -> Sifted:
     return Sifted(kept, empty, duplicate, too_long)
 
 
-def answer_pairs(reference: Any, quantized: LocalLM, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Pair]:
+def answer_pairs(
+    reference: Any, quantized: LocalLM | None, prompts: Sequence[Sequence[int]], max_tokens: int
+) -> list[Pair]:
     """Both models' greedy answers to token prompts, batched with a KV cache and sorted by length.
 
-    reference: a LocalLM, or what else has its `generate_tokens`
+    reference: a LocalLM, or what else has its `generate_tokens` · quantized: None = it is not asked, and every answer
+    stands for both
     """
     theirs = reference.generate_tokens(prompts, max_tokens=max_tokens, label="float answers")
-    ours = quantized.generate_tokens(prompts, max_tokens=max_tokens, label="quantized answers")
+    ours = theirs
+    if quantized is not None:
+        ours = quantized.generate_tokens(prompts, max_tokens=max_tokens, label="quantized answers")
     return [Pair.of(*row) for row in zip(prompts, theirs, ours, strict=True)]
 
 

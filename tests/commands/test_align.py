@@ -111,6 +111,21 @@ def test_interrupted_pairs_go_on_and_end_the_same(tiny_llama, prompts, made, tmp
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_float_answers_alone_teach_the_same(tiny_llama, prompts, made, tmp_path, capsys):
+    asked = tmp_path / "floats"
+    make(tiny_llama, prompts, asked, "--shard", "5", "--float-only")
+    assert "float answers of" in capsys.readouterr().out
+    assert [pair.chosen for pair in read_pairs(asked)] == [pair.chosen for pair in read_pairs(made)]
+    found = [aligned(tiny_llama, pairs, tmp_path / name) for name, pairs in (("a", made), ("b", asked))]
+    assert found[0]["presets"] == found[1]["presets"] and found[0]["history"] == found[1]["history"]
+    refreshed = ["--method", "qdpo", "--refresh-every", "2"]
+    found = [aligned(tiny_llama, pairs, tmp_path / name, *refreshed) for name, pairs in (("c", made), ("d", asked))]
+    assert found[0]["presets"] == found[1]["presets"] and found[0]["history"] == found[1]["history"]
+    static = ["--method", "qdpo", "--refresh-every", "0", "--group-size", "16", "--steps", "2", "--batch", "4"]
+    said = refused(capsys, "align", tiny_llama, "--pairs", asked, "--out", tmp_path / "e", *static)
+    assert "--float-only" in said and "--refresh-every" in said
+
+
 @pytest.mark.slow
 def test_several_processes_make_the_same_pairs(tiny_llama, prompts, made, tmp_path):
     make(tiny_llama, prompts, tmp_path / "out", "--shard", "5", "--workers", "2")

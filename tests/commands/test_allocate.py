@@ -45,11 +45,11 @@ def texts(tmp_path_factory):
     return folder
 
 
-def run(tiny_llama, texts, folder, *more, bits="3.6"):
+def run(tiny_llama, texts, folder, *more, bits="3.6", method="rtn"):
     """One allocation with little text."""
     arguments = ["allocate", str(tiny_llama), "--bits", bits, "--general", str(texts / "general.txt")]
     arguments += ["--tasks", str(texts / "sums.jsonl"), "--samples", "2", "--items", "8", "--calibration-samples", "4"]
-    arguments += ["--window", "48", "--method", "rtn", "--widths", "2,3,4,5", "--group-size", "32", "--refine", "8"]
+    arguments += ["--window", "48", "--method", method, "--widths", "2,3,4,5", "--group-size", "32", "--refine", "8"]
     arguments += [
         "--cache",
         str(folder / "cache"),
@@ -133,6 +133,36 @@ def test_gradients_are_an_estimate_of_the_same(tiny_llama, texts, tmp_path):
     _, cheap = run(tiny_llama, texts, tmp_path, "--sensitivity", "gradient")
     _, exact = run(tiny_llama, texts, tmp_path)
     assert cheap["numbers"]["layers"].keys() == exact["numbers"]["layers"].keys()
+
+
+def test_the_mixture_is_searched_on_the_way(tiny_llama, texts, tmp_path, capsys):
+    _, without = run(tiny_llama, texts, tmp_path, method="gptq")
+    page = tmp_path / "page.html"
+    capsys.readouterr()
+    _, record = run(tiny_llama, texts, tmp_path, "--mix", "auto", "--report", str(page), method="gptq")
+    found = record["numbers"]["mixture"]
+    shares = found["best"]["weights"]
+    assert list(shares) == [str(texts / "general.txt"), str(texts / "sums.jsonl")]
+    assert found["best"]["score"] == max(point["score"] for point in found["curve"]) and len(found["curve"]) == 21
+    shown = capsys.readouterr().out
+    assert all(f"{name}={share:g}" in shown for name, share in shares.items() if share > 0)
+    assert "Calibration mixture" in page.read_text()
+    if shares[str(texts / "sums.jsonl")] > 0:  # other text, other statistics, other harms
+        assert record["numbers"]["layers"] != without["numbers"]["layers"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "method", "sentence"),
+    [(["--mix", "auto"], "rtn", "--method rtn reads none"), (["--mix", "auto", "--tasks"], "gptq", "there is no task")],
+)
+def test_a_mixture_that_decides_nothing_is_refused(tiny_llama, texts, tmp_path, capsys, flags, method, sentence):
+    arguments = ["allocate", str(tiny_llama), "--bits", "3", "--general", str(texts / "general.txt")]
+    arguments += ["--method", method, "--out", str(tmp_path / "plan.json")]
+    if "--tasks" not in flags:
+        arguments += ["--tasks", str(texts / "sums.jsonl")]
+    with pytest.raises(SystemExit) as error:
+        main([*arguments, *flags[:2]])
+    assert error.value.code == 2 and sentence in capsys.readouterr().err
 
 
 @pytest.mark.slow
