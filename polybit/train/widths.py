@@ -22,6 +22,7 @@ from polybit.train.straight import Scales
 
 NARROW = 4  # wider ones answer like the float model already: by default they are kept, not trained
 CLEAR = 0.05  # codes between a weight and the border of its cell at the start from a float model (Freedom.margin)
+INSIDE = 0.1  # the same from a checkpoint; nearer to the middle, short runs do not carry a weight out of its cell
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def trainable_of(
             rank=rank,
             # a checkpoint's codes are compensated: latents at the borders of their cells would undo that in few steps;
             # a float model may have been quantized before, and then has its weights on borders
-            margin=CLEAR if start is None else 0.5,
+            margin=CLEAR if start is None else INSIDE,
             chained=widths.bits if widths.chained else (),
         ),
     )
