@@ -79,8 +79,8 @@ def solved(name: str, options: AllocateOptions) -> tuple[dict[str, Any], dict[st
     general, tasks = read_texts(float_source, name, asked, options)
     calibration, mixture = tuple(batch for pair in general for batch in pair.calibration), None
     if options.mix == AUTO_MIX:
-        named = (dict(zip(names, pairs, strict=True)) for names, pairs in zip(asked, (general, tasks), strict=True))
-        calibration, mixture = mixed(float_source, chosen, *named, options)
+        texts, questions = dict(zip(asked[0], general, strict=True)), dict(zip(asked[1], tasks, strict=True))
+        calibration, mixture = mixed(float_source, chosen, texts, questions, options)
     found = read_harms(float_source, name, chosen, [*general, *tasks], calibration, quantizing, options)
     labels = [pair.search.name for pair in general], [pair.search.name for pair in tasks]
     table = harms({probe: s.table(options.signal) for probe, s in found.signals.items()}, *labels, options.beta)
