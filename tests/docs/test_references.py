@@ -62,5 +62,5 @@ def test_pages_named_in_comments_are_there():
     for folder in ("polybit", "tests", "benchmarks", "recipes"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".toml", ".h", ".cpp") and path.name != Path(__file__).name:
-                for name in re.findall(r"docs/(?:[a-z0-9-]+/)*[a-z0-9-]+\.(?:md|json)", path.read_text()):
+                for name in re.findall(r"(?<![\w/])docs/(?:[a-z0-9-]+/)*[a-z0-9-]+\.(?:md|json)", path.read_text()):
                     assert (ROOT / name).is_file(), f"{path.relative_to(ROOT)} names {name}"
