@@ -46,7 +46,7 @@ from polybit.options.export import ExportOptions
 from polybit.quant.rtn import rtn
 from polybit.speed.llama import library
 
-PROMPTS, HEAD, GREEDY = 20, 32, 32  # prompts, tokens of one, tokens that follow
+HEAD, GREEDY = 32, 32  # tokens of a prompt, tokens that follow
 WAYS = ("polybit", "as it comes", "cache in F32", "as F32")
 F32, ALL_F32 = 0, 0  # a ggml type, a llama_ftype
 
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--text", default="embedded-test")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--build", default="llama.cpp", help="name of this build in the rows")
     parser.add_argument("--json", type=Path)
@@ -84,7 +85,7 @@ def measured(args: Any, folder: Path) -> Iterator[dict[str, Any]]:
     model, _ = load_quantized(resolve(checkpoint))
     use(model, args.precision)
     windows_NT, _ = read_windows(args.text, tokenizer, args.window, count=args.windows)
-    prompts_NT, _ = read_windows(args.text, tokenizer, HEAD, count=PROMPTS)
+    prompts_NT, _ = read_windows(args.text, tokenizer, HEAD, count=args.prompts)
     reference, own = Transformers(decoded), Transformers(model)
     expected = [reference.logits(ids_T) for ids_T in windows_NT]
     said = [reference.greedy(ids_T) for ids_T in prompts_NT]
@@ -103,7 +104,7 @@ def measured(args: Any, folder: Path) -> Iterator[dict[str, Any]]:
             "kl": float(f"{sum(kl for _, kl in found) / len(found):.3g}"),
             "same_as_decoded": sum(a == b for a, b in zip(texts, said, strict=True)),
             "same_as_polybit": sum(a == b for a, b in zip(texts, ours, strict=True)),
-            "prompts": PROMPTS,
+            "prompts": args.prompts,
         }
 
     if "as F32" in args.ways:
