@@ -16,8 +16,8 @@ from polybit.core.records import LayerStats
 from polybit.nn.convert import Target
 from polybit.quant.rounding import Tuning, Values, batch_order, refine, train
 
-BLOCK = Tuning(steps=200, lr=0.005, scale_lr=0.002)
-FINISH = Tuning(steps=200, lr=0.005, scale_lr=0.002)
+BLOCK = Tuning(steps=200, lr=0.00125, scale_lr=0.005, inside=0.45)
+FINISH = Tuning(steps=200, lr=0.005, scale_lr=0.002, inside=0.45)
 NESTED = Tuning(steps=300, lr=0.01, scale_lr=0.0, ratio_lr=0.001, reach=1.0)  # steps in codes of all stored bits
 ANCHORED = 5  # widths from here on are held by layer losses instead of runs of the model
 EMPHASIS = {8: 1.0, 7: 2.0, 6: 4.0, 5: 2.0, 4: 1.0, 3: 1.0, 2: 1.0}  # weight of each width's relative loss

@@ -35,7 +35,8 @@ class Tuning:
 
     steps: gradient steps, one batch each · lr: step of the latents, in codes · scale_lr: relative step of the scales
     (0 keeps them) · ratio_lr: the same for the ratios of narrower widths · reach: see RoundThrough, in codes ·
-    warmup: share of the steps in which the rate rises · seed: order of the batches.
+    inside: how far from the middle of its cell a latent may start, in codes · warmup: share of the steps in which the
+    rate rises · seed: order of the batches.
     """
 
     steps: int = 200
@@ -43,6 +44,7 @@ class Tuning:
     scale_lr: float = 0.002
     ratio_lr: float = 0.001
     reach: float = 0.0
+    inside: float = INSIDE
     warmup: float = 0.03
     seed: int = 0
 
@@ -100,13 +102,13 @@ class RoundThrough(torch.autograd.Function):
 class Bank:
     """The groups of equal length of several weights, trained as one tensor."""
 
-    def __init__(self, start: Mapping[str, QWeight], weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, start: Mapping[str, QWeight], weights: Mapping[str, Tensor], inside: float = INSIDE) -> None:
         self.start = dict(start)
         self.slices: dict[str, slice] = {}
         latents, scales, gains, offsets, bits = [], [], [], [], []
         first = 0
         for name, q in self.start.items():
-            groups_OGL, _ = split_groups(start_latents(q, weights[name]), q.group_size)
+            groups_OGL, _ = split_groups(start_latents(q, weights[name], inside), q.group_size)
             count = groups_OGL.shape[0] * groups_OGL.shape[1]
             self.slices[name] = slice(first, first + count)
             first += count
@@ -185,10 +187,11 @@ class Bank:
         return found
 
 
-def start_latents(q: QWeight, weight_OI: Tensor) -> Tensor:
+def start_latents(q: QWeight, weight_OI: Tensor, inside: float = INSIDE) -> Tensor:
     """Where the float weight lies in units of codes, moved into the cell of its start code, float32 [O, I].
 
-    A weight just across a boundary from its code is thus quick to change its mind, one in the middle slow.
+    A weight just across a boundary from its code is thus quick to change its mind, one in the middle slow. inside: at
+    most so far from the middle; near 0.5, the first noisy steps undo what error compensation had decided.
     """
     if q.column_scale_I is not None:
         weight_OI = weight_OI / q.column_scale_I
@@ -196,7 +199,7 @@ def start_latents(q: QWeight, weight_OI: Tensor) -> Tensor:
     zero = (zero_points(q.zero, q.bits, q.bits_G) * torch.ones_like(q.scale_OG))[..., None]
     position_OI = (weight_OGL / q.scale_OG[..., None] + zero).flatten(1)[:, : q.shape[1]]
     codes_OI = q.codes_OI.float()
-    return torch.minimum(torch.maximum(position_OI, codes_OI - INSIDE), codes_OI + INSIDE)
+    return torch.minimum(torch.maximum(position_OI, codes_OI - inside), codes_OI + inside)
 
 
 def refine(
@@ -235,7 +238,7 @@ def train(
     """
     if not start or not tuning.steps:
         return start
-    banks = make_banks(start, weights)
+    banks = make_banks(start, weights, tuning.inside)
     groups = [
         {"params": [bank.latent_NL for bank in banks], "rate": tuning.lr},
         {"params": [bank.growth_N1 for bank in banks], "rate": tuning.scale_lr},
@@ -258,11 +261,11 @@ def train(
     return {name: trained[name] for name in start}
 
 
-def make_banks(start: Mapping[str, QWeight], weights: Mapping[str, Tensor]) -> list[Bank]:
+def make_banks(start: Mapping[str, QWeight], weights: Mapping[str, Tensor], inside: float = INSIDE) -> list[Bank]:
     """One bank per length of group."""
     lengths = {name: q.group_size or q.shape[1] for name, q in start.items()}
     return [
-        Bank({name: start[name] for name in start if lengths[name] == length}, weights)
+        Bank({name: start[name] for name in start if lengths[name] == length}, weights, inside)
         for length in sorted(set(lengths.values()))
     ]
 

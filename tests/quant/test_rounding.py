@@ -150,6 +150,10 @@ def test_latents_start_in_the_cells_of_the_start() -> None:
     inside = (latents - q.codes_OI).abs() < 0.498
     expected = weight / q.scale_OG.repeat_interleave(16, 1)[:, :40] + q.zero.repeat_interleave(16, 1)[:, :40]
     torch.testing.assert_close(latents[inside], expected[inside])
+    nearer = start_latents(q, weight, 0.4)
+    assert torch.equal(nearer, (latents - q.codes_OI).clamp(-0.4, 0.4) + q.codes_OI)
+    bank = Bank({"w": q}, {"w": weight}, 0.4)
+    assert torch.equal(bank.latent_NL.detach().reshape(len(weight), -1)[:, :40], nearer)
 
 
 def test_block_beats_gptq_on_inputs_it_never_saw() -> None:
