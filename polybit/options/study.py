@@ -153,7 +153,7 @@ class BitsOptions:
     """Weight of the tasks against the general text, 0 to 1."""
     sensitivity: How = field(default="gradient", metadata={"help": f"How needs are read: {described(SIGNALS)}."})
     ranked_by: Layerwise = "gptq"
-    """Quantizer the needs are read with, as in polybit allocate --method; rtn takes a tenth of the time."""
+    """Quantizer the needs are read with, as in polybit allocate --method; rtn is faster."""
     task_items: int = 32
     """Questions of each task to read needs on."""
     uniform: str = "rtn,hqq,gptq,awq"

@@ -69,6 +69,17 @@ def test_conversation_and_bits_on_the_embedded_model(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("named", [{}, {"ranked_by": "rtn"}])
+def test_needs_are_read_with_the_quantizer_that_is_named(tmp_path, monkeypatch, named):
+    from polybit.acts import study_bits
+    from polybit.core.records import Run
+
+    asked = []
+    monkeypatch.setattr(study_bits, "allocate", lambda _, how: asked.append(how.method) or Run("allocate", {}))
+    study_bits.planned("tinychat", StudyOptions(question="bits", out=tmp_path, **named))
+    assert asked == [named.get("ranked_by", "gptq")]
+
+
 def test_differences_are_paired():
     from polybit.acts.study_paired import compared
 
