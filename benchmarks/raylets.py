@@ -89,6 +89,7 @@ def same_numbers() -> bool:
     with tempfile.TemporaryDirectory() as folder:
         for name, more in (("here", []), ("there", ["--workers", "2", "--ray", made.address])):
             words = ["--bits", "3.5", "--samples", "2", "--items", "4", "--method", "rtn", "--window", "64"]
+            words += ["--front", "12"]
             words += ["--cache", f"{folder}/{name}", "--out", f"{folder}/{name}.json", "--json", f"{folder}/{name}.run"]
             subprocess.run([sys.executable, "-m", "polybit", "allocate", "tinychat", *words, *more], check=True)
             numbers = json.loads(Path(f"{folder}/{name}.run").read_text(encoding="utf-8"))["numbers"]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from polybit.acts.allocate_mix import mixed, refuse_idle
-from polybit.acts.allocate_proof import agreements, front, layer_rows, proof
+from polybit.acts.allocate_proof import agreements, layer_rows, prove
 from polybit.acts.float_source import FloatSource, is_own_text, open_fitting, writer
 from polybit.allocate.budget import bits_of, check_mean, choices_of, pinned
 from polybit.allocate.costs import harms
@@ -28,7 +28,7 @@ from polybit.hub.models import is_embedded, own_name, resolve
 from polybit.hub.workers import Team, Where
 from polybit.measure.kept import MeasuredSignals, SensitivityTask, default_cache, measured
 from polybit.measure.plan_loss import PlanLoss, PlanReader
-from polybit.measure.plan_score import PlanScore
+from polybit.measure.plan_score import PlanScore, ReadPlans
 from polybit.measure.probe import ProbeText
 from polybit.measure.probe_texts import ProbePair, check_names, general_probe, task_probe
 from polybit.measure.quantizing import Quantizing, knobs_of, measurable
@@ -39,7 +39,6 @@ from polybit.report.allocation import page
 from polybit.report.plots import figure
 
 SWEEPS = 2  # of descent after GPTQ: ranks layers like 6 (tau 0.9 even with 0) in a third of the seconds
-FRONT = 12  # budgets of the front of loss against bits
 
 
 def allocate(model: str, options: AllocateOptions) -> Run:
@@ -88,19 +87,19 @@ def solved(name: str, options: AllocateOptions) -> tuple[dict[str, Any], dict[st
     plan, steps = solve(choices, groups, options.bits * total), {"evaluations": 0, "history": []}
     if options.refine:
         with team(float_source, name, chosen, [pair.search for pair in (*general, *tasks)], found, options) as readers:
-            search = PlanScore(readers.in_order, found.bank, general=labels[0], tasks=labels[1], beta=options.beta)
+            search = PlanScore(reader(readers), found.bank, general=labels[0], tasks=labels[1], beta=options.beta)
             done = improve(plan, choices, groups, options.bits * total, search, evaluations=options.refine)
         plan, steps = done.widths, {"evaluations": done.evaluations, "history": done.history}
     with team(float_source, name, chosen, [pair.proof for pair in (*general, *tasks)], found, options) as readers:
-        judge = PlanScore(readers.in_order, found.bank, general=labels[0], tasks=labels[1], beta=options.beta)
-        proved = proof(plan, choices_of(bits, table, {}), total, judge, seed=options.seed)
-        drawn = front(choices, groups, total, judge, FRONT)
+        judge = PlanScore(reader(readers), found.bank, general=labels[0], tasks=labels[1], beta=options.beta)
+        free, budgets = choices_of(bits, table, {}), options.budgets
+        proved = prove(plan, free, choices, groups, total, judge, budgets=budgets, seed=options.seed)
     document = {
         "made_for": {"model": own_name(name), "layers": len(chosen), "weights": total},
         "bits_per_weight": round(bits_of(plan, choices) / total, 4),
         "group_size": options.group_size,
         "zero": quantizing.zero,
-        "better_than_uniform": proved["better_than_uniform"],
+        "better_than_uniform": proved.beside["better_than_uniform"],
         "plan": plan_json(plan, [t.name for t in targets(model) if t.name not in plan]),
     }
     numbers = {
@@ -115,8 +114,8 @@ def solved(name: str, options: AllocateOptions) -> tuple[dict[str, Any], dict[st
         "agreement": agreements(found.signals, *labels, seed=options.seed),
         "cost": found.cost,
         "refinement": steps,
-        "proof": proved,
-        "front": drawn,
+        "proof": proved.beside,
+        "front": proved.front,
         "plan": document["plan"],
         **({} if mixture is None else {"mixture": mixture.to_json()}),
     }
@@ -214,6 +213,11 @@ def team(
         shared=folder,
         models=[resolve(name)],
     )
+
+
+def reader(readers: Team) -> ReadPlans:
+    """Reads plans and shows how far it is."""
+    return lambda plans: readers.in_order(plans, label="plans measured")
 
 
 def plan_json(plan: Mapping[str, int], outside_blocks: Sequence[str]) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from polybit.allocate.budget import Choices, bits_of, even, plans_at_budgets
 from polybit.evals.scoring import bootstrap
+from polybit.measure.plan_loss import PlanReading
 from polybit.measure.plan_score import PlanScore
 from polybit.measure.signals import Signal, agreement
 from polybit.nn.convert import Target
@@ -14,47 +16,56 @@ from polybit.nn.convert import Target
 RANKED = 3  # width at which layers are ranked, where it was measured
 
 
-def proof(plan: Mapping[str, int], choices: Choices, weights: int, judge: PlanScore, *, seed: int) -> dict[str, Any]:
-    """The plan against uniform widths on text nothing was decided on; even bits lie on the line between two of them."""
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a plan does, measured on text nothing was decided on: beside uniform widths, and with the front of plans."""
 
-    plans = {"this plan": plan} | {
-        f"uniform w{w}": dict.fromkeys(choices, w) for w in sorted(next(iter(choices.values())))
-    }
-    read = dict(zip(plans, judge.read(list(plans.values())), strict=True))
+    beside: dict[str, Any]
+    front: list[dict[str, Any]]
 
-    def row(label: str) -> dict[str, Any]:
-        readings = read[label]
-        kl = {
-            probe: bootstrap(r.kl_N / r.tokens_N, seed=seed).to_json() | {"value": r.kl}
-            for probe, r in readings.items()
-        }
-        return {
-            "name": label,
-            "bits": bits_of(plans[label], choices) / weights,
-            "kl": kl,
-            "score": judge.score(readings),
-        }
 
-    ours, *uniform = map(row, plans)
-    line = even(ours["bits"], [(r["bits"], r["score"]) for r in uniform])
-    return {
-        "rows": [ours, *uniform],
+def prove(
+    plan: Mapping[str, int],
+    choices: Choices,
+    solvable: Choices,
+    groups: Sequence[Sequence[str]],
+    weights: int,
+    judge: PlanScore,
+    *,
+    budgets: int,
+    seed: int,
+) -> Proof:
+    """Measure the plan, uniform widths of all `choices`, and solved plans of `solvable` at so many budgets, at once."""
+    widths = sorted(next(iter(choices.values())))
+    plans = {"this plan": plan} | {f"uniform w{w}": dict.fromkeys(choices, w) for w in widths}
+    front = list(plans_at_budgets(solvable, groups, budgets)) if budgets else []
+    measured = [*plans.values(), *front]
+    scores, readings = judge(measured), judge.readings(measured)  # read by the first of the two
+    bits = [bits_of(each, choices) / weights for each in measured]
+    rows = [
+        {"name": label, "bits": b, "kl": with_interval(found, seed), "score": score}
+        for label, b, found, score in zip(plans, bits, readings, scores, strict=False)
+    ]
+    ours, *uniform = rows
+    line = even(ours["bits"], [(row["bits"], row["score"]) for row in uniform])
+    beside = {
+        "rows": rows,
         "score": ours["score"],
-        "uniform_score": line,
+        "uniform_score": line,  # even bits lie on the line between two uniform widths
         "better_than_uniform": ours["score"] <= line * (1 + 1e-9),
     }
+    drawn = [
+        {"bits": b, "score": score, "kl": {probe: r.kl for probe, r in found.items()}}
+        for b, score, found in list(zip(bits, scores, readings, strict=True))[len(plans) :]
+    ]
+    return Proof(beside, drawn)
 
 
-def front(
-    choices: Choices, groups: Sequence[Sequence[str]], weights: int, judge: PlanScore, count: int
-) -> list[dict[str, Any]]:
-    """Solved plans at `count` budgets, measured on the text of the proof."""
-    found = []
-    plans = list(plans_at_budgets(choices, groups, count))
-    for plan, readings in zip(plans, judge.read(plans), strict=True):
-        kl = {probe: r.kl for probe, r in readings.items()}
-        found.append({"bits": bits_of(plan, choices) / weights, "score": judge.score(readings), "kl": kl})
-    return found
+def with_interval(readings: Mapping[str, PlanReading], seed: int) -> dict[str, Any]:
+    """KL of each probe in nats per token, with its interval."""
+    return {
+        probe: bootstrap(r.kl_N / r.tokens_N, seed=seed).to_json() | {"value": r.kl} for probe, r in readings.items()
+    }
 
 
 def layer_rows(

@@ -65,7 +65,7 @@ def plans_at_budgets(choices: Choices, groups: Sequence[Sequence[str]], count: i
     least = sum(min(c.bits for c in merge(choices, group).values()) for group in groups)
     found: dict[tuple[tuple[str, int], ...], dict[str, int]] = {}
     for at in range(count):
-        plan = solve(choices, groups, max(low + (high - low) * at / (count - 1), least))
+        plan = solve(choices, groups, max(low + (high - low) * at / max(count - 1, 1), least))
         found.setdefault(tuple(sorted(plan.items())), plan)
     return list(found.values())
 

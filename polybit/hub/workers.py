@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polybit.core.runtime import PolybitError, warn
+from polybit.core.runtime import PolybitError, track, warn
 from polybit.hub.crew import Crew, Greeting, Make, Seen, Work, check_greetings, listing
 
 LIVES = 2  # workers a task may cost
@@ -111,9 +111,13 @@ class Team:
             self.token.unlink(missing_ok=True)
         self.crew, self.token, self.hired, self.free, self.greeted = None, None, set(), [], []
 
-    def in_order(self, tasks: Sequence[Any]) -> list[Any]:
-        """The results of all tasks in the order of the tasks."""
-        found = dict(self.map(tasks))
+    def in_order(self, tasks: Sequence[Any], *, label: str | None = None) -> list[Any]:
+        """The results of all tasks in the order of the tasks.
+
+        label: of the progress that is shown (default: none is)
+        """
+        done = self.map(tasks)
+        found = dict(done if label is None else track(done, label, len(tasks)))
         return [found[number] for number in range(len(tasks))]
 
     def map(self, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:

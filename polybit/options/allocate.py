@@ -23,6 +23,7 @@ else:
     Layerwise = Literal[LAYERWISE]
 
 AUTO_MIX = "auto"
+FRONT = 12  # budgets of the front on a page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,8 @@ class AllocateOptions(WorkerOptions, LoadingOptions):
     on them; or the file that polybit mix --json wrote, to show its curve on the page."""
     report: Path | None = None
     """Write a page: bit map, sensitivities, front of loss against bits."""
+    front: int | None = None
+    """Budgets at which solved plans are measured too, for the front (default: 12 with --report, otherwise 0)."""
     seed: int = 0
     """Seed of everything that is drawn."""
     restart: bool = False
@@ -91,12 +94,19 @@ class AllocateOptions(WorkerOptions, LoadingOptions):
             raise PolybitError(f"--bits {self.bits} is not possible: give bits per weight such as 3.5")
         if not 0 <= self.beta <= 1:
             raise PolybitError(f"--beta {self.beta} is not possible: give 0 (general text only) to 1 (tasks only)")
-        at_least(self, samples=1, items=1, calibration_samples=1, refine=0)
+        at_least(self, samples=1, items=1, calibration_samples=1, refine=0, front=0)
         for pin in self.pin or ():
             read_pin(pin)
         for flag, path in (("out", self.out), ("report", self.report)):
             if path is not None and path.is_dir():
                 raise PolybitError(f"--{flag} {path} is a directory: give the name of a file")
+
+    @property
+    def budgets(self) -> int:
+        """How many budgets of the front are measured."""
+        if self.front is not None:
+            return self.front
+        return 0 if self.report is None else FRONT
 
 
 def read_pin(pin: str) -> tuple[str, int]:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from polybit.cli import main
+from polybit.core import runtime
 
 WORDS = (
     "the",
@@ -62,7 +63,8 @@ def run(tiny_llama, texts, folder, *more, bits="3.6", method="rtn"):
     return json.loads((folder / "plan.json").read_text()), json.loads((folder / "run.json").read_text())
 
 
-def test_a_plan_from_end_to_end(tiny_llama, texts, tmp_path, capsys):
+def test_a_plan_from_end_to_end(tiny_llama, texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runtime, "LINE_EVERY", -1.0)
     document, record = run(tiny_llama, texts, tmp_path, "--report", str(tmp_path / "page.html"))
     numbers = record["numbers"]
     assert document["bits_per_weight"] <= 3.6 + 1e-9 and numbers["bits_per_weight"] > 3.3
@@ -77,11 +79,12 @@ def test_a_plan_from_end_to_end(tiny_llama, texts, tmp_path, capsys):
     page = (tmp_path / "page.html").read_text()
     assert "<svg" in page and "Where the bits go" in page and "http://" not in page.replace("http://www.w3.org", "")
     shown = capsys.readouterr()
+    assert "sensitivities: 1 of 3" in shown.err and "plans measured: 1 of " in shown.err
     assert "Kendall's tau" in shown.out and "polybit quantize" in shown.out
     assert ("NOT better" in shown.err) == (not document["better_than_uniform"])
     # another budget: nothing is measured again
     _, later = run(tiny_llama, texts, tmp_path, "--free-groups", "--pin", "*.down_proj=5", bits="4.1")
-    assert later["numbers"]["cost"]["measured_now"] == 0
+    assert later["numbers"]["cost"]["measured_now"] == 0 and later["numbers"]["front"] == []
     assert all(row["width"] == 5 for name, row in later["numbers"]["layers"].items() if "down_proj" in name)
 
 
