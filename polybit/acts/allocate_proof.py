@@ -42,7 +42,7 @@ def prove(
     measured = [*plans.values(), *front]
     scores, readings = judge(measured), judge.readings(measured)  # read by the first of the two
     bits = [bits_of(each, choices) / weights for each in measured]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": label, "bits": b, "kl": with_interval(found, seed), "score": score}
         for label, b, found, score in zip(plans, bits, readings, scores, strict=False)
     ]

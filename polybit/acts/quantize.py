@@ -150,11 +150,12 @@ def filled(
             experts=experts,
             quantize=None if where.alone else lambda jobs: team.in_order([(job[0].clone(), *job[1:]) for job in jobs]),
         )
-    if recipe.plan is not None:
-        store_plan(model, recipe.plan, nested=recipe.is_nested)
     keep = None if source.lent is None else store.write_planes
     names = quantize_ends(model, bits_of_ends, recipe.grid.group_size, source=source.weights, keep=keep)
-    hold_ends(model, names, bits_of_ends, recipe.widths)
+    if recipe.plan is not None:
+        store_plan(model, recipe.plan, nested=recipe.is_nested)  # after every layer is in its place
+    plain = tuple(width for width in recipe.widths if f"w{width}" in recipe.presets)  # none in a file made by a plan
+    hold_ends(model, names, bits_of_ends, plain)
     return errors
 
 

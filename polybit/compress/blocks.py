@@ -205,6 +205,11 @@ class Whole:
     model: nn.Module
     targets: tuple[Target, ...]
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks."""
+        return find_blocks(self.model, self.targets)[1]
+
     def forward(self, weights: Weights, ids_BT: Tensor) -> Tensor:
         """Logits [B, T, V] with `weights` in place of the model's own; gradients reach `weights`."""
         return self._call(weights, ids_BT).logits

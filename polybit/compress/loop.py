@@ -34,13 +34,15 @@ from polybit.core.records import LayerStats
 from polybit.core.runtime import Advance, progress
 from polybit.nn.convert import Target
 from polybit.quant.problem import layer_loss
+from polybit.quant.rounding import LAST
 from polybit.quant.rtn import rtn
+from polybit.quant.steps import KeptState, untold
 
 OUTSIDE, FINISH = "outside the blocks", "finish"  # what a store keeps beside the decoder blocks
 
 Codes = dict[str, QWeight]  # by target name
 ExpertTokens = dict[str, list[int]]  # by module: tokens that went to each of its experts
-LAYERS_SHARE = 0.9  # of a block's time, to tell progress
+LAYERS_SHARE = 0.9  # of a block's time, to tell progress; or of learned rounding, where there is any
 LayerJob = tuple[Tensor, LayerStats | None, Recipe, Grid | None]  # the arguments of `quantize_layer`
 QuantizeLayers = Callable[[Iterable[LayerJob]], Iterable[QWeight]]  # codes in the order of the jobs
 
@@ -56,6 +58,10 @@ class FinishedBlocks(Protocol):
         """Keep the codes of a block."""
         ...
 
+    def state(self, block: str) -> KeptState | None:
+        """Where the state of long training of a block is kept until it is finished."""
+        ...
+
 
 class Nowhere:
     """A store that keeps nothing, for callers that need the codes once."""
@@ -66,6 +72,10 @@ class Nowhere:
 
     def write(self, block: str, weights: Mapping[str, QWeight]) -> None:
         """Not kept."""
+
+    def state(self, block: str) -> None:
+        """Not kept."""
+        return None
 
 
 def compress_in_place(
@@ -125,7 +135,8 @@ def compress(
         parameter.requires_grad_(False)
     everything: Codes = {}
     walk = visited(model, targets, batches, recipe, source, room)
-    with progress("quantizing", visits(model, targets)) as step:
+    label = "quantizing, before learned rounding" if recipe.finish_steps else "quantizing"
+    with progress(label, visits(model, targets)) as step:
         for name, block in walk:
             codes = finished.read(name)
             found, told = codes is not None, Told(step, block, recipe, quantize or in_turn)
@@ -145,15 +156,17 @@ def compress(
     if recipe.finish_steps:
         trained = finished.read(FINISH)
         if trained is None:
-            trained = on_cpu(finish_codes(model, targets, batches, everything, recipe))
+            kept = finished.state(FINISH)
+            trained = on_cpu(finish_codes(model, targets, batches, everything, recipe, kept))
             finished.write(FINISH, trained)
         yield everything | trained
 
 
 class Told:
-    """The codes of a block, which say on their way how much of it is done, by the work of each layer.
+    """The codes of a block, which say on their way how much of it is done.
 
-    Layers are all but a tenth of it: statistics and what follows are the rest. With learned rounding they are nothing.
+    By the work of each layer; statistics and what follows are the tenth that is left. With learned rounding by its
+    steps, and layers are in that tenth.
     """
 
     def __init__(self, step: Advance, block: VisitedBlock | None, recipe: Recipe, quantize: QuantizeLayers) -> None:
@@ -164,15 +177,23 @@ class Told:
     def codes(self) -> Codes:
         """`block_codes`, told as they come."""
         assert self.block is not None
-        return block_codes(self.block, self.recipe, quantize=self.quantize)
+        return block_codes(self.block, self.recipe, quantize=self.quantize, told=self.learned)
+
+    def learned(self, amount: float, *, found: bool = False) -> None:
+        """Gradient steps that were taken."""
+        assert self.block is not None
+        self.tell(LAYERS_SHARE * amount / (self.recipe.block_steps + LAST))
+
+    def tell(self, part: float) -> None:
+        """A part of the block is done."""
+        self.done += part
+        self.step(part)
 
     def quantize(self, jobs: Iterable[LayerJob]) -> Iterator[QWeight]:
         """The codes, and a step for each layer."""
         for q in self.by(jobs):
             if not self.recipe.block_steps:
-                part = LAYERS_SHARE * q.codes_OI.numel() * q.codes_OI.shape[1] / max(self.work, 1)
-                self.done += part
-                self.step(part)
+                self.tell(LAYERS_SHARE * q.codes_OI.numel() * q.codes_OI.shape[1] / max(self.work, 1))
             yield q
 
 
@@ -200,11 +221,13 @@ def visits(model: nn.Module, targets: Sequence[Target]) -> int:
     return len(find_blocks(model, targets)[1]) + bool(outside(model, targets))
 
 
-def block_codes(block: VisitedBlock, recipe: Recipe, *, quantize: QuantizeLayers | None = None) -> Codes:
+def block_codes(
+    block: VisitedBlock, recipe: Recipe, *, quantize: QuantizeLayers | None = None, told: Advance = untold
+) -> Codes:
     """All targets of one block: layers in the order they run, each seeing what the earlier ones made of the input.
 
     Those of a nested file see what the float block makes of it, all in one pass. quantize: who makes the codes of
-    layers that see the same (default: `quantize_layer`, one after another).
+    layers that see the same (default: `quantize_layer`, one after another) · told: hears of learned rounding.
     """
     quantize = quantize or in_turn
     codes: Codes = {}
@@ -221,7 +244,8 @@ def block_codes(block: VisitedBlock, recipe: Recipe, *, quantize: QuantizeLayers
         codes |= zip((target.name for target in stage), quantize(jobs), strict=True)
         return_freed()
     if recipe.block_steps:
-        codes = refine_block(block, codes, tuning=replace(BLOCK, steps=recipe.block_steps, seed=recipe.seed))
+        tuning = replace(BLOCK, steps=recipe.block_steps, seed=recipe.seed)
+        codes = refine_block(block, codes, tuning=tuning, told=told)
     return codes
 
 
@@ -272,12 +296,17 @@ def outside_codes(
 
 
 def finish_codes(
-    model: nn.Module, targets: Sequence[Target], batches: Sequence[Tensor], codes: Codes, recipe: Recipe
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Sequence[Tensor],
+    codes: Codes,
+    recipe: Recipe,
+    kept: KeptState | None = None,
 ) -> Codes:
     """The codes after gradient steps over the whole model; the start where they did not help."""
     tuning = replace(FINISH_TUNING, steps=recipe.finish_steps, seed=recipe.seed)
     widths = recipe.widths if recipe.is_nested else None
-    return finish_model(model, batches, targets, codes, widths=widths, tuning=tuning)
+    return finish_model(model, batches, targets, codes, widths=widths, tuning=tuning, kept=kept)
 
 
 def rows_of_target(model: nn.Module, target: Target, source: WeightSource) -> Iterator[tuple[slice, Tensor]]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from polybit.compress.blocks import VisitedBlock, Whole
+from polybit.compress.entering import answers_with_tuple, entered, outputs_of
 from polybit.compress.stats import collect
 from polybit.core.affine import QWeight
 from polybit.core.records import LayerStats
+from polybit.core.runtime import Advance, progress
 from polybit.nn.convert import Target
-from polybit.quant.rounding import Tuning, Values, batch_order, refine, train
+from polybit.quant.rounding import LAST, Tuning, Values, batch_order, refine, train
+from polybit.quant.steps import KeptState, untold
 
 BLOCK = Tuning(steps=200, lr=0.00125, scale_lr=0.005, inside=0.45)
 FINISH = Tuning(steps=200, lr=0.005, scale_lr=0.002, inside=0.45)
@@ -26,10 +30,13 @@ NESTED_HIDDEN = 1.5  # the same for nested codes, whose KL is divided by its sta
 INAUDIBLE = 1e-3  # nats per token; differences below it do not count when widths are compared
 WORST = 1.3  # factor by which no width may lose, whatever the others gain
 SAMPLE = 8  # batches on which the widths are compared before and after
-TEACHER_BYTES = 1 << 30  # the teacher's distributions are kept up to this size, and recomputed beyond it
+LEARNING = "learned rounding"  # what progress calls it
+TEACHER_BYTES = 1 << 30  # the teacher's hidden states are kept up to this size, and computed again beyond it
 
 
-def refine_block(block: VisitedBlock, start: Mapping[str, QWeight], *, tuning: Tuning = BLOCK) -> dict[str, QWeight]:
+def refine_block(
+    block: VisitedBlock, start: Mapping[str, QWeight], *, tuning: Tuning = BLOCK, told: Advance = untold
+) -> dict[str, QWeight]:
     """Train the codes of one block so that, on the quantized prefix's inputs, it gives what the float model gives.
 
     The loss is the mean squared difference over its mean square at the start of the block's own update.
@@ -41,7 +48,7 @@ def refine_block(block: VisitedBlock, start: Mapping[str, QWeight], *, tuning: T
     def loss(weights: Mapping[str, Tensor], index: int) -> Tensor:
         return (block.forward(weights, index) - block.wanted(index)).square().mean() / level
 
-    return refine(start, block.weights(), loss, block.batches, tuning=tuning)
+    return refine(start, block.weights(), loss, block.batches, tuning=tuning, told=told)
 
 
 def finish_model(
@@ -52,6 +59,7 @@ def finish_model(
     *,
     widths: Sequence[int] | None = None,
     tuning: Tuning = FINISH,
+    kept: KeptState | None = None,
 ) -> dict[str, QWeight]:
     """Train the codes of all weights at once so that the model's next-token distribution stays the float model's.
 
@@ -59,6 +67,7 @@ def finish_model(
     states; what is stored stays integer codes and scales. With `widths` the start holds nested codes, and all these
     widths are trained together (`refine_nested`; of the tuning only steps and seed count then).
     Needs the whole model's weights, gradients and optimizer state in memory: about 20 bytes a weight.
+    kept: where the state lies between two runs of the same; progress is shown.
     Returns the start when training did not lower the loss on the calibration windows.
     """
     whole = Whole(model, tuple(target for target in targets if target.name in start))
@@ -66,10 +75,14 @@ def finish_model(
     weights = {target.name: target.weight_OI(model) for target in whole.targets}
     start = {name: q.to(weights[name].device) for name, q in start.items()}
     if widths is None:
-        return refine(start, weights, teacher.distance, len(batches), tuning=tuning, score=teacher.divergence)
+        count = len(batches)
+        with progress(LEARNING, tuning.steps + LAST) as told:
+            how: dict[str, Any] = {"score": teacher.divergence, "kept": kept, "told": told}
+            return refine(start, weights, teacher.distance, count, tuning=tuning, **how)
     stats = collect(model, batches, whole.targets)
     tuning = replace(NESTED, steps=tuning.steps, seed=tuning.seed)
-    return refine_nested(start, weights, stats, teacher, widths=widths, tuning=tuning)
+    with progress(LEARNING, tuning.steps) as told:
+        return refine_nested(start, weights, stats, teacher, widths=widths, tuning=tuning, kept=kept, told=told)
 
 
 def refine_nested(
@@ -80,6 +93,8 @@ def refine_nested(
     *,
     widths: Sequence[int],
     tuning: Tuning,
+    kept: KeptState | None = None,
+    told: Advance = untold,
 ) -> dict[str, QWeight]:
     """Train nested codes so that every width is good: the sum over widths of the loss relative to the start's.
 
@@ -102,7 +117,7 @@ def refine_nested(
         term = teacher.distance(values(width), order[step]) * (EMPHASIS[width] * len(narrow) / first[width])
         return term + sum(EMPHASIS[b] * anchors(values(b), b) for b in wide)
 
-    trained = train(start, weights, objective, tuning)
+    trained = train(start, weights, objective, tuning, kept=kept, told=told)
     last = {b: divergences(trained, b, teacher, sample) for b in widths}
     changes = [max(last[b], INAUDIBLE) / max(first[b], INAUDIBLE) for b in widths]
     better = sum(changes) < len(changes) and max(changes) < WORST
@@ -146,57 +161,71 @@ def divergences(codes: Mapping[str, QWeight], width: int, teacher: Teacher, samp
 
 
 @dataclass(frozen=True, slots=True)
-class FloatAnswer:
-    """What the float model says about one batch: distributions of the next token and hidden states on the way."""
+class FloatStates:
+    """The float model's hidden states on one batch: behind its last block, and on the way with their mean squares."""
 
-    probability_BTV: Tensor
-    negative_entropy: Tensor  # mean over tokens of sum p log p
+    last_BTD: Tensor
     hidden: list[Tensor]
-    levels: list[Tensor]  # mean square of each hidden state
+    levels: list[Tensor]
 
     def nbytes(self) -> int:
-        """Memory it takes."""
-        return sum(t.numel() * t.element_size() for t in (self.probability_BTV, *self.hidden))
+        """Memory they take."""
+        return sum(t.nbytes for t in (self.last_BTD, *self.hidden))
 
 
 class Teacher:
-    """The float model on the calibration windows; the last position of a window predicts nothing known."""
+    """The float model on the calibration windows; the last position of a window predicts nothing known.
+
+    Its hidden states are kept up to TEACHER_BYTES, not its distributions, which are as wide as the vocabulary: the head
+    alone makes them again.
+    """
 
     def __init__(self, whole: Whole, batches: Sequence[Tensor], hidden: float = HIDDEN) -> None:
         self.whole, self.batches, self.hidden = whole, batches, hidden
-        self.kept: dict[int, FloatAnswer] = {}
+        self.kept: dict[int, FloatStates] = {}
         self.room = TEACHER_BYTES
+        self.wraps = answers_with_tuple(whole.model, whole.blocks[0], batches[0])
 
     def divergence(self, weights: Mapping[str, Tensor], index: int) -> Tensor:
         """KL(float || quantized) on batch `index`, nats per token."""
-        return self._divergence(self.whole.forward(weights, self.batches[index]), self.answer(index))
+        return self._divergence(self.whole.forward(weights, self.batches[index]), index)
 
     def distance(self, weights: Mapping[str, Tensor], index: int) -> Tensor:
         """The loss of training: KL, plus `hidden` times the relative squared error of the hidden states.
 
         The hidden states say more per token than the next token's distribution does: less is learnt by heart.
         """
-        answer = self.answer(index)
+        known = self.states(index)
         logits_BTV, hidden = self.whole.states(weights, self.batches[index])
-        pairs = zip(hidden, answer.hidden, answer.levels, strict=True)
+        pairs = zip(hidden, known.hidden, known.levels, strict=True)
         errors = [(given - wanted).square().mean() / level for given, wanted, level in pairs]
-        return self._divergence(logits_BTV, answer) + self.hidden * torch.stack(errors).mean()
+        return self._divergence(logits_BTV, index) + self.hidden * torch.stack(errors).mean()
 
-    def _divergence(self, logits_BTV: Tensor, answer: FloatAnswer) -> Tensor:
+    def _divergence(self, logits_BTV: Tensor, index: int) -> Tensor:
+        probability_BTV, negative_entropy = self.answer(index)
         given_BTV = log_softmax(logits_BTV[:, :-1].float(), -1)
-        return answer.negative_entropy - (answer.probability_BTV * given_BTV).sum(-1).mean()
+        return negative_entropy - (probability_BTV * given_BTV).sum(-1).mean()
 
     @torch.no_grad()
-    def answer(self, index: int) -> FloatAnswer:
-        """The float model's answer to batch `index`, kept while there is room."""
+    def states(self, index: int) -> FloatStates:
+        """The float model's hidden states on batch `index`."""
         if index in self.kept:
             return self.kept[index]
-        logits_BTV, hidden = self.whole.states({}, self.batches[index])
+        with outputs_of(self.whole.blocks[-1]) as found:
+            _, hidden = self.whole.states({}, self.batches[index])
+        known = FloatStates(found[-1], hidden, [h.square().mean().clamp_min(1e-12) for h in hidden])
+        if known.nbytes() <= self.room:
+            self.room -= known.nbytes()
+            self.kept[index] = known
+        return known
+
+    @torch.no_grad()
+    def answer(self, index: int) -> tuple[Tensor, Tensor]:
+        """The float model's probabilities [B, T - 1, V] of the next tokens of batch `index`; mean over tokens of sum
+        p log p."""
+        blocks = self.whole.blocks
+        with entered(blocks, len(blocks), self.states(index).last_BTD, self.wraps):
+            logits_BTV = self.whole.forward({}, self.batches[index])
         log_BTV = log_softmax(logits_BTV[:, :-1].float(), -1)
         probability_BTV = log_BTV.exp()
-        levels = [h.square().mean().clamp_min(1e-12) for h in hidden]
-        answer = FloatAnswer(probability_BTV, (probability_BTV * log_BTV).sum(-1).mean(), hidden, levels)
-        if answer.nbytes() <= self.room:
-            self.room -= answer.nbytes()
-            self.kept[index] = answer
-        return answer
+        return probability_BTV, (probability_BTV * log_BTV).sum(-1).mean()

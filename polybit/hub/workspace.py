@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import polybit
 from polybit.core.affine import QWeight
 from polybit.core.planes import Planes, pack, unpack
-from polybit.core.runtime import PolybitError, atomic_path, write_json
+from polybit.core.runtime import PolybitError, atomic_path, warn, write_json
 from polybit.hub.directory import absolute, disk_errors, output_lock
 from polybit.hub.files import read_json
 from polybit.hub.pieces import Place, read_places
@@ -76,6 +77,7 @@ class Workspace:
         numbers = {name: Fields.of(planes).to_json() for name, planes in packed.items()}
         with disk_errors(self.path), atomic_path(self.file(block)) as staged:
             save_file(tensors, staged, metadata={"layers": json.dumps(numbers, allow_nan=False)})
+        self.state(block).clear()
 
     def read(self, block: str) -> dict[str, QWeight] | None:
         """The weights of a finished block, None when it is not finished."""
@@ -99,6 +101,10 @@ class Workspace:
                 f"{path} of an interrupted run cannot be read ({error!s:.100}): start again with --restart"
             ) from error
 
+    def state(self, block: str) -> StateFile:
+        """Where the state of long training of a block is kept until the block is written."""
+        return StateFile(self.file(block).with_suffix(".state"))
+
     def places(self) -> dict[str, Place]:
         """Where every stored tensor of the finished blocks lies, by the name a checkpoint gives it."""
         return read_places(sorted(self.path.glob("*.safetensors"))) or {}
@@ -107,6 +113,41 @@ class Workspace:
         """Remove the finished blocks, once the artefact is complete, and let the output path go."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.close()
+
+
+class StateFile:
+    """The state of long training in one file, which is there whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, Tensor] | None:
+        """The state that was kept last, None when none was."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if not self.path.is_file():
+            return None
+        try:
+            return load_file(self.path)
+        except (SafetensorError, OSError) as error:
+            raise PolybitError(
+                f"{self.path} of an interrupted run cannot be read ({error!s:.100}): start again with --restart"
+            ) from error
+
+    def write(self, state: Mapping[str, Tensor]) -> None:
+        """Keep a state in the place of the last one; a disk without room for it costs the state, not the run."""
+        from safetensors.torch import save_file
+
+        try:
+            with disk_errors(self.path), atomic_path(self.path) as staged:
+                save_file({name: tensor.contiguous() for name, tensor in state.items()}, staged)
+        except PolybitError as error:
+            warn(f"progress was not kept, an interrupted run begins learned rounding anew: {error}")
+
+    def clear(self) -> None:
+        """It is not needed any more."""
+        self.path.unlink(missing_ok=True)
 
 
 class Visit:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from polybit.compress.blocks import VisitedBlock, find_blocks, run_blocks
+from polybit.compress.entering import answers_with_tuple, entered
 from polybit.compress.source import IN_MEMORY, WeightSource
 from polybit.compress.states import Room, let_go
 from polybit.core.runtime import track
 from polybit.measure.probe import counted_log_probabilities
-from polybit.measure.sensitivity import answers_with_tuple, entered
 from polybit.nn.convert import Target
 
 Weights = Callable[[VisitedBlock], Mapping[str, Tensor]]  # a block's other weights [O, I], by target

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from polybit.compress.blocks import VisitedBlock, find_blocks, run_blocks
+from polybit.compress.entering import answers_with_tuple, entered
 from polybit.compress.source import IN_MEMORY, WeightSource
 from polybit.compress.states import HiddenStates, Room
 from polybit.compress.stats import HOOKED
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
 from polybit.measure.probe import ProbeText
-from polybit.measure.sensitivity import BlockReading, Candidates, answers_with_tuple, entered
+from polybit.measure.sensitivity import BlockReading, Candidates
 from polybit.nn.convert import Target
 
 PASSES = 2  # label draws; each costs one backward pass more

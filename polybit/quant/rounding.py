@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,15 +18,17 @@ from torch import Tensor
 from polybit.core.affine import Grid, QWeight, scale_gain, split_groups, tops, zero_points
 from polybit.core.planes import storable_ratio
 from polybit.core.records import LayerStats
-from polybit.core.runtime import PolybitError
+from polybit.core.runtime import Advance, PolybitError
 from polybit.quant.gptq import gptq
 from polybit.quant.problem import pose
 from polybit.quant.scales import settle
+from polybit.quant.steps import KeptState, descend, untold
 
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]  # (weights [O, I] by name, batch index) -> scalar
 Values = Callable[[int | None], Mapping[str, Tensor]]  # width -> weights [O, I] by name
 Objective = Callable[[Values, int], Tensor]  # (values, step) -> scalar
 COMPARED = 16  # batches on which the start and the result of training are compared
+LAST = 10  # gradient steps which that comparison takes as long as
 INSIDE = 0.499  # how far from the middle of its cell a latent may start, in codes
 
 
@@ -210,6 +213,8 @@ def refine(
     *,
     tuning: Tuning | None = None,
     score: Loss | None = None,
+    kept: KeptState | None = None,
+    told: Advance = untold,
 ) -> dict[str, QWeight]:
     """Train the codes and scales of one or many weights together against any loss; never worse than the start.
 
@@ -219,44 +224,51 @@ def refine(
     paper, training starts from error-compensated codes instead of nearest ones, a latent may cross more than one code,
     and Adam takes the place of signed descent. Whatever has the lower mean `score` (default: the loss) over up to
     COMPARED batches, the trained weights or the start, is returned, so that a bad rate cannot do harm. The same seed
-    gives the same bits.
+    gives the same bits. kept: where the state lies between two runs of the same · told: hears of each step, and
+    of the comparison as LAST more.
     """
     tuning = tuning or Tuning()
     order = batch_order(batches, tuning)
-    trained = train(start, weights, lambda values, step: loss(values(None), order[step]), tuning)
+    objective: Objective = lambda values, step: loss(values(None), order[step])  # noqa: E731
+    trained = train(start, weights, objective, tuning, kept=kept, told=told)
     score = score or loss
-    better = trained is not start and mean_loss(trained, score, batches) < mean_loss(start, score, batches)
+    each = partial(told, LAST / (2 * len(compared(batches))))
+    better = trained is not start and mean_loss(trained, score, batches, each) < mean_loss(start, score, batches, each)
     return dict(trained if better else start)
 
 
 def train(
-    start: Mapping[str, QWeight], weights: Mapping[str, Tensor], objective: Objective, tuning: Tuning
+    start: Mapping[str, QWeight],
+    weights: Mapping[str, Tensor],
+    objective: Objective,
+    tuning: Tuning,
+    *,
+    kept: KeptState | None = None,
+    told: Advance = untold,
 ) -> Mapping[str, QWeight]:
     """The gradient steps of `refine` without its comparison, for objectives that read several widths of one code.
 
-    objective(values, step): a scalar; values(b) are the weights seen at b bits, values(None) at all stored bits.
+    objective(values, step): a scalar; values(b) are the weights seen at b bits, values(None) at all stored bits ·
+    kept, told: as in `refine`
     """
     if not start or not tuning.steps:
         return start
     banks = make_banks(start, weights, tuning.inside)
-    groups = [
-        {"params": [bank.latent_NL for bank in banks], "rate": tuning.lr},
-        {"params": [bank.growth_N1 for bank in banks], "rate": tuning.scale_lr},
-        {"params": [g for bank in banks for g in bank.ratio_growth.values()], "rate": tuning.ratio_lr},
-    ]
-    optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.99), eps=1e-12)
 
     def values(width: int | None) -> dict[str, Tensor]:
         return {name: weight for bank in banks for name, weight in bank.values(width, tuning.reach).items()}
 
-    for step in range(tuning.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * tuning.rate(step)
-        optimizer.zero_grad()
-        objective(values, step).backward()
-        optimizer.step()
+    def confine() -> None:
         for bank in banks:
             bank.confine()
+
+    groups = [
+        ([bank.latent_NL for bank in banks], tuning.lr),
+        ([bank.growth_N1 for bank in banks], tuning.scale_lr),
+        ([g for bank in banks for g in bank.ratio_growth.values()], tuning.ratio_lr),
+    ]
+    loss = partial(objective, values)
+    descend(groups, tuning.steps, loss, share=tuning.rate, after=confine, kept=kept, told=told)
     trained = {name: q for bank in banks for name, q in bank.harden().items()}
     return {name: trained[name] for name in start}
 
@@ -278,12 +290,19 @@ def batch_order(batches: int, tuning: Tuning) -> list[int]:
 
 
 @torch.no_grad()
-def mean_loss(weights: Mapping[str, QWeight], loss: Loss, batches: int) -> float:
-    """The loss of quantized weights, mean over up to COMPARED batches."""
+def mean_loss(weights: Mapping[str, QWeight], loss: Loss, batches: int, each: Callable[[], None]) -> float:
+    """The loss of quantized weights, mean over up to COMPARED batches; `each` is called after every one."""
     dense = {name: q.dequantize() for name, q in weights.items()}
-    chosen = range(0, batches, -(-batches // COMPARED))
-    total = sum(float(loss(dense, index)) for index in chosen) / len(chosen)
-    return total if math.isfinite(total) else math.inf
+    total, chosen = 0.0, compared(batches)
+    for index in chosen:
+        total += float(loss(dense, index))
+        each()
+    return total / len(chosen) if math.isfinite(total) else math.inf
+
+
+def compared(batches: int) -> range:
+    """The batches on which start and result are compared."""
+    return range(0, batches, -(-batches // COMPARED))
 
 
 def rounding(

@@ -10,6 +10,7 @@ from polybit.cli import main
 from polybit.compress.ends import LARGE, end_bits, end_targets, hold_ends, quantize_ends
 from polybit.core.runtime import PolybitError
 from polybit.hub.checkpoint import save
+from polybit.hub.load import load_float, load_quantized
 from polybit.nn import switch
 from tests.families import quantized, tiny_model
 
@@ -65,3 +66,20 @@ def test_a_file_with_ends_of_their_own_is_measured_once_at_each_width(tiny_llama
     main(["eval", out, "--reference", str(tiny_llama), *flags])
     numbers = json.loads(record.read_text())["numbers"]
     assert list(numbers["presets"]) == ["w3"] and numbers["presets"]["w3"]["kl"]["n"] == 2
+
+
+@pytest.mark.parametrize(("how", "names"), [("rtn", ["plan"]), ("nested", ["w8", "w3", "plan"])])
+def test_a_file_made_by_a_plan_keeps_its_ends_too(how, names, tiny_llama, tmp_path):
+    """Of a fixed file no layer is read at the widest one's width, and the plan is all there is to read it by."""
+    layers = {"model.layers.0.self_attn.q_proj": "w8", "model.layers.1.mlp.down_proj": "w4"}
+    (tmp_path / "plan.json").write_text(json.dumps({"default": "w3", "layers": layers}))
+    flags = ["--plan", str(tmp_path / "plan.json"), "--group-size", "32", "--ends", "8", "--no-measure"]
+    more = ["--method", how, *(["--widths", "8,3", "--samples", "2", "--window", "16"] if how == "nested" else [])]
+    main(["quantize", str(tiny_llama), "--out", str(tmp_path / "out"), *flags, *more])
+    model, _ = load_quantized(tmp_path / "out")
+    assert sorted(switch.presets(model)) == sorted(names)
+    ends = {target.name for target in end_targets(load_float(str(tiny_llama))[0])}
+    switch.use(model, "plan")
+    found = {name: layer.width for name, layer in switch.panel(model).layers.items()}
+    assert {found[name] for name in ends} == {8}
+    assert {name: f"w{width}" for name, width in found.items() if name not in ends and width != 3} == layers

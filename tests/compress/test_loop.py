@@ -4,16 +4,21 @@ recipe does not ask for is not done."""
 import pytest
 import torch
 
-from polybit.compress.blocks import outside
+from polybit.compress import refine
+from polybit.compress.blocks import Whole, outside
 from polybit.compress.loop import FINISH, OUTSIDE, Nowhere, compress, compress_in_place, quantize_layer
 from polybit.compress.recipe import PLAN, Recipe, choose, within_memory
+from polybit.compress.refine import Teacher
+from polybit.core import runtime
 from polybit.core.affine import Grid
 from polybit.core.plan import Plan
 from polybit.core.planes import unpack
 from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
+from polybit.hub.workspace import Workspace
 from polybit.nn.convert import targets
 from polybit.nn.switch import panel
+from polybit.quant import steps
 from polybit.quant.table import DEFAULT_FIXED, DEFAULT_NESTED, FIXED, NESTED, QUANTIZERS
 from tests.families import tiny_model
 
@@ -39,6 +44,9 @@ class Shelf(dict):
 
     def write(self, block, weights):
         self[block] = dict(weights)
+
+    def state(self, block):
+        return None
 
 
 def equal(one, other):
@@ -69,6 +77,54 @@ def test_what_is_finished_is_not_made_again(name, monkeypatch):
     monkeypatch.setattr("polybit.compress.loop.quantize_layer", None)
     (again,) = compress(tiny_model("llama"), every, text(), recipe, shelf)
     assert equal(first, again)
+
+
+@pytest.mark.parametrize("name", [DEFAULT_FIXED, DEFAULT_NESTED])
+def test_learned_rounding_that_was_ended_goes_on_to_the_same_bits(name, tmp_path, monkeypatch, capsys):
+    """Ended after three of six steps, by what cannot be caught; two steps were kept, and four are made."""
+    monkeypatch.setattr(steps, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(runtime, "LINE_EVERY", -1.0)
+    recipe, every, made = recipe_of(name, finish_steps=6), targets(tiny_model("llama")), []
+    (straight,) = compress(tiny_model("llama"), every, text(), recipe)
+    said = capsys.readouterr().err
+    assert "polybit: quantizing, before learned rounding: 1 of 2" in said
+    assert f"polybit: learned rounding: 1 of {16 if name == DEFAULT_FIXED else 6}" in said
+    original = Teacher.distance
+
+    def counted(teacher, weights, index):
+        made.append(index)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return original(teacher, weights, index)
+
+    monkeypatch.setattr(Teacher, "distance", counted)
+    store = Workspace(tmp_path / "out", {})
+    with pytest.raises(KeyboardInterrupt):
+        list(compress(tiny_model("llama"), every, text(), recipe, store))
+    store.close()
+    store = Workspace(tmp_path / "out", {})
+    (resumed,) = compress(tiny_model("llama"), every, text(), recipe, store)
+    assert equal(straight, resumed) and len(made) == 3 + 4
+    assert store.state(FINISH).read() is None, "a finished run keeps no state"
+    store.discard()
+
+
+def test_the_teacher_says_what_the_float_model_says(monkeypatch):
+    """From hidden states that were kept, and from those that had no room."""
+    model, batches = tiny_model("llama"), text()
+    whole = Whole(model, tuple(targets(model)))
+    teachers = [Teacher(whole, batches)]
+    monkeypatch.setattr(refine, "TEACHER_BYTES", 0)
+    teachers.append(Teacher(whole, batches))
+    for teacher in teachers:
+        for index, ids_BT in enumerate(batches):
+            for _ in range(2):
+                wanted_BTV = model(input_ids=ids_BT).logits[:, :-1].float().softmax(-1)
+                probability_BTV, negative_entropy = teacher.answer(index)
+                torch.testing.assert_close(probability_BTV, wanted_BTV)
+                torch.testing.assert_close(negative_entropy, (wanted_BTV * wanted_BTV.log()).sum(-1).mean())
+                assert teacher.divergence({}, index).item() == pytest.approx(0, abs=1e-6)
+    assert [len(teacher.kept) for teacher in teachers] == [2, 0]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

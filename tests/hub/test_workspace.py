@@ -1,5 +1,7 @@
 """Property: what a run has finished comes back exactly, and never into another run."""
 
+import errno
+
 import pytest
 import torch
 
@@ -39,6 +41,30 @@ def test_finished_blocks_come_back_exactly_in_the_next_run(tmp_path):
     assert again.read("model.layers.1") is None
     again.discard()
     assert not list(tmp_path.iterdir()), "nothing is left, not even the lock"
+
+
+def test_a_state_comes_back_until_its_block_is_finished(tmp_path, monkeypatch, capsys):
+    store = Workspace(tmp_path / "out", PRINT)
+    state = {"step": torch.tensor(7), "0.value": torch.randn(5, 3)}
+    assert store.state("finish").read() is None
+    store.state("finish").write(state)
+    assert not store.places(), "a state is no part of the checkpoint"
+    found = Workspace.state(store, "finish").read()
+    assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+    with monkeypatch.context() as patched:
+        patched.setattr("safetensors.torch.save_file", full)
+        store.state("finish").write({"step": torch.tensor(8)})
+    assert "progress was not kept" in capsys.readouterr().err and int(store.state("finish").read()["step"]) == 7
+    store.state("finish").path.write_bytes(b"{")
+    with pytest.raises(PolybitError, match="--restart"):
+        store.state("finish").read()
+    store.write("finish", weights())
+    assert store.state("finish").read() is None
+    store.discard()
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_names_that_no_file_system_can_spell_stay_apart(tmp_path):
