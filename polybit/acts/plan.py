@@ -11,7 +11,7 @@ import torch
 from polybit.compress.blocks import find_blocks
 from polybit.compress.ends import end_bits, end_targets
 from polybit.compress.forecast import Stopwatch, expected_memory, expected_sizes, foretell_seconds
-from polybit.compress.recipe import choose
+from polybit.compress.recipe import STATE_BYTES, choose, within_memory
 from polybit.compress.text import window_length
 from polybit.core.precision import FLOAT
 from polybit.core.records import Run
@@ -35,6 +35,7 @@ def plan(model: str, options: PlanOptions) -> Run:
         chosen = targets(skeleton, include_embeddings=options.include_embeddings)
         bits_of_ends = FLOAT if options.include_embeddings else end_bits(skeleton, options.ends)
         ends_held = end_targets(skeleton) if bits_of_ends != FLOAT else []
+        recipe = within_memory(recipe, sum(target.size for target in chosen))
         parameters = sum(p.numel() for p in skeleton.parameters())
         sizes = expected_sizes(chosen, recipe)
         run.numbers = {
@@ -52,7 +53,8 @@ def plan(model: str, options: PlanOptions) -> Run:
                 hidden=int(getattr(skeleton.config.get_text_config(), "hidden_size", 0) or 0),
                 blocks=len(find_blocks(skeleton, chosen)[1]) if chosen else 1,
             ),
-            "disk": expected_disk(sizes, parameters, [*chosen, *ends_held], bits_of_ends),
+            "disk": expected_disk(sizes, parameters, [*chosen, *ends_held], bits_of_ends)
+            + (2 * STATE_BYTES * sum(t.size for t in chosen) if recipe.finish_steps else 0),
             "speed": expected_speed(skeleton, sizes, bits_of_ends, options),
         }
         if options.dry_run and chosen:

@@ -14,7 +14,7 @@ from polybit.acts.float_source import FloatSource, float_bytes, is_own_text, ope
 from polybit.compress.ends import end_bits, end_targets, hold_ends, quantize_ends
 from polybit.compress.loop import ExpertTokens, LayerJob, compress_in_place, quantize_layer
 from polybit.compress.mix_files import gather_either, read_mix
-from polybit.compress.plan_files import check_document, check_plan, read_plan, store_plan
+from polybit.compress.plan_files import check_document, check_plan, counts_zero_points, read_plan, store_plan
 from polybit.compress.recipe import Recipe, choose, within_memory
 from polybit.compress.sizes import described, preset_sizes
 from polybit.compress.text import (
@@ -64,8 +64,11 @@ def quantize(model: str, options: QuantizeOptions) -> Run:
 
 
 def recipe_for(options: QuantizeOptions) -> Recipe:
-    """The recipe that is meant, its plan read."""
-    plan = None if options.plan is None else read_plan(options.plan)
+    """The recipe that is meant, its plan read; unless told otherwise with the zero points the plan's bits count."""
+    plan, asymmetric = None, options.asymmetric
+    if options.plan is not None:
+        plan = read_plan(options.plan)
+        asymmetric = counts_zero_points(options.plan) if asymmetric is None else asymmetric
     if options.rotate and plan is not None and plan.columns:
         raise PolybitError(
             f"{options.plan} gives columns inside layers widths of their own, and --rotate mixes the columns: "
@@ -75,7 +78,7 @@ def recipe_for(options: QuantizeOptions) -> Recipe:
         options.chosen_method(),
         options.stored_widths(),
         options.group_size,
-        asymmetric=options.asymmetric,
+        asymmetric=asymmetric,
         effort=options.effort,
         seed=options.seed,
         plan=plan,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from polybit.compress.blocks import VisitedBlock
+from polybit.compress.forecast_steps import Seconds, TimedSteps, learning_bytes, learning_seconds, time_steps
 from polybit.compress.loop import (
     LayerJob,
     block_codes,
@@ -41,9 +42,6 @@ HASHED, ENDS_TRIED = 1 << 26, 1 << 22  # bytes and weights that are tried
 MOST_TRIED, PASS_SECONDS = 32, 0.5  # batches a block is timed on at most, and seconds a pass of them may take
 WORKING_BYTES = 16  # of a weight while its layer is quantized
 FIXED = 128 << 20  # bytes beside the weights: pieces of files, embeddings by rows, what the allocator keeps
-
-
-Seconds = tuple[float, float]  # wall, CPU
 
 
 class Stopwatch:
@@ -105,7 +103,7 @@ class TimedBlock:
     """One block on its whole trip, seconds (wall, CPU) by what they grow with.
 
     batches: of calibration text it was tried on · codes: with rows * columns^2 of its weights · passes: with tokens and
-    weights · kept: with weights (errors, packing, files)
+    weights · kept: with weights (errors, packing, files) · steps: of learned rounding, where it has any
     """
 
     name: str
@@ -113,16 +111,19 @@ class TimedBlock:
     codes: Seconds
     passes: Seconds
     kept: Seconds
+    steps: TimedSteps | None = None
 
 
 def time_block(source: LentModel, targets: Sequence[Target], batches: Sequence[Tensor], recipe: Recipe) -> TimedBlock:
     """Quantize the first decoder block of a model as `compress_in_place` does, and let it go.
 
-    Learned rounding is not in it.
+    Learned rounding of one width is tried by a few steps; that of nested codes is not.
     """
     return_large()
+    learns = foretold(recipe)
     recipe = replace(recipe, block_steps=0, finish_steps=0)
     codes, passes, kept = Stopwatch(), Stopwatch(), Stopwatch()
+    steps = None
 
     def quantize(jobs: Iterable[LayerJob]) -> Iterator[QWeight]:
         for job in jobs:
@@ -141,12 +142,24 @@ def time_block(source: LentModel, targets: Sequence[Target], batches: Sequence[T
         with passes:
             found = block_codes(block, recipe, quantize=quantize)
             block.finish(handed_on(found, recipe))
+        if learns:
+            steps = time_steps(block, found, vocabulary_of(source))
         with kept:
             for key, q in found.items():
                 relative_errors(rows_of_target(source.model, by_name[key], source), q, recipe)
             with closing(Workspace(Path(folder) / "block", {})) as store:
                 store.write(name, found)
-    return TimedBlock(name, tried, codes.seconds, minus(passes.seconds, codes.seconds), kept.seconds)
+    return TimedBlock(name, tried, codes.seconds, minus(passes.seconds, codes.seconds), kept.seconds, steps)
+
+
+def foretold(recipe: Recipe) -> bool:
+    """Whether there is learned rounding whose time can be told."""
+    return bool(recipe.block_steps or recipe.finish_steps) and not recipe.is_nested
+
+
+def vocabulary_of(source: LentModel) -> int:
+    """Tokens the model knows."""
+    return int(source.model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
 
 
 def shortened(block: VisitedBlock) -> int:
@@ -176,13 +189,13 @@ def foretell_seconds(
     """Seconds (wall and CPU) that `quantize` will take, from one timed block of drawn weights.
 
     held: the ends that become codes · windows, length: of calibration text · start: what loading libraries took. Not in
-    it: text the model writes itself, learned rounding, measuring the result.
+    it: text the model writes itself, learned rounding of nested codes, measuring the result. learning_bytes: what
+    learning over the whole model takes beside its float weights.
     """
     inside = [t for t in targets if t.kind not in ("embedding", "head")]
     given = -(-windows // BATCH)
-    vocabulary = int(source.model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     ids_NT = torch.randint(
-        vocabulary, (BATCH * min(given, MOST_TRIED), length), generator=torch.Generator().manual_seed(0)
+        vocabulary_of(source), (BATCH * min(given, MOST_TRIED), length), generator=torch.Generator().manual_seed(0)
     )
     timed = time_block(source, targets, list(ids_NT.split(BATCH)), recipe)
     of_block = [t for t in inside if t.name.startswith(f"{timed.name}.")]
@@ -197,6 +210,8 @@ def foretell_seconds(
         "kept": times(timed.kept, weights),
         "ends": times(rounding_of_ends(recipe), sum(t.size for t in held) / ENDS_TRIED),
     }
+    if timed.steps is not None:
+        parts["learning"] = learning_seconds(timed.steps, recipe, blocks=weights, batches=given)
     wall, cpu = (sum(each[i] for each in parts.values()) for i in (0, 1))
     return {
         "block": timed.name,
@@ -206,6 +221,9 @@ def foretell_seconds(
         "parts": {name: {"seconds": each[0], "cpu_seconds": each[1]} for name, each in parts.items()},
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "learned_rounding": bool(recipe.block_steps or recipe.finish_steps),
+        "learning_bytes": 0
+        if timed.steps is None
+        else learning_bytes(timed.steps, recipe, weights=sum(t.size for t in targets), blocks=weights, batches=given),
     }
 
 

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from polybit.compress.recipe import PLAN
+from polybit.core.affine import ZeroKind
 from polybit.core.plan import LEAST_GROUP, Plan
 from polybit.core.precision import FLOAT
 from polybit.core.runtime import PolybitError, atomic_path
@@ -37,6 +38,13 @@ def read_plan(path: Path) -> Plan:
         return Plan.from_json(inner)
     except PolybitError as error:
         raise PolybitError(f"--plan {path}: {error}") from None
+
+
+def counts_zero_points(path: Path) -> bool | None:
+    """Whether a plan's bits count a zero point per group; None where the file does not say it."""
+    value = read_json(path)
+    zero = value.get("zero") if isinstance(value, Mapping) else None
+    return zero == "group" if zero in get_args(ZeroKind) else None
 
 
 def read_presets(text: str) -> dict[str, Plan]:

@@ -17,6 +17,7 @@ from polybit.quant.table import QUANTIZERS, Effort, Quantizer
 
 PLAN = "plan"  # preset of a checkpoint that was made by a plan
 FINISH_BYTES = 20  # latent, gradient, two moments of Adam and the value itself, per weight
+STATE_BYTES = 12  # of it that is kept on disk for a run that is ended: latent and moments; twice while it is written
 FINISH_SHARE = 0.25  # of the machine's memory that the finish may take before it is left out
 
 

@@ -22,7 +22,9 @@ METHOD_HELP = (
     f"How weights become codes: {described(QUANTIZERS)} (default: {DEFAULT_NESTED} for --widths, {DEFAULT_FIXED} for "
     "--bits and --plan)."
 )
-ASYMMETRIC_HELP = f"Store a zero point per group (default: all methods but {listed(SYMMETRIC)} do)."
+ASYMMETRIC_HELP = (
+    f"Store a zero point per group (default: as --plan counts; else all methods but {listed(SYMMETRIC)} do)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)

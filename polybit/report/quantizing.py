@@ -65,10 +65,11 @@ def foretold(model: str, numbers: Mapping[str, Any]) -> str:
         lines.append(f"\nembedding and output head: {ends['weights']:,} weights, {ends['bits']} bits at every width")
     lines += [expected_speed(numbers["speed"]), "\nstays in float:"]
     lines += [f"  {percent(row['share']):>7}  {row['name']} ({row['reason']})" for row in numbers["left_in_float"]]
-    need = numbers["memory"]
+    need, learning = numbers["memory"], numbers.get("time", {}).get("learning_bytes", 0)
+    whole = f", then about {size(need['float_model'] + learning)} for learned rounding of all of it" if learning else ""
     lines.append(
         f"\nmemory to quantize: {size(need['quantizing'])} block by block ({size(need['float_model'])} would hold the "
-        f"float model); up to {size(need['states'])} of hidden states, in a file where they are too many; disk: "
+        f"float model){whole}; up to {size(need['states'])} of hidden states, in a file where they are too many; disk: "
         f"{size(numbers['disk'])}; to run: {size(need['float_part_at_rest'])} in float + the bytes stored"
     )
     if "time" in numbers:
@@ -79,10 +80,12 @@ def foretold(model: str, numbers: Mapping[str, Any]) -> str:
 def expected_time(found: Mapping[str, Any]) -> str:
     """How long it will take, and what of it."""
     parts = {name: row["seconds"] for name, row in found["parts"].items()}
-    more = ", and learned rounding" if found["learned_rounding"] else ""
+    learning = parts.get("learning")
+    more = ", and learned rounding" if found["learned_rounding"] and learning is None else ""
+    learnt = "" if learning is None else f", {learning:.0f} s for learned rounding"
     return (
         f"time: about {found['seconds']:.0f} s with a text that is given ({found['cpu_seconds']:.0f} CPU seconds), of "
-        f"it {parts['codes']:.0f} s for codes and {parts['passes']:.0f} s for passes of the text: one of about "
+        f"it {parts['codes']:.0f} s for codes, {parts['passes']:.0f} s for passes of the text{learnt}: one of about "
         f"{found['blocks']:.0f} blocks was tried with random weights; text the model writes itself, measuring{more} "
         "come on top"
     )

@@ -3,11 +3,14 @@
 Kinds: property (it grows with depth and text as it must, and nothing stays in memory), slow (against a real run).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from polybit.compress import forecast
 from polybit.compress.forecast import foretell_seconds
+from polybit.compress.forecast_steps import TimedSteps, learning_bytes, learning_seconds
 from polybit.compress.recipe import choose
 from polybit.hub.drawn import drawn_model
 from polybit.hub.random_model import Shape, skeleton
@@ -37,6 +40,27 @@ def test_it_grows_with_depth_and_text(method, monkeypatch):
     assert found["seconds"] == pytest.approx(sum(row["seconds"] for row in found["parts"].values()))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_learned_rounding_grows_with_its_steps(whole):
+    """Over the whole model with the head in every step and the teacher once a batch; by blocks with two more passes."""
+    timed = TimedSteps(step=(2.0, 1.0), forward=(0.5, 0.5), head=(3.0, 3.0), held=100, hidden=10, logits=1000)
+    steps = {"finish_steps": 130} if whole else {"block_steps": 200}
+    recipe = replace(choose("rounding", (4,), 32, effort="fast"), **steps)
+    wall, cpu = learning_seconds(timed, recipe, blocks=6, batches=8)
+    assert wall == pytest.approx(140 * (6 * 2 + 3) + 8 * (6 * 0.5 + 1) if whole else 6 * (210 * 2 + 2 * 8 * 0.5))
+    assert cpu == pytest.approx(140 * (6 + 3) + 8 * (6 * 0.5 + 1) if whole else 6 * (210 + 2 * 8 * 0.5))
+    held = learning_bytes(timed, recipe, weights=50, blocks=6, batches=8)
+    assert held == (20 * 50 + 6 * 100 + 4 * 1000 + 8 * 9 * 10 if whole else 0)
+
+
+def test_a_few_steps_are_tried():
+    found = foretold(6, 32, "rounding")
+    assert found["parts"]["learning"]["cpu_seconds"] > 0 and found["learned_rounding"]
+    weights = 6 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    assert found["learning_bytes"] > 20 * weights
+    assert "learning" not in foretold(6, 32, "gptq")["parts"]
+
+
 def test_drawn_weights_are_lent_and_taken_back():
     source = drawn_model("drawn", skeleton(Shape(64, 2, 128, 96, 4, 2)))
     with source.lend("model.layers.1"):
@@ -48,7 +72,8 @@ def test_drawn_weights_are_lent_and_taken_back():
 
 
 @pytest.mark.slow
-def test_a_run_takes_about_as_long(tmp_path):
+@pytest.mark.parametrize("method", ["gptq", "rounding"])
+def test_a_run_takes_about_as_long(method, tmp_path):
     from polybit.acts.plan import plan
     from polybit.acts.quantize import quantize
     from polybit.hub.random_model import random_float
@@ -59,7 +84,7 @@ def test_a_run_takes_about_as_long(tmp_path):
     random_float(Shape(512, 6, 1408, 1000, 8, 4)).save_pretrained(tmp_path / "model")
     for file in path().glob("*token*"):
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
-    asked = {"bits": 4, "method": "gptq", "samples": 16, "window": 128}
+    asked = {"bits": 4, "method": method, "samples": 16, "window": 128}
     foreseen = plan(str(tmp_path / "model"), PlanOptions(**asked)).numbers["time"]["cpu_seconds"]
     options = QuantizeOptions(**asked, calibration="embedded", measure=False, out=tmp_path / "out")
     assert foreseen == pytest.approx(quantize(str(tmp_path / "model"), options).cpu_seconds, rel=0.4)
