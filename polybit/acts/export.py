@@ -80,7 +80,7 @@ def material_of(model: str, options: ExportOptions) -> Material:
         use(loaded, read_plan(path) if path.suffix == ".json" else options.precision)
     check_weights_only(current(loaded))
     adapters = {} if options.adapter is None else load_peft(options.adapter)
-    return Material.of(loaded, DTYPES[options.float_type], adapters, tokenizer)
+    return Material.of(loaded, DTYPES[options.float_type], adapters, tokenizer, exact=options.exact)
 
 
 def check_weights_only(plan: Plan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import sqrt
 from typing import Any
 
@@ -23,7 +23,7 @@ class Difference:
     weights: how many were compared · differing: not the same number bit for bit · moved: off by half a step or more,
     so that another code was meant · tiny: how many of these lie in groups whose step is below what a float16 holds with
     all its digits, 6e-5 · largest: the largest difference in steps · relative: root mean square of the
-    difference over that of the weights.
+    difference over that of the weights · where: layer -> how many of its weights moved, for those in which one did.
     """
 
     weights: int = 0
@@ -32,10 +32,17 @@ class Difference:
     tiny: int = 0
     largest: float = 0.0
     relative: float = 0.0
+    where: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain numbers."""
         return asdict(self)
+
+
+def moves(material: Material, name: str, weight_OI: Tensor) -> bool:
+    """Whether a layer decoded so holds a weight that means another code, or none at all."""
+    steps_OI = (weight_OI - material.decoded(name)).abs() / material.step(name)
+    return not bool((steps_OI < 0.5).all())  # what is not a number is not below
 
 
 def compare(material: Material, decoded: Iterable[tuple[str, Tensor]]) -> Difference:
@@ -45,13 +52,20 @@ def compare(material: Material, decoded: Iterable[tuple[str, Tensor]]) -> Differ
     for name, weight_OI in decoded:
         waiting.discard(name)
         ours_OI = material.decoded(name)
-        if weight_OI.shape != ours_OI.shape or not bool(torch.isfinite(weight_OI).all()):
+        if weight_OI.shape != ours_OI.shape:
             raise PolybitError(f"the export of {name!r:.120} reads back as another matrix: report this as a fault")
+        if not bool(torch.isfinite(weight_OI).all()):
+            raise PolybitError(
+                f"the weights of {name!r:.120} reach {float(ours_OI.abs().max()):.3g}, which scales in "
+                f"{str(material.dtype).removeprefix('torch.')} cannot hold: give another --dtype, or --exact"
+            )
         apart_OI, step_OI = (weight_OI - ours_OI).abs(), material.step(name)
         steps_OI = apart_OI / step_OI
         found.weights += apart_OI.numel()
         found.differing += int((weight_OI != ours_OI).sum())
-        found.moved += int((steps_OI >= 0.5).sum())
+        if moved := int((steps_OI >= 0.5).sum()):
+            found.where[name] = moved
+        found.moved += moved
         found.tiny += int(((steps_OI >= 0.5) & (step_OI < SMALLEST)).sum())
         found.largest = max(found.largest, float(steps_OI.max()))
         off += float(apart_OI.double().square().sum())

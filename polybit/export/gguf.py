@@ -2,6 +2,7 @@
 
 Q4_1 and Q5_1 hold `scale · code + minimum` and so every width of a nested file up to 5 bits; Q4_0, Q5_0 and Q8_0 hold
 `scale · (code − zero)` for one zero of all weights. What fits none is written decoded, as a 16-bit float.
+Scales and minima are float16, whose least is 6e-8: layers with smaller ones are written in 32 bits where `exact`.
 llama.cpp turns neighbouring pairs of a head by position, Hugging Face halves: rows of q and k are reordered for it.
 """
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from polybit.core.runtime import PolybitError
+from polybit.export.check import moves
 from polybit.export.gguf_words import write_words
 from polybit.export.table import EXPORTERS
 from polybit.export.weights import Material, ReadWeight
@@ -47,17 +49,24 @@ def write(material: Material, stage: Path) -> None:
         kind, data = floats(gguf, tensor)
         writer.add_tensor(names(name), rows_for(name, data, config), raw_dtype=kind)
     for name in material.layers:
-        weight = material.fit(name, EXPORTERS[NAME], NAME)
-        found = None if weight is None else blocks(gguf, weight)
-        if found is None:
-            found = floats(gguf, material.decoded(name).to(material.dtype))
-        kind, data = found
+        kind, data = layer(gguf, material, name)
         writer.add_tensor(names(f"{name}.weight"), rows_for(name, data, config), raw_dtype=kind)
         material.held[name] = kind.name
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def layer(gguf: Any, material: Material, name: str) -> tuple[Any, np.ndarray]:
+    """The type that holds a quantized layer, with its bytes: blocks, a 16-bit float, or 32 bits where it must be."""
+    weight = material.fit(name, EXPORTERS[NAME], NAME)
+    found = None if weight is None else blocks(gguf, weight)
+    if found is None:
+        found = floats(gguf, material.decoded(name).to(material.dtype))
+    if material.exact and moves(material, name, as_floats(gguf, *found)):
+        return floats(gguf, material.decoded(name))
+    return found
 
 
 def check_model(config: Any) -> str:
@@ -177,5 +186,10 @@ def decode(stage: Path, material: Material) -> Iterator[tuple[str, Tensor]]:
     names = tensor_names(gguf, config)
     for name in material.layers:
         held = tensors[names(f"{name}.weight")]
-        weight_OI = gguf.quants.dequantize(held.data, held.tensor_type).astype(np.float32)
-        yield name, torch.from_numpy(rows_for(name, weight_OI, config, back=True))
+        weight_OI = as_floats(gguf, held.tensor_type, held.data)
+        yield name, torch.from_numpy(rows_for(name, weight_OI.numpy(), config, back=True))
+
+
+def as_floats(gguf: Any, kind: Any, data: np.ndarray) -> Tensor:
+    """What the gguf package reads in the bytes of a tensor, in float32."""
+    return torch.from_numpy(gguf.quants.dequantize(data, kind).astype(np.float32))

@@ -2,7 +2,7 @@
 
 Read by mlx.nn.QuantizedLinear and QuantizedEmbedding; `quantization` in config.json names bits and group size, for each
 layer of its own where they differ. Scale and bias are float16; bfloat16 is too coarse for 6 and 8 bits, and float32
-rounds nothing but makes everything that is computed with it float32.
+rounds nothing but makes everything that is computed with it float32. `exact`: float32 for single layers, where needed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from polybit.core.affine import expand_groups
 from polybit.core.runtime import PolybitError
+from polybit.export.check import moves
 from polybit.export.files import TensorFiles, WeightFiles, pack_bits, unpack_bits, write_config
 from polybit.export.table import EXPORTERS
 from polybit.export.weights import Material
@@ -40,10 +41,13 @@ def write(material: Material, stage: Path) -> None:
             )
         files.add(f"{name}.weight", pack_bits(weight.codes_OI, weight.held).view(torch.uint32))
         scale_OG, bias_OG = weight.rounded(material.dtype)
+        if material.exact and moves(material, name, affine(weight.codes_OI, scale_OG, bias_OG, weight.group_size)):
+            scale_OG, bias_OG = weight.rounded(torch.float32)
         files.add(f"{name}.scales", scale_OG)
         files.add(f"{name}.biases", bias_OG)
         layers[name] = {"group_size": weight.group_size, "bits": weight.held}
-        material.held[name] = f"{weight.held} bits, groups of {weight.group_size}"
+        wide = scale_OG.dtype != material.dtype
+        material.held[name] = f"{weight.held} bits, groups of {weight.group_size}{', fp32 scales' if wide else ''}"
     files.close()
     quantization = {**commonest(layers), **layers}
     write_config(material, stage, quantization=quantization, quantization_config=quantization)
@@ -62,5 +66,10 @@ def decode(stage: Path, material: Material) -> Iterator[tuple[str, Tensor]]:
     for name, layer in material.layers.items():
         entry = quantization[name]
         codes_OI = unpack_bits(files[f"{name}.weight"].view(torch.int32), entry["bits"], layer.columns)
-        spread = lambda key: expand_groups(files[key].float(), layer.columns, entry["group_size"])  # noqa: E731, B023
-        yield name, codes_OI.float() * spread(f"{name}.scales") + spread(f"{name}.biases")
+        yield name, affine(codes_OI, files[f"{name}.scales"], files[f"{name}.biases"], entry["group_size"])
+
+
+def affine(codes_OI: Tensor, scale_OG: Tensor, bias_OG: Tensor, group_size: int) -> Tensor:
+    """scale · code + bias in float32."""
+    spread = lambda x_OG: expand_groups(x_OG.float(), codes_OI.shape[1], group_size)  # noqa: E731
+    return codes_OI.float() * spread(scale_OG) + spread(bias_OG)

@@ -33,7 +33,8 @@ class Exporter:
     whether it holds one group per row · zero:
     which zero points it can hold · kinds: the kinds of layer it holds as codes, the others are decoded · fused: engines
     multiply q, k, v together and gate with up, so that these must share a width and a group size · else_decoded: what
-    it cannot hold as codes is decoded, where the other formats refuse · whole: the file holds the tokenizer too.
+    it cannot hold as codes is decoded, where the other formats refuse · whole: the file holds the tokenizer too · wide:
+    a single layer may have 32 bits where the others have 16.
     """
 
     write: str
@@ -52,6 +53,7 @@ class Exporter:
     fused: bool = False
     else_decoded: bool = False
     whole: bool = False
+    wide: bool = False
 
     @property
     def dtype(self) -> Dtype:
@@ -92,6 +94,7 @@ EXPORTERS: dict[str, Exporter] = {
         widths=(2, 3, 4, 5, 6, 8),
         groups=(32, 64, 128),
         kinds=("linear", "embedding", "head"),
+        wide=True,
     ),
     "gguf": Exporter(
         "polybit.export.gguf:write",
@@ -107,6 +110,7 @@ EXPORTERS: dict[str, Exporter] = {
         kinds=("linear", "embedding", "head"),
         else_decoded=True,
         whole=True,
+        wide=True,
     ),
     "humming": Exporter(
         "polybit.export.humming:write",

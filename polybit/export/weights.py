@@ -58,7 +58,8 @@ class Material:
     """A model at the precision it is exported at.
 
     layers: its quantized layers by name · adapters: low-rank parts to be folded into layers · dtype: float type of
-    scales and of weights without codes · held: layer -> what an exporter wrote of it, filled while it writes.
+    scales and of weights without codes · held: layer -> what an exporter wrote of it, filled while it writes · exact:
+    a layer of which `dtype` moves a weight to another code has 32 bits instead.
     """
 
     model: nn.Module
@@ -67,10 +68,17 @@ class Material:
     adapters: Mapping[str, Lora] = field(default_factory=dict)
     tokenizer: Any = None
     held: dict[str, str] = field(default_factory=dict)
+    exact: bool = False
 
     @classmethod
     def of(
-        cls, model: nn.Module, dtype: torch.dtype, adapters: Mapping[str, Lora] | None = None, tokenizer: Any = None
+        cls,
+        model: nn.Module,
+        dtype: torch.dtype,
+        adapters: Mapping[str, Lora] | None = None,
+        tokenizer: Any = None,
+        *,
+        exact: bool = False,
     ):
         """A model as it is switched now."""
         layers = stored_layers(model)
@@ -78,7 +86,7 @@ class Material:
             shape = (lora.up_OR.shape[0], lora.down_RI.shape[1])
             if name not in layers or layers[name].fields.shape != shape:
                 raise PolybitError(f"the adapter is for {name!r:.120} of shape {shape}, which this model has not")
-        return cls(model, dtype, layers, adapters or {}, tokenizer)
+        return cls(model, dtype, layers, adapters or {}, tokenizer, exact=exact)
 
     def floats(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that is no part of a quantized weight, by its name in the model, in the type that is written."""

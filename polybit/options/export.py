@@ -29,6 +29,8 @@ class ExportOptions:
     """Width, preset, or JSON file of a plan, as in w4 or plan.json (default: the widest stored)."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Float type of scales and of weights without codes (auto: bf16 for decoded weights, fp16 beside codes)."""
+    exact: bool = False
+    """Write layers whose scales are too small or large for 16 bits in 32, so that no weight means another code."""
     adapter: Path | None = None
     """Directory of a LoRA adapter, as `polybit train` or peft writes it, to fold into the weights."""
     text: str = EMBEDDED
@@ -57,6 +59,9 @@ class ExportOptions:
         if self.dtype not in ("auto", *self.exporter.dtypes):
             held = listed(self.exporter.dtypes)
             raise PolybitError(f"--dtype {self.dtype} is not what --to {self.to} holds: choose {held}")
+        if self.exact and not self.exporter.wide:
+            able = listed(name for name, part in EXPORTERS.items() if part.wide)
+            raise PolybitError(f"--exact is for --to {able}, --to {self.to} has one float type: see its --dtype")
         if (self.private or self.push_dry_run) and self.push is None:
             raise PolybitError("--private and --push-dry-run say how to push: give --push OWNER/NAME")
         if self.imatrix and not self.exporter.whole:

@@ -61,6 +61,9 @@ def export_card(base_model: str, record: Mapping[str, Any], engine: EngineWords)
         parts += ["## The checkpoint measured against the float model", markdown_table(record["parent"])]
     kinds = Counter(numbers["layers"].values()).most_common()
     parts += ["## Layers", markdown(["held as", "layers"], [[kind, str(count)] for kind, count in kinds])]
+    if where := numbers["difference"]["where"]:
+        rows = [[name, f"{count:,}"] for name, count in where.items()]
+        parts += ["## Where weights mean another code", markdown(["layer", "weights"], rows)]
     files = [[name, size(count)] for name, count in numbers["files"].items()]
     parts += ["## Files", markdown(["file", "size"], files), "## Made with", f"```\n{record['command']}\n```"]
     return "\n\n".join(parts) + "\n"

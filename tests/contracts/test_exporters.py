@@ -13,7 +13,7 @@ from polybit.export.table import EXPORTERS, holders
 from polybit.hub.load import load_quantized
 from polybit.nn.switch import stored_layers, use
 from polybit.options.export import ExportOptions
-from tests.export.checkpoints import checkpoint
+from tests.export.checkpoints import checkpoint, float_llama
 from tests.export.oracles import ORACLES
 
 NESTED = [name for name, part in EXPORTERS.items() if part.zero == "any"]
@@ -86,6 +86,38 @@ def test_the_card_says_what_it_is(name, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").is_file() or name == "gguf"
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
     assert manifest.keys() == {p.name for p in (tmp_path / "out").iterdir()} - {"README.md", "manifest.json"}
+
+
+@pytest.mark.parametrize("name", [name for name, part in EXPORTERS.items() if part.wide])
+def test_weights_too_small_for_float16_are_kept_where_asked(name, tmp_path):
+    """A dead unit of a feed-forward, as training with weight decay leaves them."""
+    model, layer = float_llama(), "model.layers.0.mlp.up_proj"
+    with torch.no_grad():
+        model.get_submodule(layer).weight[5] *= 1e-8
+    small = checkpoint(tmp_path / "small", model=model)
+    plain = run(small, tmp_path / "plain", to=name, precision="w4")
+    moved = plain["difference"]["moved"]
+    assert 32 < moved <= 128 and plain["difference"]["where"] == {layer: moved}
+    assert plain["difference"]["tiny"] == moved
+    assert f"| {layer} | {moved} |" in (tmp_path / "plain" / "README.md").read_text()
+    exact = run(small, tmp_path / "exact", to=name, precision="w4", exact=True)
+    assert exact["difference"]["moved"] == 0 and not exact["difference"]["where"]
+    changed = {key for key, kind in exact["layers"].items() if kind != plain["layers"][key]}
+    assert changed == {layer} and "32" in exact["layers"][layer]
+    expected, got = ours(small, "w4")[layer], ORACLES[name](tmp_path / "exact", layer, 128)
+    assert apart(expected[5], got[5]) < 1e-6
+
+
+def test_weights_too_large_for_float16_are_refused_with_a_way_out(tmp_path):
+    model = float_llama()
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.mlp.up_proj").weight[5] *= 1e8
+    large = checkpoint(tmp_path / "large", model=model)
+    with pytest.raises(PolybitError, match=r"'model.layers.0.mlp.up_proj' reach .*float16 cannot hold.*--exact"):
+        run(large, tmp_path / "plain", to="mlx", precision="w4")
+    assert run(large, tmp_path / "exact", to="mlx", precision="w4", exact=True)["difference"]["moved"] == 0
+    with pytest.raises(PolybitError, match="--exact is for --to mlx or gguf"):
+        ExportOptions(to="humming", out=tmp_path / "humming", exact=True)
 
 
 def test_zero_points_that_do_not_fit_are_refused_with_a_way_out(name, nested, tmp_path):
