@@ -141,7 +141,7 @@ def save_all(pupil: Pupil, out: Path, options: TrainOptions) -> list[str]:
         widths = tuple(width for width in wanted if width <= stored) or (stored,)
         saved = save(frozen, path, tokenizer=pupil.tokenizer, widths=widths, notes=notes, overwrite=options.overwrite)
         verify(saved, frozen)
-        return str(saved)
+        return str(path)  # as it was given
 
     model, layers = pupil.model, latent_layers(pupil.model)
     loras: dict[str, Any] = {}
@@ -151,5 +151,6 @@ def save_all(pupil: Pupil, out: Path, options: TrainOptions) -> list[str]:
         return [one(freeze(copy.deepcopy(model), preset), out / preset) for preset in pupil.plans]
     saved = [one(freeze(model), out)]
     for preset, factors in loras.items():
-        saved.append(str(save_peft(factors, out / "adapters" / preset, base_model=pupil.parent)))
+        save_peft(factors, out / "adapters" / preset, base_model=pupil.parent)
+        saved.append(str(out / "adapters" / preset))
     return saved

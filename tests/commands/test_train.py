@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,8 +65,11 @@ def test_codes_of_their_own_give_a_checkpoint_each(tiny_llama, tmp_path, method)
         assert {layer.bits for layer in switch.panel(model).layers.values()} == {bits}
 
 
-def test_adapters_are_saved_for_peft(tiny_llama, tmp_path):
-    train(tiny_llama, tmp_path / "out", "--presets", "A=w8,B=w4", "--adapter", "lora", "--rank", "2", "--slack", "5")
+def test_adapters_are_saved_for_peft(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--presets", "A=w8,B=w4", "--adapter", "lora", "--rank", "2", "--slack", "5"]
+    run = train(tiny_llama, Path("out"), *flags)
+    assert run["numbers"]["saved"] == ["out", "out/adapters/A", "out/adapters/B"], "paths as they were given"
     config = json.loads((tmp_path / "out" / "adapters" / "B" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["r"] == 2
     assert (tmp_path / "out" / "adapters" / "B" / "adapter_model.safetensors").is_file()
