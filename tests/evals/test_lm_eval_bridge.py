@@ -7,42 +7,11 @@ import pytest
 from polybit.core.runtime import PolybitError
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import load
+from tests.evals.toy import CHOICE, GENERATE, ROLLING
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.slow
 
-CHOICE = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}\\nAnswer:"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-ROLLING = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
-"""
-GENERATE = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{choices[answer]}}}}"
-generation_kwargs: {{until: ["\\n", "."], max_gen_toks: 24, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
-"""
 WORDS = ["Ann has 3 red pens.", "The ship Veteak sailed from Chaiteand in 1742.", "My favorite animal is horse."]
 
 

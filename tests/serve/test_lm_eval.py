@@ -9,22 +9,11 @@ import pytest
 
 from polybit.hub.lm import LocalLM
 from polybit.hub.tiny import path
+from tests.evals.toy import CHOICE
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("tenacity", reason="pip install lm-eval[api]")
 pytestmark = pytest.mark.slow
-
-TASK = """
-task: toy_served
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}\\nAnswer:"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-metric_list: [{{metric: acc}}]
-"""
 
 
 def test_a_width_is_measured(address, rounded, tmp_path):
@@ -37,7 +26,7 @@ def test_a_width_is_measured(address, rounded, tmp_path):
         for n in range(2, 8)
     ]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "toy.yaml").write_text(TASK.format(data=tmp_path / "items.jsonl"))
+    (tmp_path / "toy.yaml").write_text(CHOICE.format(name="toy_served", data=tmp_path / "items.jsonl"))
     found = {}
     for width in ("w8", "w2"):
         client = LocalCompletionsAPI(
