@@ -83,8 +83,10 @@ class ChatTalk:
                 self.say("A new conversation.\n")
             elif word == "/again":
                 self.again()
-            elif word.startswith("/"):
+            elif word == "/help":
                 self.say(HELP)
+            elif word.startswith("/"):
+                raise PolybitError(f"{word!r:.40} is no command: choose /width, /again, /new, /quit or /help")
             elif line:
                 self.messages.append({"role": "user", "content": line})
                 self.answer()
