@@ -30,7 +30,7 @@ def print_result(options: ExportOptions, numbers: Mapping[str, Any]) -> None:
     """How exact it is, how large, and what runs it."""
     print(how_exact(numbers))
     if (where := numbers["difference"]["where"]) and options.exporter.wide:
-        print(f"With --exact none would: it writes the {len(where)} layers they are in with 32 bits where 16 are too few.")
+        print(f"With --exact none would: it writes with 32 bits the {len(where)} layers in which 16 are too few.")
     print(f"{options.out}: {size(numbers['bytes'])} for {options.exporter.engines}.")
     if options.imatrix:
         print(f"llama.cpp's own types: {COMMAND.format(path=options.out)}")
