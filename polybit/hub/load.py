@@ -159,15 +159,22 @@ def check_name(name: str) -> None:
             raise PolybitError(f"{name:.200} is a file: give the directory that holds config.json, or a hub id")
         if path.is_dir():
             if not (path / "config.json").is_file():
-                adapter = (path / "adapter_config.json").is_file()
-                hint = "it holds only an adapter, give the merged model" if adapter else "give a model directory"
-                raise PolybitError(f"{name:.200} has no config.json: {hint}")
+                raise PolybitError(f"{name:.200} has no config.json: {what_else(path)}")
             read_json(path / "config.json")
             return
     except (OSError, ValueError) as error:
         raise PolybitError(f"{name!r:.80} is no path and no hub id ({error!s:.60}): check the spelling") from None
     if not HUB_ID.fullmatch(name) or name.startswith(".") or ".." in name:
         raise PolybitError(f"there is no directory {name!r:.200}: give an existing model directory, or a hub id")
+
+
+def what_else(path: Path) -> str:
+    """What to give instead of a directory that is no model."""
+    if (path / "adapter_config.json").is_file():
+        return "it holds only an adapter, give the merged model"
+    if files := sorted(path.glob("*.gguf")):
+        return f"give the GGUF file itself, {files[0]}"
+    return "give a model directory"
 
 
 def quantization_of(name: str, *, trust_remote_code: bool = False) -> str | None:
