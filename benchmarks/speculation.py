@@ -1,6 +1,6 @@
 """Drafts from the text so far and from a model's own narrow widths: tokens per (CPU) second, acceptance.
 
-    python benchmarks/speculation.py DIR --prompts FILE --high w8 --draft w3,w4 --drafts 3 --sure 1 --lookup 3
+    python benchmarks/speculation.py DIR --prompts FILE --high w8 --draft w3,w4 --drafts 3 --lookup 2
 
 One stream, greedy, every setting in turn within a round; ratios are formed within rounds. The answer of every setting
 must be the plain one, token by token, or the run stops. Gates: benchmarks/gates.py.
@@ -41,8 +41,7 @@ def main() -> None:
     parser.add_argument("--high", default="w8")
     parser.add_argument("--draft", default="w3,w4")
     parser.add_argument("--drafts", default="3")
-    parser.add_argument("--sure", default="1")
-    parser.add_argument("--lookup", default="3")
+    parser.add_argument("--lookup", default="2")
     parser.add_argument("--wall", action="store_true", help="seconds of an idle machine instead of CPU seconds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -79,10 +78,10 @@ class Bench:
         lookups = list(map(int, g.lookup.split(",")))
         for lookup in filter(None, lookups):
             found[f"{g.high}, lookup {lookup}"] = Decoding(precision=g.high, lookup=lookup)
-        for draft, count, sure, lookup in product(g.draft.split(","), g.drafts.split(","), g.sure.split(","), lookups):
+        for draft, count, lookup in product(g.draft.split(","), g.drafts.split(","), lookups):
             more = f", lookup {lookup}" if lookup else ""
-            found[f"{g.high}, {count} drafts of {draft} while sure of {sure}{more}"] = Decoding(
-                precision=g.high, draft=draft, drafts=int(count), sure=float(sure), lookup=lookup
+            found[f"{g.high}, up to {count} drafts of {draft}{more}"] = Decoding(
+                precision=g.high, draft=draft, drafts=int(count), lookup=lookup
             )
         return found
 
@@ -130,6 +129,7 @@ class Bench:
         row: dict[str, Any] = {
             "setting": name, "tokens_per_second": statistics.median(rates[name]), "against_high": ratio,
             "least": min(a / b for a, b in zip(rates[name], rates[self.given.high], strict=True)),
+            "rounds": [a / b for a, b in zip(rates[name], rates[self.given.high], strict=True)],
             "answers": len(plain), "tokens": sum(map(len, plain)),
         }  # fmt: skip
         if decoding.drafted:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as dense
@@ -34,6 +35,8 @@ from polybit.nn.switch import Wanted, as_it_was, use
 NARROW = 4  # bits up to which int8 inputs add less than 2 % to the KL the weights cost
 KEYS = 16  # tokens whose keys lie side by side in the cache (kernels/csrc/decoder.h)
 SHORT = 16384  # tokens among which a draft is chosen: vocabularies are in the order of merges, frequent tokens first
+CLOSE = 2.0  # nats to the likeliest at 4 bits: tokens that may be likeliest at the head's own width
+FEW = 16  # of them that are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,14 @@ class TokenRows:
 class Setting:
     """How the embedding and the head are read at one precision (a width, or one per group), and the head's input.
 
-    tokens: how many of the first ones the head is read for.
+    tokens: how many of the first ones the head is read for · exact: how the head is read again for the likeliest ones.
     """
 
     embedding: int | tuple[int, ...] | None
     head: int | tuple[int, ...] | None
     arithmetic: ops.Arithmetic
     tokens: int
+    exact: int | None = None
 
 
 class RowDecoder:
@@ -124,9 +128,10 @@ class RowDecoder:
         """The number of a precision, made at its first use: any that `use` takes and the compiled kernels read.
 
         arithmetic: how inputs are rounded, "int8", "int16", or "auto" = int8 for weights of 4 bits and fewer · draft:
-        the head is read at 4 bits at most and for the first `SHORT` tokens, which is enough to propose one. The model's
-        own precision is left as it was.
+        int8 unless int16 is asked for, and the head is read for the first `SHORT` tokens, at 4 bits at most, and at its
+        own bits for those that come close: enough to propose one. The model's own precision is left as it was.
         """
+        arithmetic = "int8" if draft and arithmetic == "auto" else arithmetic
         key = (str(wanted), arithmetic, draft)
         if key not in self.known:
             with as_it_was(self.model):
@@ -160,10 +165,11 @@ class RowDecoder:
         embedding, head = quantized(self.embedding), quantized(self.head)
         reading = None if head is None else head.reading
         headed: ops.Arithmetic = "int16" if head is None else mode(head)
+        exact: int | None = None
         if draft and isinstance(reading, int) and reading > NARROW:
-            reading, headed = NARROW, "int8"
+            reading, headed, exact = NARROW, "int8", reading
         tokens = int(self.model.config.vocab_size) if not draft or isinstance(reading, tuple) else SHORT  # type: ignore
-        self.settings.append(Setting(None if embedding is None else embedding.reading, reading, headed, tokens))
+        self.settings.append(Setting(None if embedding is None else embedding.reading, reading, headed, tokens, exact))
         return number
 
     @torch.inference_mode()
@@ -211,7 +217,10 @@ class RowDecoder:
 
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor, setting: int) -> Tensor:
-        """Logits [R, V] of rows of `step` at the setting they were read at, float32; of a draft, [R, SHORT] at most."""
+        """Logits [R, V] of rows of `step` at the setting they were read at, float32.
+
+        Of a draft, [R, SHORT] at most, and -inf for tokens that are not close to the likeliest.
+        """
         source, given, bias = quantized(self.head), self.settings[setting], self.head.bias
         weight: Any = self.head.weight if source is None else None
         rows = len(weight) if source is None else source.rows
@@ -221,7 +230,10 @@ class RowDecoder:
         if source is not None:
             assert given.head is not None
             prepared = self.short_head(source) if cut else source.prepared()
-            return prepared.linear(hidden_RD, given.head, bias, given.arithmetic)
+            logits_RV = prepared.linear(hidden_RD, given.head, bias, given.arithmetic)
+            if given.exact is None or prepared.layer is None:
+                return logits_RV
+            return refined(logits_RV, hidden_RD, prepared, given.exact, bias)
         # one by one: a dense product of several rows may add up in another order than that of one
         weight = weight[: given.tokens] if cut else weight
         return torch.cat([dense(row_1D, weight, bias) for row_1D in hidden_RD.split(1)])
@@ -239,6 +251,24 @@ class RowDecoder:
     def nbytes_per_token(self) -> int:
         """Bytes of keys and values of one token."""
         return sum(cache[:, 0, :, 0].numel() * cache.element_size() for cache in self.cache)
+
+
+def refined(logits_RV: Tensor, hidden_RD: Tensor, head: Prepared, width: int, bias: Tensor | None) -> Tensor:
+    """Logits of the tokens that come close to the likeliest, with the head's rows at another width; -inf of others.
+
+    In numpy, whose calls cost less than torch's: this stands between two steps of a draft.
+    """
+    found_RV = np.full(logits_RV.shape, -np.inf, dtype=np.float32)
+    for logits_V, hidden_D, out_V in zip(logits_RV.numpy(), hidden_RD.numpy(), found_RV, strict=True):
+        close_N = np.flatnonzero(logits_V >= logits_V.max() - CLOSE)
+        if len(close_N) > FEW:
+            close_N = close_N[np.argpartition(-logits_V[close_N], FEW)[:FEW]]
+        rows_ND = np.empty((len(close_N), head.columns), dtype=np.float32)
+        head.layer.decode_rows(width, close_N.tolist(), rows_ND.ctypes.data)
+        out_V[close_N] = rows_ND @ hidden_D
+        if bias is not None:
+            out_V[close_N] += bias[close_N].float().numpy()
+    return torch.from_numpy(found_RV)
 
 
 def quantized(module: nn.Module) -> QuantWeight | None:

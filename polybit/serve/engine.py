@@ -14,23 +14,23 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from polybit.core.runtime import PolybitError
 from polybit.hub.rows import TokenRows
-from polybit.serve.drafting import Lookup, draft
+from polybit.serve.answering import Answering, Carrier, Event
+from polybit.serve.drafting import Lookup, draft, learn
+from polybit.serve.pace import Pace
 from polybit.serve.request import Chosen, Done, Piece, Reason, Request, Spent
 from polybit.serve.runners import Runner
 from polybit.serve.sampling import Sampler, describe, lead_of
-from polybit.serve.slots import Slot, Slots
+from polybit.serve.slots import Slots
 from polybit.serve.writing import Writer
 
-Event = Piece | Done
 CHUNK = 256  # tokens of prompts read per tick, so that running answers do not wait for long ones
 
 
@@ -40,52 +40,6 @@ class Busy(PolybitError):
 
 class Closing(PolybitError):
     """The server takes no new requests."""
-
-
-class Carrier(Protocol):
-    """What takes events that were told to another thread."""
-
-    @property
-    def closed(self) -> bool:
-        """Whether nobody waits for them any more."""
-        ...
-
-    def send(self) -> None:
-        """Called after every tick."""
-        ...
-
-
-@dataclass(eq=False, slots=True)
-class Answering:
-    """A request on its way. hear: called with every event, from the engine's thread."""
-
-    asked: Request
-    hear: Callable[[Event], None]
-    sampler: Sampler
-    writer: Writer
-    spent: Spent
-    arrived: float
-    slot: Slot | None = None
-    read: int = 0  # tokens of prompt and answer whose keys and values are in the place
-    gated_to: int = 0  # tokens the gate has read; 0 = what it reads of the prompt
-    tokens: list[int] = field(default_factory=list)  # prompt and answer
-    drafts: list[int] = field(default_factory=list)
-    lookup: Lookup = field(default_factory=lambda: Lookup(0))
-    echoed: list[Chosen] = field(default_factory=list)  # tokens of the prompt after the first, where asked for
-    cancelled: bool = False
-    started: float = 0.0
-    answering: float = 0.0
-    done: Done | None = None
-
-    @property
-    def count(self) -> int:
-        """Tokens of the answer so far."""
-        return len(self.tokens) - len(self.asked.tokens)
-
-    @property
-    def reading_prompt(self) -> bool:
-        """Whether more than the newest token waits to be read."""
-        return self.read < len(self.asked.tokens)
 
 
 class Engine:
@@ -108,6 +62,7 @@ class Engine:
         self.thread: threading.Thread | None = None
         self.steps = self.rows = 0  # of the model, for the metrics
         self.mails: list[Carrier] = []  # told when all events of a tick are
+        self.pace = Pace()
 
     # requests ---------------------------------------------------------------------------------------------------
 
@@ -251,7 +206,11 @@ class Engine:
 
     def step(self, answers: Sequence[Answering]) -> None:
         """Draft, then read everybody's rows, choose tokens, and decide anew what a gate wants decided."""
-        draft(self.runner, self.read, [a for a in answers if a.asked.decoding.drafted and not a.reading_prompt])
+        writing = [answer for answer in answers if not answer.reading_prompt]
+        times = self.pace.times(self.runner.setting(answer.asked.decoding.precision) for answer in writing)
+        drafting = [answer for answer in writing if answer.asked.decoding.drafted]
+        draft(self.runner, self.read, drafting, self.pace, times)
+        began = self.pace.clock()
         left, parts, keep, readers = self.chunk, [], [], []
         for answer in answers:
             part = self.part_of(answer, left)
@@ -276,6 +235,8 @@ class Engine:
             else:
                 self.choose(answer, logits_nV)
         self.decide_anew(thin)
+        if drafting and len(writing) == len(answers):
+            times.note(len(answers), sum(len(part.tokens) for part in parts), self.pace.clock() - began)
 
     def read(self, parts: Sequence[TokenRows], keep: Sequence[int]) -> list[Tensor]:
         """The model's step, counted."""
@@ -290,7 +251,7 @@ class Engine:
         prompt = answer.asked.tokens
         following = prompt[part.start + 1 : part.start + 1 + len(part.tokens)]
         for logits_V, token in zip(logits_TV, following, strict=False):
-            answer.echoed.append(describe(logits_V, token, answer.asked.logprobs))
+            answer.echoed.append(describe(logits_V, token, lead_of(logits_V), answer.asked.logprobs))
         return logits_TV[len(following) :]
 
     def part_of(self, answer: Answering, left: int) -> TokenRows | None:
@@ -358,6 +319,7 @@ class Engine:
             if drafts[place] != picked.token:
                 break
             self.count_accepted(answer, place)
+        learn(answer, [one.token for one in chosen])
         # rows of drafts that were not taken are overwritten by what comes
         self.note_read(answer, len(answer.tokens) - 1)
         answer.spent.answer = answer.count

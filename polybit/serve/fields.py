@@ -40,7 +40,6 @@ class PrecisionObject(Strict):
     prefill: Width | None = None
     draft: Width | None = None
     drafts: Annotated[int, Field(ge=1, le=16)] = 3
-    sure: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.3
     lookup: Annotated[int, Field(ge=0, le=16)] = 0
     gate: Width | None = None
     margin: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
@@ -71,7 +70,6 @@ class Common(Strict):
                 given.prefill,
                 given.draft,
                 given.drafts,
-                given.sure,
                 given.lookup,
                 given.gate,
                 given.margin,

@@ -47,9 +47,9 @@ class Sampling:
 class Decoding:
     """At which precision which part of an answer is read; every name is one that the model can be switched to.
 
-    precision: decides the tokens · prefill: reads the prompt (default: `gate`, else `precision`) · draft: proposes up
-    to `drafts` tokens, none after one whose lead is under `sure` nats, that `precision` then verifies in one step; the
-    answer is the same as without · lookup: so many tokens that occurred before propose what followed them; 0 = never ·
+    precision: decides the tokens · prefill: reads the prompt (default: `gate`, else `precision`) · draft: proposes
+    tokens that `precision` then verifies in one step; the answer is the same as without · lookup: so many tokens or
+    more that occurred before propose what followed them; 0 = never · drafts: most tokens that are proposed at a time ·
     gate: decides a token anew whose lead over the second at `precision` is less than `margin` nats, and reads what came
     since the last such token anew with it, so that it decides as if it had read everything.
     """
@@ -58,7 +58,6 @@ class Decoding:
     prefill: str | None = None
     draft: str | None = None
     drafts: int = 3
-    sure: float = 0.3
     lookup: int = 0
     gate: str | None = None
     margin: float = 0.0

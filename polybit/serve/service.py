@@ -10,7 +10,8 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from polybit.core.runtime import PolybitError
-from polybit.serve.engine import Answering, Engine
+from polybit.serve.answering import Answering
+from polybit.serve.engine import Engine
 from polybit.serve.grammar import Grammars
 from polybit.serve.policy import AutoPolicy
 from polybit.serve.request import Decoding, Done, Piece, Request, Spent
@@ -32,7 +33,6 @@ class Precise:
     prefill: str | None = None
     draft: str | None = None
     drafts: int = 3
-    sure: float = 0.3
     lookup: int = 0
     gate: str | None = None
     margin: float | None = None
@@ -233,7 +233,6 @@ class Service:
             prefill=asked.prefill,
             draft=asked.draft,
             drafts=asked.drafts,
-            sure=asked.sure,
             lookup=asked.lookup,
             gate=asked.gate,
             margin=self.margin(wanted, asked) if asked.gate else 0.0,
