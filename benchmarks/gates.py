@@ -6,6 +6,9 @@ The high width answers the prompts greedily. Every token of its answers is then 
 low width alone, which also reads the prompt, and with a gate, which reads the prompt at the high width and, where the
 low width's lead is under the margin, all since the last gated token. A flip is a token that differs. Extra bytes are
 those of the gate's readings of the weights over those of the low width. Intervals resample prompts.
+
+With --served the engine answers the prompts itself, by the low width and through the gate, and the high width reads
+what they wrote: a flip is a token that it would have chosen otherwise after the same text.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from polybit.data.prompts import gather_prompts
 from polybit.data.text import has_chat_template
 from polybit.hub.models import open_model
 from polybit.hub.rows import TokenRows
+from polybit.serve.engine import Engine
 from polybit.serve.loading import bytes_read, ends_of
+from polybit.serve.request import Decoding, Request, Sampling
 from polybit.serve.runners import RowRunner
 
 RESAMPLES = 1000
@@ -41,12 +46,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--pairs", default="w4:w8")
     parser.add_argument("--margins", default="0.5,1,2,4")
+    parser.add_argument(
+        "--skip", type=int, default=0, help="prompts left out at the beginning: those margins were learnt on"
+    )
+    parser.add_argument("--served", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model, tokenizer = open_model(given.checkpoint)
-    found = gather_prompts(given.prompts, chat=has_chat_template(tokenizer), limit=given.count)
+    found = gather_prompts(given.prompts, chat=has_chat_template(tokenizer), limit=given.skip + given.count)[
+        given.skip :
+    ]
     prompts = [encode_prompt(tokenizer, prompt) for prompt in found]
     runner = RowRunner(model, slots=1, room=max(map(len, prompts)) + given.tokens + 1)
     ends = ends_of(model, tokenizer)
@@ -55,15 +66,19 @@ def main() -> None:
     rows = []
     answers = {
         high: [answered(runner, high, prompt, ends, given.tokens) for prompt in prompts]
-        for high in dict.fromkeys(high for _, high in pairs)
+        for high in dict.fromkeys(high for _, high in pairs if not given.served)
     }
     for low, high in pairs:
-        alone = [
-            watched(runner, low, low, prompt, answer, -1.0)
-            for prompt, answer in zip(prompts, answers[high], strict=True)
-        ]
         for margin in map(float, given.margins.split(",")):
-            seen = [watched(runner, low, high, *both, margin) for both in zip(prompts, answers[high], strict=True)]
+            if given.served:
+                ways = Decoding(precision=low), Decoding(precision=low, gate=high, margin=margin)
+                alone, seen = (
+                    [served(runner, tokenizer, high, p, ends, given.tokens, way) for p in prompts] for way in ways
+                )
+            else:
+                both = list(zip(prompts, answers[high], strict=True))
+                alone = [watched(runner, low, low, *each, -1.0) for each in both]
+                seen = [watched(runner, low, high, *each, margin) for each in both]
             rows.append({"low": low, "gate": high, "margin": margin, **judged(alone, seen, size[high] / size[low])})
             print(json.dumps(rows[-1]), flush=True)
     if given.json is not None:
@@ -102,11 +117,31 @@ def watched(
     return np.asarray(flips, dtype=np.float64), np.asarray(gated, dtype=np.float64)
 
 
+def served(
+    runner: RowRunner, tokenizer: Any, high: str, prompt: list[int], ends: frozenset[int], most: int, way: Decoding
+) -> tuple[Array, Array]:
+    """Of every token that the engine answers: whether the high width chooses another; and how many were gated, in the
+    first place."""
+    asked = Request(
+        tokens=tuple(prompt), decoding=way, sampling=Sampling(temperature=0.0), max_tokens=most, ends=ends
+    )  # fmt: skip
+    engine = Engine(runner, tokenizer)
+    answer = engine.submit(asked, lambda event: None)
+    while engine.tick():
+        pass
+    chosen = answer.tokens[len(prompt) :]
+    part = TokenRows(runner.setting(high), 0, 0, answer.tokens[:-1])
+    [logits_TV] = runner.read([part], [len(chosen)])
+    gated = np.zeros(len(chosen))
+    gated[0] = answer.spent.gated
+    return (logits_TV.argmax(-1).numpy() != np.asarray(chosen)).astype(np.float64), gated
+
+
 def judged(alone: list[tuple[Array, Array]], seen: list[tuple[Array, Array]], ratio: float) -> dict[str, Any]:
     """The numbers of one margin. ratio: bytes of the gate's reading over the low width's."""
     counts_PC = np.asarray(
         [
-            [len(flips), before.sum(), flips.sum(), gated.sum()]
+            [len(flips), before.mean() * len(flips), flips.sum(), gated.sum()]
             for (before, _), (flips, gated) in zip(alone, seen, strict=True)
         ]
     )
