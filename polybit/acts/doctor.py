@@ -141,7 +141,7 @@ def places(where: Path) -> Iterator[Check]:
         ("polybit cache", cache_directory(), "make it writable, or set POLYBIT_CACHE to a place that is"),
     ):
         there = path.absolute()
-        while not there.exists():
+        while not can_be_seen(there):
             there = there.parent
         free = shutil.disk_usage(there).free
         if not os.access(there, os.W_OK):
@@ -150,6 +150,14 @@ def places(where: Path) -> Iterator[Check]:
             yield Check(what, "note", f"{size(free)} free at {path}", remedy)
         else:
             yield Check(what, "good", f"{size(free)} free at {path}")
+
+
+def can_be_seen(path: Path) -> bool:
+    """Whether a path is there; not where a folder above it is closed to this user."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def extras() -> Iterator[Check]:

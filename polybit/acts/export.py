@@ -23,7 +23,7 @@ from polybit.export.fused import check_fused
 from polybit.export.imatrix import write_importance
 from polybit.export.weights import Material
 from polybit.hub.dense import plain_model
-from polybit.hub.directory import check_output, staged_directory
+from polybit.hub.directory import absolute, check_output, staged_directory
 from polybit.hub.files import read_json
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import load_quantized, quantization_of
@@ -44,6 +44,8 @@ def export(model: str, options: ExportOptions) -> Run:
     """Write MODEL (a polybit checkpoint) at one precision in the format `options.to` and check what it says."""
     run = Run("export", {"model": model, **plain(options)})
     with run.timed():
+        if absolute(options.out) == absolute(Path(resolve(model))):
+            raise PolybitError(f"--out {options.out} is MODEL itself, which would be lost: choose another directory")
         check_output(options.out, overwrite=options.overwrite)
         if options.push is not None:
             check_repo(options.push)

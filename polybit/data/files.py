@@ -55,7 +55,8 @@ def read_file(path: Path) -> list[Row]:
     if path.is_dir():
         raise PolybitError(f"{name!r} is a directory; give {NAMED}.")
     if form is None:
-        raise PolybitError(f"{name!r} ends in {path.suffix or 'nothing'!r}; give {NAMED}.")
+        ending = f"ends in {path.suffix!r}" if path.suffix else "has no ending that says what it holds"
+        raise PolybitError(f"{name!r} {ending}; give {NAMED}.")
     if form == "parquet":
         found = list(numbered(parquet_rows(path), "Row", name))
     else:

@@ -120,7 +120,7 @@ def check_output(out: Path, *, overwrite: bool = False) -> None:
         raise PolybitError(f"the output {out} is not a directory: choose a path for a new directory")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
-            raise PolybitError(f"the output {out} exists already: choose another path, or allow overwriting")
+            raise PolybitError(f"the output {out} exists already: choose another path, or allow --overwrite")
         if not (out / MANIFEST).is_file():
             raise PolybitError(f"the output {out} holds other files, no polybit checkpoint: choose another path")
     parent = out.parent

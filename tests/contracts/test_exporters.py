@@ -140,6 +140,8 @@ def test_an_existing_directory_is_kept(name, tmp_path):
     with pytest.raises(PolybitError, match="exists already"):
         run(fixed, tmp_path / "out", to=name)
     run(fixed, tmp_path / "out", to=name, overwrite=True)
+    with pytest.raises(PolybitError, match="is MODEL itself"):
+        run(fixed, fixed, to=name, overwrite=True)
 
 
 def test_a_plan_with_a_width_of_its_own_for_every_layer(nested, tmp_path):

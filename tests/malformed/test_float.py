@@ -67,6 +67,11 @@ def adapter_only(path):
     (path / "adapter_config.json").write_text("{}")
 
 
+def gguf_only(path):
+    (path / "config.json").unlink()
+    (path / "model.gguf").write_bytes(b"GGUF")
+
+
 def no_tokenizer(path):
     for file in path.glob("tokenizer*"):
         file.unlink()
@@ -75,6 +80,7 @@ def no_tokenizer(path):
 DAMAGE = {
     "no configuration": (lambda path: (path / "config.json").unlink(), "has no config.json: give a model"),
     "adapter only": (adapter_only, "only an adapter"),
+    "a GGUF file": (gguf_only, r"give the GGUF file itself, .*model\.gguf"),
     "configuration no JSON": (lambda path: (path / "config.json").write_text("{"), "cannot be read as JSON"),
     "unknown architecture": (lambda path: edit(path, model_type="nonsense"), "cannot be used .* architecture"),
     "masked language model": (
