@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from polybit.core.records import Run
+from polybit.core.runtime import nearest
 from polybit.hub.models import EMBEDDED, open_model
 from polybit.kernels import cpu, search, step
 from polybit.options.checks import plain
@@ -135,29 +136,19 @@ def places(where: Path) -> Iterator[Check]:
     """Free disk where checkpoints go, and where models and measurements are kept."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    for what, path, remedy in (
-        ("free disk", where, "free some space, or write checkpoints elsewhere"),
-        ("model cache", Path(HF_HUB_CACHE), "free some space, or set HF_HOME to a larger disk"),
-        ("polybit cache", cache_directory(), "make it writable, or set POLYBIT_CACHE to a place that is"),
+    for what, path, instead in (
+        ("free disk", where, "write checkpoints elsewhere"),
+        ("model cache", Path(HF_HUB_CACHE), "set HF_HOME to another place"),
+        ("polybit cache", cache_directory(), "set POLYBIT_CACHE to another place"),
     ):
-        there = path.absolute()
-        while not can_be_seen(there):
-            there = there.parent
+        there = nearest(path)
         free = shutil.disk_usage(there).free
         if not os.access(there, os.W_OK):
-            yield Check(what, "fault", f"{path} cannot be written", remedy)
+            yield Check(what, "fault", f"{path} cannot be written", f"make it writable, or {instead}")
         elif free < LEAST_DISK and what != "polybit cache":
-            yield Check(what, "note", f"{size(free)} free at {path}", remedy)
+            yield Check(what, "note", f"{size(free)} free at {path}", f"free some space, or {instead}")
         else:
             yield Check(what, "good", f"{size(free)} free at {path}")
-
-
-def can_be_seen(path: Path) -> bool:
-    """Whether a path is there; not where a folder above it is closed to this user."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
 
 
 def extras() -> Iterator[Check]:

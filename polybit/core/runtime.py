@@ -51,9 +51,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_directory(path.parent)
     except BaseException as error:
         staged.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # of a write; the sentence should name the file
+        if isinstance(error, OSError) and str(error.filename) in ("None", str(staged)):  # the sentence names the file
             error.filename = str(path)
         raise
+
+
+def nearest(path: Path) -> Path:
+    """A path itself, or the nearest above it that is there and that this user may see."""
+    for found in (path.absolute(), *path.absolute().parents):
+        try:
+            if found.exists():
+                return found
+        except OSError:  # below a closed folder, or longer than a name can be
+            continue
+    return Path(path.absolute().anchor)
 
 
 def sweep(path: Path) -> None:

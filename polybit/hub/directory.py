@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from polybit.core.runtime import PolybitError, fsync_directory, sha256_file, write_json
+from polybit.core.runtime import PolybitError, fsync_directory, nearest, sha256_file, write_json
 from polybit.hub.files import read_json
 
 MANIFEST = "manifest.json"
@@ -116,16 +116,15 @@ def absolute(path: Path) -> Path:
 def check_output(out: Path, *, overwrite: bool = False) -> None:
     """Refuse an output path that cannot or must not be written."""
     out = absolute(out)
-    if out.exists() and not out.is_dir():
+    there = nearest(out) == out
+    if there and not out.is_dir():
         raise PolybitError(f"the output {out} is not a directory: choose a path for a new directory")
-    if out.is_dir() and any(out.iterdir()):
+    if there and any(out.iterdir()):
         if not overwrite:
             raise PolybitError(f"the output {out} exists already: choose another path, or allow --overwrite")
         if not (out / MANIFEST).is_file():
             raise PolybitError(f"the output {out} holds other files, no polybit checkpoint: choose another path")
-    parent = out.parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = nearest(out.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise PolybitError(f"the output {out} cannot be written, {parent} is read-only or no directory: choose another")
 

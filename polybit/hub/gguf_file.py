@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,25 @@ from torch import nn
 
 from polybit.core.runtime import PolybitError
 from polybit.hub.gguf_header import check_gguf
+from polybit.hub.quiet import quiet
 
 
 def is_gguf(name: str) -> bool:
     """Whether a MODEL argument is a GGUF file."""
     return name.lower().endswith(".gguf") and Path(name).is_file()
+
+
+@contextmanager
+def slow_bars() -> Iterator[None]:
+    """transformers' bar over the tensors of a file only in a terminal, and only where it takes more than 2 seconds."""
+    from tqdm.auto import tqdm
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    shown, reader.tqdm = reader.tqdm, partial(tqdm, disable=None, delay=2, leave=False)
+    try:
+        yield
+    finally:
+        reader.tqdm = shown
 
 
 def open_gguf(name: str, *, dtype: torch.dtype) -> tuple[nn.Module, Any]:
@@ -29,8 +46,9 @@ def open_gguf(name: str, *, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     open_model: Any = AutoModelForCausalLM.from_pretrained
     try:
         options = {"gguf_file": path.name, "dtype": dtype, "output_loading_info": True}
-        model, report = open_model(str(path.parent), **options)
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        with quiet(path), slow_bars():
+            model, report = open_model(str(path.parent), **options)
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise PolybitError(

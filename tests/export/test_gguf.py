@@ -66,11 +66,13 @@ def test_fixed_files_take_the_block_that_holds_them(bits, zero, kind, tmp_path):
     assert numbers["difference"]["moved"] == 0 and numbers["difference"]["relative"] < 5e-4
 
 
-def test_transformers_reads_it_and_polybit_quantizes_it(exported):
+def test_transformers_reads_it_and_polybit_quantizes_it(exported, capfd):
     saved, out = exported
     model, tokenizer = load_quantized(saved)
     use(model, "w4")
+    capfd.readouterr()
     plain, again = load_float(out / "model.gguf")
+    assert capfd.readouterr() == ("", ""), "no bars where nobody asked"
     ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
     assert again(PROMPTS[0])["input_ids"] == ids[0].tolist()
     with torch.inference_mode():
