@@ -117,6 +117,8 @@ def one_line(
 
 def main(tokens: list[str] | None = None) -> None:
     """Entry point of the `polybit` command: errors a user can mend are one sentence and a non-zero status."""
+    if sys.stdout is None:  # closed by whoever called; what is printed goes nowhere
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     tokens, config_file = take_config(list(sys.argv[1:] if tokens is None else tokens))
     app = build_app(config_file)
     warnings.formatwarning = one_line
@@ -126,7 +128,9 @@ def main(tokens: list[str] | None = None) -> None:
         fail("interrupted; nothing finished is lost - run the same command again to go on", INTERRUPTED)
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        fail(f"{error.filename or 'a file'}: {reason}; nothing finished is lost - mend it and run the command again")
+        fail(
+            f"{error.filename or 'the output'}: {reason}; nothing finished is lost - mend it and run the command again"
+        )
     except Exception as error:
         from polybit.core.runtime import PolybitError
 

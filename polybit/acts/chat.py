@@ -159,7 +159,7 @@ class ChatTalk:
     def switch(self, precision: str) -> None:
         """Read the weights at another width from now on."""
         use(self.model, precision)
-        self.width = precision
+        self.width = f"w{precision}" if precision.isdecimal() else precision
         if self.quantized:
             choose_arithmetic(self.model, self.options.arithmetic)
 

@@ -37,6 +37,12 @@ def test_every_verb_has_help(verb, capsys):
     assert f"polybit {verb}" in capsys.readouterr().out
 
 
+def test_a_closed_output_is_no_fault():
+    command = f"exec {sys.executable} -m polybit --version >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_help_imports_no_torch():
     code = "import sys\nfrom polybit.cli import main\nmain(['{}', '--help'])\nassert 'torch' not in sys.modules"
     for verb in COMMANDS:
@@ -52,6 +58,7 @@ def test_help_imports_no_torch():
         (["quantize", "tinychat"], "--out"),
         (["quantize", "no/such/place/at/all", "--out", "OUT"], "no/such/place"),
         (["quantize", "EMPTY", "--out", "OUT"], "config.json"),
+        (["doctor", "--json", "EMPTY"], "is a directory: give the name of a file"),
         (["quantize", "tinychat", "--out", "OUT", "--bits", "9"], "9"),
         (["quantize", "tinychat", "--out", "OUT", "--bits", "1"], "1"),
         (["quantize", "tinychat", "--out", "OUT", "--bits", "four"], "four"),

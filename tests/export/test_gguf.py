@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from polybit.acts.export import export
+from polybit.core.runtime import PolybitError
 from polybit.hub.load import load_float, load_quantized
 from polybit.nn.switch import use
 from polybit.options.export import ExportOptions
@@ -77,3 +78,9 @@ def test_transformers_reads_it_and_polybit_quantizes_it(exported, capfd):
     assert again(PROMPTS[0])["input_ids"] == ids[0].tolist()
     with torch.inference_mode():
         torch.testing.assert_close(plain(ids).logits, model(ids).logits, atol=2e-2, rtol=1e-2)
+
+
+def test_a_mistyped_file_is_not_looked_for_on_the_hub(tmp_path):
+    for name in ("nofile.gguf", str(tmp_path / "no.gguf")):
+        with pytest.raises(PolybitError, match=r"there is no file .*no"):
+            load_float(name)
