@@ -79,12 +79,20 @@ POLYBIT_CLONES void rotate(float* head, const float* cosine, const float* sine, 
 
 // Keys lie in blocks of sixteen tokens, [dimension][token], so that a score is a sum of its own lane.
 // scores[h][t] = scale * q[h] . keys[t] of `Heads` heads for whole blocks of keys; the sum over even dimensions, then odd.
+// Nothing of a cache outlives the weights of a step in the processor's: the next keys and the values of these are fetched.
 template <int Heads>
-POLYBIT_INLINE void score(const float* q, const float* keys, float* scores, int first, int last, int size, int room, float scale) {
+POLYBIT_INLINE void score(const float* q, const float* keys, const float* values, float* scores, int first, int last,
+                          int size, int room, float scale) {
+  const size_t block = static_cast<size_t>(kLanes) * size;
   for (int t = first; t < last; t += kLanes) {
     const float* key = keys + static_cast<size_t>(t) * size;
+    const float* value = values + static_cast<size_t>(t) * size;
     Lanes sum[Heads][2] = {};
     for (int i = 0; i + 1 < size; i += 2) {
+      for (int j = i; j < i + 2; ++j) {
+        __builtin_prefetch(key + block + j * kLanes, 0, 3);
+        __builtin_prefetch(value + j * kLanes, 0, 2);
+      }
       const Lanes even = load(key + i * kLanes), odd = load(key + (i + 1) * kLanes);
       for (int h = 0; h < Heads; ++h) {
         sum[h][0] += q[h * size + i] * even;
@@ -140,7 +148,7 @@ template <int Heads>
 POLYBIT_INLINE void attend_heads(const float* q, const float* keys, const float* values, float* scores, float* out, int begin,
                          int end, int size, int room, float scale) {
   const int from = begin / kLanes * kLanes, to = (end + kLanes - 1) / kLanes * kLanes;
-  score<Heads>(q, keys, scores, from, to, size, room, scale);
+  score<Heads>(q, keys, values, scores, from, to, size, room, scale);
   for (int h = 0; h < Heads; ++h) soften(scores + static_cast<size_t>(h) * room, from, begin, end, to);
   int d = 0;
   for (; d + 4 * kLanes <= size; d += 4 * kLanes) gather<Heads, 4>(scores, values + d, out + d, begin, end, size, room);
