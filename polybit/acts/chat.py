@@ -10,7 +10,7 @@ import torch
 
 from polybit.acts.generate import choose_arithmetic
 from polybit.acts.streaming import Heard, Say
-from polybit.compress.sizes import default_presets, preset_sizes
+from polybit.compress.sizes import default_presets, preset_sizes, warn_of_width
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
 from polybit.data.chat import encode_prompt
@@ -159,6 +159,7 @@ class ChatTalk:
     def switch(self, precision: str) -> None:
         """Read the weights at another width from now on."""
         use(self.model, precision)
+        warn_of_width(self.model, precision)
         self.width = f"w{precision}" if precision.isdecimal() else precision
         if self.quantized:
             choose_arithmetic(self.model, self.options.arithmetic)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from polybit.compress.plan_files import read_plan
+from polybit.compress.sizes import warn_of_width
 from polybit.compress.text import window_length
 from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT, Precision
@@ -79,7 +80,11 @@ def material_of(model: str, options: ExportOptions) -> Material:
     loaded, tokenizer = load_quantized(resolve(model), trust_remote_code=options.trust_remote_code)
     if options.precision is not None:
         path = Path(options.precision)
-        use(loaded, read_plan(path) if path.suffix == ".json" else options.precision)
+        if path.suffix == ".json":
+            use(loaded, read_plan(path))
+        else:
+            use(loaded, options.precision)
+            warn_of_width(loaded, options.precision)
     check_weights_only(current(loaded))
     adapters = {} if options.adapter is None else load_peft(options.adapter)
     return Material.of(loaded, DTYPES[options.float_type], adapters, tokenizer, exact=options.exact)

@@ -7,6 +7,7 @@ import time
 import torch
 
 from polybit.acts.streaming import Heard, Say
+from polybit.compress.sizes import warn_of_width
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
 from polybit.data.files import mend
@@ -32,6 +33,7 @@ def generate(model: str, options: GenerateOptions, say: Say | None = None) -> Ru
     quantized = any(isinstance(module, QuantWeight) for module in loaded.modules())
     if options.precision is not None:
         use(loaded, options.precision)
+        warn_of_width(loaded, options.precision)
     if quantized:
         choose_arithmetic(loaded, options.arithmetic)
     ids = prompt_ids(tokenizer, options.prompt, raw=options.raw).to(next(loaded.parameters()).device)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from polybit.core.affine import group_lengths
 from polybit.core.planes import Planes, read_widths
+from polybit.core.precision import FLOAT, Precision
+from polybit.core.runtime import warn
 from polybit.nn.linear import QuantWeight
 from polybit.nn.switch import at
 from polybit.nn.switch import presets as presets_of
@@ -70,6 +72,17 @@ def default_presets(model) -> list[str]:
     least = min(layer.bits for layer in quantized_layers(model).values())
     plain = [f"w{b}" for b in stored_widths(model) or () if b <= least]
     return list(dict.fromkeys([*plain, *presets_of(model)]))
+
+
+def warn_of_width(model, wanted: str) -> None:
+    """Say so where a width is asked for that a checkpoint was not made for: its codes are then cut off."""
+    made = default_presets(model) if quantized_layers(model) else [wanted]
+    width = FLOAT if wanted in made or wanted in presets_of(model) else Precision.parse(wanted).w
+    if width != FLOAT and f"w{width}" not in made:
+        warn(
+            f"this checkpoint was made for {', '.join(made)}; at w{width} its codes are cut off, and what it says may "
+            "make no sense"
+        )
 
 
 def base_model(model) -> str | None:

@@ -83,3 +83,12 @@ def test_a_file_made_by_a_plan_keeps_its_ends_too(how, names, tiny_llama, tmp_pa
     found = {name: layer.width for name, layer in switch.panel(model).layers.items()}
     assert {found[name] for name in ends} == {8}
     assert {name: f"w{width}" for name, width in found.items() if name not in ends and width != 3} == layers
+
+
+def test_a_width_it_was_not_made_for_is_warned_of(tiny_llama, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    main(["quantize", str(tiny_llama), "--out", out, "--method", "rtn", "--bits", "4", "--ends", "8", "--no-measure"])
+    capsys.readouterr()
+    for precision, warned in ("w4", False), ("float", False), ("w4a8", False), ("w3", True), ("w2a8", True):
+        main(["generate", out, "--prompt", "the cat", "--raw", "--max-tokens", "2", "--precision", precision])
+        assert (f"made for w4; at {precision[:2]} its codes are cut off" in capsys.readouterr().err) == warned
