@@ -168,10 +168,10 @@ def outcome_bars(rows: Mapping[str, tuple[float, float, float]]) -> str:
 
 
 def layer_bytes(rows: Sequence[tuple[str, Mapping[str, int]]]) -> str:
-    """Bytes read per layer, stacked by width: the bar up to `w3` is what a 3-bit pass reads."""
+    """Bytes read per layer, stacked by preset, the lightest first: the bar up to `w3` is what a 3-bit pass reads."""
     drawn, axes = figure(6.2, max(2.0, 0.22 * len(rows) + 0.9))
     names = [name for name, _ in rows]
-    presets = sorted({p for _, widths in rows for p in widths}, key=lambda p: int(p[1:]))
+    presets = sorted({p for _, read in rows for p in read}, key=lambda p: (sum(read.get(p, 0) for _, read in rows), p))
     before = [0.0] * len(rows)
     for preset in presets:
         reach = [widths.get(preset, 0) / 1024 for _, widths in rows]

@@ -97,6 +97,14 @@ def test_verdict_names_the_narrowest_good_width(evaluation):
     assert "No measured precision" in verdict(evaluation["numbers"])
 
 
+@pytest.mark.parametrize("presets", [("plan",), ("w8", "plan", "w3"), ("w10", "w9")])
+def test_bytes_per_layer_are_drawn_for_whatever_presets_there_are(presets):
+    rows = [("up", {p: 1024 * (n + 1) for n, p in enumerate(presets)}), ("down", dict.fromkeys(presets, 4096))]
+    drawn = plots.layer_bytes(rows)
+    places = [drawn.index(f">{p}</text>") for p in presets]
+    assert places == sorted(places), "the lightest first"
+
+
 def test_tables_have_one_row_per_precision(evaluation):
     numbers = evaluation["numbers"]
     assert [row[0] for row in cost_table(numbers)["rows"]] == ["float", "w8", "w4", "w2"]
