@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from torch import nn
 from polybit.acts.launch import by_processes
 from polybit.acts.pairs import model_pair
 from polybit.compress.ends import HeldEnds, held_ends
-from polybit.compress.sizes import quantized_layers, stored_bits_per_weight, stored_widths
+from polybit.compress.sizes import named_plans, plain_widths, quantized_layers, stored_bits_per_weight
 from polybit.compress.stats import collect
 from polybit.core.affine import QWeight
+from polybit.core.plan import Plan
 from polybit.core.planes import unpack
-from polybit.core.precision import Precision
 from polybit.core.records import LayerStats, Run
 from polybit.core.runtime import PolybitError, warn
 from polybit.hub.checkpoint import save, verify
@@ -29,7 +29,6 @@ from polybit.hub.workspace import model_digest
 from polybit.nn.convert import targets
 from polybit.nn.linear import QuantLinear
 from polybit.nn.rotation import rotate
-from polybit.nn.switch import set_presets
 from polybit.options.align import AlignOptions
 from polybit.options.checks import plain
 from polybit.options.pairs import SHARD
@@ -169,9 +168,8 @@ def align_with(
         frozen = freeze(trainable.cpu(), widths.trained[0] if options.adapter == "nested" else None)
         base = own_name(name if models.checkpoint is None else models.float_name)
         notes = {"base_model": base, "aligned": noted_of(options, outcome)}
-        set_named_presets(frozen, widths)
         if parent is not None:
-            parent.ends.into_checkpoint(frozen, widths.stored)
+            parent.ends.into_checkpoint(frozen, widths.plain, widths.named)
         if world.first():
             more: dict[str, Any] = {"widths": widths.stored, "notes": notes, "overwrite": options.overwrite}
             verify(save(frozen, options.out, tokenizer=tokenizer, **more), frozen)
@@ -185,14 +183,23 @@ def align_with(
 def chosen_widths(models: AskedModels, pairs_at: str, options: AlignOptions) -> FileWidths:
     """The widths of the run, with a warning where the pairs are of others."""
     stored: tuple[int, ...] = ()
+    plans: dict[str, Plan] = {}
     if models.checkpoint is not None:
-        stored = stored_widths(load_quantized(models.checkpoint)[0]) or ()
-    widths = widths_of(
-        options.names, stored, pairs_at, adapter=options.adapter, latents=options.latents, scales=options.scales
-    )
+        quantized = load_quantized(models.checkpoint)[0]
+        stored, plans = plain_widths(quantized), without_ends(named_plans(quantized), quantized)
+    how: dict[str, Any] = {"adapter": options.adapter, "latents": options.latents, "scales": options.scales}
+    widths = widths_of(options.names, stored, plans, pairs_at, **how)
     if options.objective.pairs and options.refresh == 0 and widths.trained != (pairs_at,):
         warn(f"the pairs are of {pairs_at}, not of {', '.join(widths.trained)}: answers are only renewed with refresh")
     return widths
+
+
+def without_ends(plans: Mapping[str, Plan], model: Any) -> dict[str, Plan]:
+    """Plans of the blocks alone: the ends of a checkpoint are held apart."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {name for name, module in model.named_modules() if any(module is end for end in ends)}
+    kept = {n: {key: p for key, p in plan.layers.items() if key not in names} for n, plan in plans.items()}
+    return {name: replace(plan, layers=kept[name]) for name, plan in plans.items()}
 
 
 def course_of(options: AlignOptions, widths: FileWidths) -> Course:
@@ -251,12 +258,6 @@ def fingerprint(options: AlignOptions, models: AskedModels, digest: str, widths:
     """All that decides the result of a run, so that a resumed one cannot mix two."""
     told = {key: value for key, value in plain(options).items() if key not in FREE}
     return {**told, "reference": digest, "checkpoint": models.checkpoint, "presets": list(widths.presets)}
-
-
-def set_named_presets(model: nn.Module, widths: FileWidths) -> None:
-    """Plain widths are presets every checkpoint has; only other names are stored."""
-    plain_ones = {name for name in widths.presets if str(Precision.parse(name)) == name}
-    set_presets(model, {name: plan for name, plan in widths.presets.items() if name not in plain_ones})
 
 
 def noted_of(options: AlignOptions, outcome: Outcome) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from polybit.compress import text
 from polybit.compress.loop import Codes, compress
 from polybit.compress.mix_files import gather_either, read_mix
 from polybit.compress.plan_files import check_document, check_plan, read_plan, write_plan
-from polybit.compress.recipe import choose, largest_width
+from polybit.compress.recipe import choose
 from polybit.compress.sorting import sort_model
-from polybit.core.plan import LEAST_GROUP, ColumnWidths, Plan
+from polybit.core.plan import LEAST_GROUP, ColumnWidths, Plan, largest_width
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
 from polybit.hub.models import is_embedded

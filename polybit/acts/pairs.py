@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from polybit.compress.sizes import base_model, stored_widths
+from polybit.compress.sizes import base_model, default_presets, plain_widths, stored_widths
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
@@ -70,7 +70,8 @@ def model_pair(
     """Which float model and which quantized one MODEL means; see the flags of these names."""
     loaded, _ = open_model(model, trust_remote_code=trust_remote_code)
     widths = stored_widths(loaded)
-    precision = precision or (DEFAULT_PRECISION if widths is None else f"w{min(widths)}")
+    narrow = [f"w{bits}" for bits in plain_widths(loaded)] or default_presets(loaded) if widths else [DEFAULT_PRECISION]
+    precision = precision or narrow[-1]
     if widths is None:
         if reference is not None:
             raise PolybitError(f"--reference {reference}: {model} is itself a float model, leave it out")

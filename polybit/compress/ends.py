@@ -96,9 +96,10 @@ class HeldEnds:
                 parameter = target.parameter(model)
                 parameter.copy_(unpack(self.planes[target.name], self.bits).dequantize().to(parameter))
 
-    def into_checkpoint(self, model: Any, widths: tuple[int, ...]) -> None:
-        """Put the same bytes, in place, into a quantized model with float ends."""
+    def into_checkpoint(self, model: Any, widths: tuple[int, ...], plans: Mapping[str, Plan]) -> None:
+        """Put the same bytes, in place, into a quantized model with float ends; widths, plans: its presets."""
         convert(model, self.planes)
+        set_presets(model, plans)  # after every layer is in its place
         hold_ends(model, list(self.planes), self.bits, widths)
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from polybit.compress.blocks import VisitedBlock, find_blocks, outside, run_blocks, visit_blocks
-from polybit.compress.recipe import PLAN, Recipe
+from polybit.compress.recipe import Recipe
 from polybit.compress.refine import BLOCK, finish_model, refine_block
 from polybit.compress.refine import FINISH as FINISH_TUNING
 from polybit.compress.rows import is_large, matrix_of, parts_of, q_rows, round_rows
@@ -29,6 +29,7 @@ from polybit.compress.source import IN_MEMORY, WeightSource
 from polybit.compress.states import Room
 from polybit.core.affine import Grid, QWeight
 from polybit.core.memory import return_freed
+from polybit.core.plan import PLAN
 from polybit.core.planes import pack, unpack
 from polybit.core.records import LayerStats
 from polybit.core.runtime import Advance, progress

@@ -11,9 +11,8 @@ from typing import Any, get_args
 
 from torch import nn
 
-from polybit.compress.recipe import PLAN
 from polybit.core.affine import ZeroKind
-from polybit.core.plan import LEAST_GROUP, Plan
+from polybit.core.plan import LEAST_GROUP, PLAN, Plan
 from polybit.core.precision import FLOAT
 from polybit.core.runtime import PolybitError, atomic_path
 from polybit.data.files import read_utf8

@@ -9,13 +9,11 @@ from typing import Any, get_args
 
 from polybit.core.affine import Grid, ZeroKind
 from polybit.core.parts import pick
-from polybit.core.plan import Plan
-from polybit.core.precision import FLOAT
+from polybit.core.plan import PLAN, Plan, largest_width
 from polybit.core.runtime import PolybitError
 from polybit.nn.convert import Target
 from polybit.quant.table import QUANTIZERS, Effort, Quantizer
 
-PLAN = "plan"  # preset of a checkpoint that was made by a plan
 FINISH_BYTES = 20  # latent, gradient, two moments of Adam and the value itself, per weight
 STATE_BYTES = 12  # of it that is kept on disk for a run that is ended: latent and moments; twice while it is written
 FINISH_SHARE = 0.25  # of the machine's memory that the finish may take before it is left out
@@ -143,12 +141,3 @@ def within_memory(recipe: Recipe, weights: int) -> Recipe:
     if recipe.finish_steps and learned and FINISH_BYTES * weights > FINISH_SHARE * total:
         return replace(recipe, finish_steps=0, block_steps=learned.block_steps)
     return recipe
-
-
-def largest_width(plan: Plan) -> int:
-    """The widest layer or block of columns of a plan."""
-    plain = [precision.w for precision in (plan.default, *plan.layers.values()) if precision.w != FLOAT]
-    inside = [max(c.block_widths(plan.at(name).w)) for name, c in plan.columns.items()]
-    if not plain:
-        raise PolybitError("the plan leaves every layer in float: give layers or the default a width such as w4")
-    return max(plain + inside)

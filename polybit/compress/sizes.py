@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from polybit.core.affine import group_lengths
+from polybit.core.plan import Plan
 from polybit.core.planes import Planes, read_widths
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import warn
@@ -64,14 +65,23 @@ def stored_widths(model) -> tuple[int, ...] | None:
     return tuple(sorted(field(declared(model), "widths"), reverse=True))
 
 
+def plain_widths(model) -> tuple[int, ...]:
+    """Stored widths that every quantized layer has, widest first; () for a float model and a file made by a plan."""
+    least = min((layer.bits for layer in quantized_layers(model).values()), default=0)
+    return tuple(b for b in stored_widths(model) or () if b <= least)
+
+
+def named_plans(model) -> dict[str, Plan]:
+    """The plans a checkpoint has beside its plain widths."""
+    return {name: plan for name, plan in presets_of(model).items() if name not in {f"w{b}" for b in range(1, 9)}}
+
+
 def default_presets(model) -> list[str]:
     """What a checkpoint is measured at unless told otherwise: its widths where every layer has them, and its plans.
 
     Each once: where the ends keep bits of their own, the plain widths are plans too.
     """
-    least = min(layer.bits for layer in quantized_layers(model).values())
-    plain = [f"w{b}" for b in stored_widths(model) or () if b <= least]
-    return list(dict.fromkeys([*plain, *presets_of(model)]))
+    return list(dict.fromkeys([*(f"w{b}" for b in plain_widths(model)), *presets_of(model)]))
 
 
 def warn_of_width(model, wanted: str) -> None:

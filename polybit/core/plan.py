@@ -10,6 +10,7 @@ from typing import Any
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
 
+PLAN = "plan"  # preset of a checkpoint that was made by a plan
 LEAST_GROUP = 32  # columns of the smallest group that can have a width of its own in a file (core/planes.py)
 LARGEST_OFFSET = 4  # bits a block of columns may differ from its layer
 KEYS = {"default", "layers", "columns"}
@@ -173,6 +174,15 @@ class Plan:
             {str(n): Precision.parse(p) for n, p in layers.items()},
             {str(n): ColumnWidths.from_json(str(n), c) for n, c in columns.items()},
         )
+
+
+def largest_width(plan: Plan) -> int:
+    """The widest layer or block of columns of a plan."""
+    plain = [precision.w for precision in (plan.default, *plan.layers.values()) if precision.w != FLOAT]
+    inside = [max(c.block_widths(plan.at(name).w)) for name, c in plan.columns.items()]
+    if not plain:
+        raise PolybitError("the plan leaves every layer in float: give layers or the default a width such as w4")
+    return max(plain + inside)
 
 
 def is_whole(value: Any) -> bool:

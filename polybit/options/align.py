@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from polybit.core.parts import described, pick
+from polybit.core.plan import PLAN
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
 from polybit.options.checks import Device, ProcessOptions, WorkerOptions, at_least, names_of
@@ -119,14 +120,17 @@ class AlignOptions(WorkerOptions, ProcessOptions):
 
     @property
     def names(self) -> list[str]:
-        """The precisions asked for, widest first; only weights can be aligned."""
-        found = {name: Precision.parse(name) for name in names_of(self.precision)}
-        for name, precision in found.items():
+        """The precisions asked for, widest first, a plan last; only weights can be aligned."""
+        found = {}
+        for name in names_of(self.precision):
+            precision = Precision(w=1) if name == PLAN else Precision.parse(name)
             if precision.w == FLOAT or precision != Precision(w=precision.w):
                 raise PolybitError(
-                    f"--precision {name} cannot be aligned: give weight widths w2 to w8, as in w3 or w4,w3"
+                    f"--precision {name} cannot be aligned: give weight widths w2 to w8, as in w3 or w4,w3, or plan "
+                    "for a file made by one"
                 )
-        return sorted(found, key=lambda name: -found[name].w)
+            found[name] = precision.w
+        return sorted(found, key=lambda name: -found[name])
 
     @property
     def narrowest(self) -> str | None:

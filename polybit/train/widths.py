@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
 
 from polybit.core.affine import QWeight
-from polybit.core.plan import Plan
+from polybit.core.plan import Plan, largest_width
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
 from polybit.train.chain import Chain
@@ -27,12 +27,14 @@ INSIDE = 0.1  # the same from a checkpoint; nearer to the middle, short runs do 
 
 @dataclass(frozen=True)
 class FileWidths:
-    """presets: name -> Plan of every width of the file to be · trained: those that are trained, widest first · chained:
-    whether each has a latent weight of its own in one code."""
+    """presets: name -> Plan of every width of the file to be, or its plan where it was made by one · trained: those
+    that are trained, widest first · chained: whether each has a latent weight of its own in one code · plans: others
+    the file has beside its widths, which stay."""
 
     presets: Mapping[str, Plan]
     trained: tuple[str, ...]
     chained: bool
+    plans: Mapping[str, Plan] = field(default_factory=dict)
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -46,8 +48,19 @@ class FileWidths:
 
     @property
     def stored(self) -> tuple[int, ...]:
-        """All widths as numbers, widest first."""
-        return tuple(sorted({plan.default.w for plan in self.presets.values()}, reverse=True))
+        """All widths as numbers, widest first; of a plan its widest layer's."""
+        return tuple(sorted({largest_width(plan) for plan in self.presets.values()}, reverse=True))
+
+    @property
+    def plain(self) -> tuple[int, ...]:
+        """Those of them that every layer has."""
+        return tuple(bits for bits in self.stored if f"w{bits}" in self.presets)
+
+    @property
+    def named(self) -> dict[str, Plan]:
+        """The plans of the file to be."""
+        there = {f"w{bits}" for bits in self.plain}
+        return {name: plan for name, plan in self.presets.items() if name not in there} | dict(self.plans)
 
     @property
     def settled(self) -> bool:
@@ -62,23 +75,29 @@ class FileWidths:
 def widths_of(
     asked: Sequence[str],
     stored: Sequence[int],
+    plans: Mapping[str, Plan],
     pairs_at: str,
     *,
     adapter: Literal["none", "nested"],
     latents: Literal["own", "shared"],
     scales: Scales | None,
 ) -> FileWidths:
-    """The widths of a run. A nested checkpoint keeps all it has; a fixed one and a float model have those asked for.
+    """The widths of a run. A nested checkpoint keeps all it has; a fixed one and a float model have those asked for;
+    one made by a plan has that.
 
-    asked: names, widest first; none = the narrow ones stored, or that of the pairs · stored: widths of the checkpoint,
-    none for a float model · pairs_at: the precision the pairs were made at.
+    asked: names, widest first; none = the narrow ones stored, or that of the pairs · stored: widths that all layers of
+    the checkpoint have, none for a float model · plans: its plans · pairs_at: the precision the pairs were made at.
     """
-    there = [f"w{bits}" for bits in stored]
+    by_plan = bool(plans) and not stored
+    there = list(plans) if by_plan else [f"w{bits}" for bits in stored]
     unknown = [name for name in asked if there and name not in there]
     if unknown:
         raise PolybitError(
             f"the checkpoint does not hold {', '.join(unknown)}: align {', '.join(there)} or make another"
         )
+    if by_plan:
+        chosen = tuple(asked) or tuple(plans)
+        return FileWidths({name: plans[name] for name in chosen}, chosen, chained=False)
     narrow = [name for name in there if int(name[1:]) <= NARROW]
     names = list(asked) or narrow or there or [pairs_at]
     if adapter == "nested" and len(names) > 1:
@@ -91,7 +110,7 @@ def widths_of(
             f"--scales {scales} moves what all widths of the file share: leave it out, or add --latents shared"
         )
     every = sorted({*there, *names}, key=lambda name: -int(name[1:])) if chained else names
-    return FileWidths({name: Plan.uniform(name) for name in every}, tuple(names), chained)
+    return FileWidths({name: Plan.uniform(name) for name in every}, tuple(names), chained, plans if chained else {})
 
 
 def trainable_of(

@@ -15,7 +15,7 @@ from polybit.hub.checkpoint import describe
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import load
 from polybit.hub.models import open_model
-from polybit.nn.switch import panel, use
+from polybit.nn.switch import panel, presets, use
 from polybit.train import answering
 from polybit.train.chain import Chain
 from polybit.train.pairs import read_pairs
@@ -234,6 +234,36 @@ def test_a_nested_file_aligns_its_narrow_widths_by_default(nested, made, tmp_pat
     assert list(numbers["presets"]) == ["w4", "w3", "w2", "w8"]  # trained ones, then those that were kept
     shared = aligned(nested, made, tmp_path / "shared", "--latents", "shared")
     assert set(shared["presets"]) == {"w4", "w3", "w2"}
+
+
+@pytest.mark.parametrize("ends", ["16", "8"])
+def test_a_file_made_by_a_plan_is_aligned_at_its_plan(ends, tiny_llama, made, tmp_path, capsys):
+    """Every layer at its own width; the ends, where they have codes, keep theirs."""
+    layers = {"model.layers.0.self_attn.q_proj": "w4", "model.layers.1.mlp.down_proj": "w3"}
+    (tmp_path / "plan.json").write_text(json.dumps({"default": "w2", "layers": layers}))
+    flags = ["--plan", str(tmp_path / "plan.json"), "--group-size", "16", "--ends", ends, "--no-measure"]
+    main(["quantize", str(tiny_llama), "--out", str(tmp_path / "q"), "--method", "rtn", *flags])
+    numbers = aligned(tmp_path / "q", made, tmp_path / "out", "--learning-rate", "2e-3", "--held-out", "4")
+    assert list(numbers["presets"]) == ["plan"]
+    assert numbers["presets"]["plan"]["after"]["kl"] <= numbers["presets"]["plan"]["before"]["kl"]
+    before, after = (load(path)[0] for path in (tmp_path / "q", tmp_path / "out"))
+    assert list(presets(before)) == list(presets(after)) == ["plan"]
+    read = [{name: layer.width for name, layer in panel(use(m, "plan")).layers.items()} for m in (before, after)]
+    assert read[0] == read[1] and set(read[0].values()) == {int(ends), 4, 3, 2} - {16}
+    assert "does not hold w3" in refused(
+        capsys, "align", tmp_path / "q", "--pairs", made, "--precision", "w3", "--out", tmp_path / "three"
+    )
+
+
+def test_the_plan_of_a_nested_file_is_kept(tiny_llama, made, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({"default": "w3", "layers": {"model.layers.1.mlp.up_proj": "w4"}}))
+    flags = ["--plan", str(tmp_path / "plan.json"), "--widths", "4,3", "--method", "nested", "--group-size", "16"]
+    more = ["--ends", "8", "--samples", "4", "--window", "32", "--no-measure"]
+    main(["quantize", str(tiny_llama), "--out", str(tmp_path / "q"), *flags, *more])
+    aligned(tmp_path / "q", made, tmp_path / "out")
+    model = load(tmp_path / "out")[0]
+    read = {name: layer.width for name, layer in panel(use(model, "plan")).layers.items()}
+    assert read["model.layers.1.mlp.up_proj"] == 4 and set(read.values()) == {8, 4, 3}
 
 
 def test_settling_that_does_harm_is_undone(nested, made, tmp_path, monkeypatch):

@@ -7,11 +7,11 @@ import torch
 from polybit.compress import refine
 from polybit.compress.blocks import Whole, outside
 from polybit.compress.loop import FINISH, OUTSIDE, Nowhere, compress, compress_in_place, quantize_layer
-from polybit.compress.recipe import PLAN, Recipe, choose, within_memory
+from polybit.compress.recipe import Recipe, choose, within_memory
 from polybit.compress.refine import Teacher
 from polybit.core import runtime
 from polybit.core.affine import Grid
-from polybit.core.plan import Plan
+from polybit.core.plan import PLAN, Plan
 from polybit.core.planes import unpack
 from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
