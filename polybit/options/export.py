@@ -66,6 +66,8 @@ class ExportOptions:
             raise PolybitError("--private and --push-dry-run say how to push: give --push OWNER/NAME")
         if self.imatrix and not self.exporter.whole:
             raise PolybitError(f"--imatrix is for llama-quantize, and --to {self.to} is not read by it: use --to gguf")
+        if self.imatrix and self.exact:
+            raise PolybitError("--imatrix is for types that round again, which --exact prevents: give one of the two")
         if self.imatrix and not self.windows:
             raise PolybitError("--imatrix is measured on text: give --windows 1 or more")
         if self.adapter is not None and self.exporter.widths:

@@ -118,6 +118,8 @@ def test_weights_too_large_for_float16_are_refused_with_a_way_out(tmp_path):
     assert run(large, tmp_path / "exact", to="mlx", precision="w4", exact=True)["difference"]["moved"] == 0
     with pytest.raises(PolybitError, match="--exact is for --to mlx or gguf"):
         ExportOptions(to="humming", out=tmp_path / "humming", exact=True)
+    with pytest.raises(PolybitError, match="give one of the two"):
+        ExportOptions(to="gguf", out=tmp_path / "gguf", exact=True, imatrix=True)
 
 
 def test_zero_points_that_do_not_fit_are_refused_with_a_way_out(name, nested, tmp_path):
