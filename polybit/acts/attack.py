@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from polybit.acts.attack_numbers import MatrixNumbers, numbers_of
-from polybit.compress.sizes import stored_widths
+from polybit.compress.sizes import default_presets, stored_widths
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError, sha256_file
 from polybit.data.squad import Asked, choose, open_squad
@@ -41,10 +41,9 @@ def attack(model: str, options: AttackOptions) -> Run:
 def measure(model: str, options: AttackOptions) -> MatrixNumbers:
     """The matrix over all seeds, and the verdict."""
     loaded, tokenizer = open_model(model, device=options.device)
-    widths = stored_widths(loaded)
-    if widths is None:
+    if stored_widths(loaded) is None:
         raise PolybitError(f"{model} is a float model, which has one precision only: quantize it first")
-    presets = names_of(options.precision) or [f"w{bits}" for bits in widths][:MOST_WIDTHS]
+    presets = names_of(options.precision) or default_presets(loaded)[:MOST_WIDTHS]
     lm, seeds = LocalLM(loaded, tokenizer), seeds_of(options.seeds)
     store = None if options.json is None else open_store(model, options.json, options, presets)
     try:

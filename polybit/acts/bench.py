@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from polybit.compress.ends import end_targets, hold_ends
-from polybit.compress.sizes import quantized_layers
-from polybit.core.precision import parse_widths
+from polybit.compress.sizes import default_presets, quantized_layers
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
 from polybit.hub.load import load, load_float
@@ -50,7 +49,7 @@ def bench(what: str, model: str | None, options: BenchOptions) -> Run:
 
 def linear(options: BenchOptions) -> dict[str, Any]:
     """Every width of one product; keeps the machine's constants when one token is multiplied."""
-    widths, arithmetics = parse_widths(options.widths), options.arithmetics()
+    widths, arithmetics = options.asked, options.arithmetics()
     on = products_gpu.time_on_gpu if options.device == "cuda" else products.time_on_cpu
     numbers = on(*options.matrix(), options.batch, widths, arithmetics, options.rounds, peers=options.peers)
     if options.device == "cpu" and options.batch == 1:
@@ -63,8 +62,9 @@ def whole_models(what: str, model: str | None, options: BenchOptions) -> dict[st
     """Tokens per second of every width by the fast path and by transformers, against bf16 and llama.cpp; or the time
     from one width to the next.
     """
-    presets = [f"w{b}" for b in parse_widths(options.widths)]
     loaded = open_quantized(model, options)
+    of_its_own = model is not None and options.widths is None
+    presets = default_presets(loaded) if of_its_own else [f"w{b}" for b in options.asked]
     if what == "switch":
         return models.switch_seconds(loaded, presets, options.rounds, time.perf_counter)
     prompt = torch.randint(0, loaded.config.get_text_config().vocab_size, (1, options.prompt))
@@ -81,7 +81,7 @@ def open_quantized(model: str | None, options: BenchOptions) -> Any:
     if model is None:
         made = random_quantized(random_shape(options))
         names = [target.name for target in end_targets(skeleton(random_shape(options)))] if options.ends else []
-        hold_ends(made, names, options.ends, parse_widths(options.widths))
+        hold_ends(made, names, options.ends, options.asked)
         return made
     loaded, _ = load(resolve(model), trust_remote_code=options.trust_remote_code)
     if not quantized_layers(loaded):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from polybit.compress.sizes import preset_sizes, stored_widths
+from polybit.compress.sizes import default_presets, preset_sizes, stored_widths
 from polybit.core.cost import Cost, agreements, bitops_of
 from polybit.core.plan import Plan
 from polybit.core.records import Run
@@ -26,8 +26,7 @@ def cost(target: str, options: CostOptions) -> Run:
     run = Run("cost", {"target": target, **plain(options)})
     with run.timed():
         model, _ = open_model(target)
-        widths = stored_widths(model)
-        if widths is None:
+        if stored_widths(model) is None:
             raise PolybitError(f"{target} is a float model, which has one precision only: quantize it first")
         room = longest_input(model)
         if room is not None and options.context + options.steps > room:
@@ -35,7 +34,7 @@ def cost(target: str, options: CostOptions) -> Run:
                 f"--context {options.context} and --steps {options.steps} exceed the {room} tokens the model reads: "
                 "ask for fewer"
             )
-        presets = list(dict.fromkeys(names_of(options.precision) or [f"w{bits}" for bits in widths]))
+        presets = list(dict.fromkeys(names_of(options.precision) or default_presets(model)))
         rows = costs(model, presets, context=options.context, steps=options.steps, rounds=options.rounds)
         in_float = [(work, Plan().default) for work in everything(model, options.context)]
         run.numbers = {

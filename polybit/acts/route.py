@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from polybit.compress.sizes import base_model, stored_widths
+from polybit.compress.sizes import base_model, plain_widths, stored_widths
 from polybit.core.precision import Precision
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError, progress, track
@@ -119,7 +119,7 @@ def open_both(directory: Path, options: RouteOptions) -> tuple[LocalLM, LocalLM]
 
 def widths_asked(model: Any, options: RouteOptions) -> tuple[str, ...]:
     """The widths to choose from, widest first."""
-    stored = [f"w{bits}" for bits in stored_widths(model) or ()]
+    stored = [f"w{bits}" for bits in plain_widths(model)]
     names = names_of(options.precision) or stored
     unknown = [name for name in names if name not in stored]
     if unknown:

@@ -9,6 +9,7 @@ from polybit.core.precision import parse_widths
 from polybit.core.runtime import PolybitError
 from polybit.options.checks import at_least
 
+WIDTHS = "8,6,5,4,3,2"
 ARITHMETICS = ("int16", "int8")  # those with compiled kernels, the accurate one first
 
 
@@ -16,8 +17,8 @@ ARITHMETICS = ("int16", "int8")  # those with compiled kernels, the accurate one
 class BenchOptions:
     """What to time and how often."""
 
-    widths: str = "8,6,5,4,3,2"
-    """Widths to time, with commas."""
+    widths: str | None = None
+    """Widths to time, with commas (default: those of MODEL, and its plans; without one 8,6,5,4,3,2)."""
     threads: int | None = None
     """Threads (default: those torch takes)."""
     rounds: int = 30
@@ -64,11 +65,16 @@ class BenchOptions:
             raise PolybitError(
                 f"--ends {self.ends} is not possible: give 2 to 8 bits, or 0 for the width of the blocks"
             )
-        if max(parse_widths(self.widths)) > 8:
+        if max(self.asked) > 8:
             raise PolybitError(f"--widths {self.widths} asks for more than 8 bits: choose from 8 down to 1")
         asked = self.arithmetic.split(",")
         if set(asked) - set(ARITHMETICS) or len(set(asked)) < len(asked):
             raise PolybitError(f"--arithmetic {self.arithmetic} is not known: choose from {', '.join(ARITHMETICS)}")
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The widths to time where no model says what it has."""
+        return parse_widths(self.widths or WIDTHS)
 
     def arithmetics(self) -> list[Literal["int16", "int8"]]:
         """How inputs are rounded, the accurate way first."""
