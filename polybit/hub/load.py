@@ -164,6 +164,8 @@ def check_name(name: str) -> None:
             return
     except (OSError, ValueError) as error:
         raise PolybitError(f"{name!r:.80} is no path and no hub id ({error!s:.60}): check the spelling") from None
+    if name.startswith(("http://", "https://")):
+        raise PolybitError(f"{name!r:.200} is an address: give the hub id alone, as in owner/name")
     if name.lower().endswith(".gguf"):
         raise PolybitError(
             f"there is no file {name!r:.200}: give an existing GGUF file, a model directory, or a hub id"

@@ -84,3 +84,5 @@ def test_a_mistyped_file_is_not_looked_for_on_the_hub(tmp_path):
     for name in ("nofile.gguf", str(tmp_path / "no.gguf")):
         with pytest.raises(PolybitError, match=r"there is no file .*no"):
             load_float(name)
+    with pytest.raises(PolybitError, match="is an address: give the hub id alone"):
+        load_float("https://huggingface.co/owner/name")
