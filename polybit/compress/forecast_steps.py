@@ -16,6 +16,7 @@ from polybit.compress.blocks import VisitedBlock
 from polybit.compress.recipe import FINISH_BYTES, Recipe
 from polybit.compress.refine import BLOCK, TEACHER_BYTES
 from polybit.core.affine import QWeight
+from polybit.core.memory import keeping_freed
 from polybit.quant.rounding import LAST, Tuning, train
 
 STEPS = 3  # that are tried; the first one lays things out and is not counted
@@ -62,7 +63,7 @@ def time_steps(block: VisitedBlock, start: Mapping[str, QWeight], vocabulary: in
     def loss(values: Any, _step: int) -> Tensor:
         return (block.forward(values(None), 0) - wanted).square().mean()
 
-    with saved_bytes() as saved:
+    with saved_bytes() as saved, keeping_freed():
         train(start, weights, loss, Tuning(steps=STEPS, lr=BLOCK.lr, scale_lr=BLOCK.scale_lr), told=told)
     first, last = taken[1], taken[-1]  # taken[0] is the start
     step = ((last[0] - first[0]) / (STEPS - 1), (last[1] - first[1]) / (STEPS - 1))

@@ -14,6 +14,7 @@ from polybit.compress.blocks import VisitedBlock, Whole
 from polybit.compress.entering import answers_with_tuple, entered, outputs_of
 from polybit.compress.stats import collect
 from polybit.core.affine import QWeight
+from polybit.core.memory import keeping_freed
 from polybit.core.records import LayerStats
 from polybit.core.runtime import Advance, progress
 from polybit.nn.convert import Target
@@ -76,12 +77,12 @@ def finish_model(
     start = {name: q.to(weights[name].device) for name, q in start.items()}
     if widths is None:
         count = len(batches)
-        with progress(LEARNING, tuning.steps + LAST) as told:
+        with progress(LEARNING, tuning.steps + LAST) as told, keeping_freed():
             how: dict[str, Any] = {"score": teacher.divergence, "kept": kept, "told": told}
             return refine(start, weights, teacher.distance, count, tuning=tuning, **how)
     stats = collect(model, batches, whole.targets)
     tuning = replace(NESTED, steps=tuning.steps, seed=tuning.seed)
-    with progress(LEARNING, tuning.steps) as told:
+    with progress(LEARNING, tuning.steps) as told, keeping_freed():
         return refine_nested(start, weights, stats, teacher, widths=widths, tuning=tuning, kept=kept, told=told)
 
 
