@@ -100,7 +100,7 @@ def test_half_a_character_is_replaced_and_said(tmp_path, capsys):
         ("a.json", b'{"text": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
         ("a.csv", b"text\na, b\n", "Row 1 .* more fields than the header"),
         ("a.docx", b"PK", "ends in '.docx'"),
-        ("a", b"x", "ends in 'nothing'"),
+        ("a", b"x", "has no ending"),
     ],
 )
 def test_what_is_broken_is_said(tmp_path, name, data, words):
