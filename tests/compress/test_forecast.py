@@ -81,7 +81,7 @@ def test_a_run_takes_about_as_long(method, tmp_path):
     from polybit.options.plan import PlanOptions
     from polybit.options.quantize import QuantizeOptions
 
-    random_float(Shape(512, 6, 1408, 1000, 8, 4)).save_pretrained(tmp_path / "model")
+    random_float(Shape(512, 6, 1408, 2048, 8, 4)).save_pretrained(tmp_path / "model")
     for file in path().glob("*token*"):
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
     asked = {"bits": 4, "method": method, "samples": 16, "window": 128}
