@@ -13,7 +13,7 @@ from polybit.serve import heard
 from polybit.serve.asking import PreparedRequest, Tools, chat_prompt, prepare, tools_of
 from polybit.serve.fields import MOST_MESSAGES, MOST_STOP, MOST_STOPS, MOST_TOOLS, Common, Count, Strict, Text
 from polybit.serve.request import Done, Sampling, Spent
-from polybit.serve.service import Service, Stream
+from polybit.serve.service import Precise, Service, Stream
 
 
 class TextBlock(Strict):
@@ -40,6 +40,10 @@ class ToolResultBlock(Strict):
     content: Text | list[TextBlock] = ""
     is_error: bool = False
 
+    def told(self) -> str:
+        """What the model reads; templates have no word of their own for a call that failed."""
+        return f"Error: {joined(self.content)}" if self.is_error else joined(self.content)
+
 
 TurnBlock = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
 
@@ -56,7 +60,7 @@ class AnthropicMessage(Strict):
             return [{"role": self.role, "content": self.content}]
         results = [block for block in self.content if isinstance(block, ToolResultBlock)]
         turns: list[dict[str, Any]] = [
-            {"role": "tool", "tool_call_id": block.tool_use_id, "content": joined(block.content)} for block in results
+            {"role": "tool", "tool_call_id": block.tool_use_id, "content": block.told()} for block in results
         ]
         text = "".join(block.text for block in self.content if isinstance(block, TextBlock))
         calls = [
@@ -102,6 +106,17 @@ class CountBody(Strict):
     tools: Annotated[list[AnthropicTool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: AnthropicToolChoice | None = None
 
+    @model_validator(mode="after")
+    def fields_agree(self) -> CountBody:
+        """Fields that only make sense together."""
+        choice = self.tool_choice
+        if choice is not None and choice.type in ("any", "tool") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        names = [tool.name for tool in self.tools or ()]
+        if choice is not None and choice.name is not None and choice.name not in names:
+            raise ValueError(f"tool_choice names a tool that is not in tools: choose {', '.join(names)}")
+        return self
+
     def turns(self) -> list[dict[str, Any]]:
         """The chat as templates know it."""
         first = [] if self.system is None else [{"role": "system", "content": joined(self.system)}]
@@ -113,8 +128,6 @@ class CountBody(Strict):
             {"name": t.name, "description": t.description or "", "parameters": t.input_schema} for t in self.tools or ()
         ]
         choice = self.tool_choice
-        if choice is not None and choice.name is not None and choice.name not in [f["name"] for f in functions]:
-            raise ValueError("tool_choice names a tool that is not in tools")
         kinds = {"any": "required", "none": "none"}
         if choice is None:
             return tools_of(functions, None, None, parallel=None)
@@ -140,8 +153,10 @@ def joined(content: str | Sequence[TextBlock]) -> str:
 
 
 def count_tokens(service: Service, body: CountBody) -> dict[str, int]:
-    """Tokens of a chat."""
-    return {"input_tokens": len(chat_prompt(service, body.turns(), body.used_tools()))}
+    """Tokens of a chat; a model that is not here, or not at this width, is refused as it would be with the answer."""
+    tokens = chat_prompt(service, body.turns(), body.used_tools())
+    service.chosen(body.model, Precise(), tokens)
+    return {"input_tokens": len(tokens)}
 
 
 def ask_messages(service: Service, body: MessagesBody) -> PreparedRequest:

@@ -27,6 +27,7 @@ from polybit.serve.engine import Busy, Closing
 from polybit.serve.fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from polybit.serve.heard import AnswerFailed, AnswerRefused
 from polybit.serve.metrics import ServerMetrics
+from polybit.serve.refusal import refusal
 from polybit.serve.service import Service, Stream, UnknownModel
 
 OPEN_PATHS = ("/health", "/", "/v1/health")  # without a key
@@ -113,8 +114,9 @@ class Guard:
             )
         if not self.state.keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
-        given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
-        allowed = [hmac.compare_digest(given.encode(), key.encode()) for key in self.state.keys]
+        scheme, _, token = headers.get("authorization", "").partition(" ")  # the scheme's case does not matter
+        given = token if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        allowed = [hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in self.state.keys]
         if any(allowed):
             return None
         return error_response(401, "the API key is missing or wrong: send Authorization: Bearer KEY", scope["path"])
@@ -151,14 +153,7 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
-        if first["type"] == "extra_forbidden":
-            message = f"{place} is not supported by this server: leave it out"
-        elif first["type"] == "json_invalid":
-            message = f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'mend it')}"
-        else:
-            message = f"{place or 'the body'}: {first['msg'].removeprefix('Value error, ')}"
+        place, message = refusal(error.errors())
         return error_response(400, message, request.url.path, param=place or None)
 
     @app.exception_handler(HTTPException)

@@ -46,7 +46,11 @@ class PrecisionObject(Strict):
 
     @model_validator(mode="after")
     def ways_agree(self) -> PrecisionObject:
-        """Drafts keep the answer as it is, a gate changes it."""
+        """Drafts keep the answer as it is, a gate changes it; a number is refused where nothing would use it."""
+        if self.margin is not None and self.gate is None:
+            raise ValueError("margin needs gate")
+        if "drafts" in self.model_fields_set and self.draft is None and not self.lookup:
+            raise ValueError("drafts needs draft or lookup")
         if self.gate is not None and (self.draft is not None or self.lookup):
             raise ValueError("gate excludes draft and lookup: give one of them")
         return self

@@ -190,10 +190,16 @@ async def completion(
         prompt = askings[index // body.n].request.tokens
         text = (service.tokenizer.decode(prompt, skip_special_tokens=True) if body.echo else "") + one.text
         logprobs = None if body.logprobs is None else old_logprobs(service, prompt if body.echo else (), one)
-        choices.append({"index": index, "text": text, "logprobs": logprobs, "finish_reason": one.reason})
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": one.reason}
+        choices.append(choice | own_precision(askings, index // body.n))
     spents = [one.done.spent for one in found]
     more = {"choices": choices, "usage": heard.usage(spents, body.n), "timings": heard.timings(spents[0])}
     return head("text_completion", askings[0], body.model) | more
+
+
+def own_precision(askings: Sequence[PreparedRequest], number: int) -> dict[str, Any]:
+    """What an answer was read at, where several prompts may have got several widths."""
+    return {"precision": askings[number].read_as.to_json()} if len(askings) > 1 else {}
 
 
 def old_logprobs(service: Service, prompt: Sequence[int], one: FinishedAnswer) -> dict[str, Any]:
@@ -232,6 +238,7 @@ async def completion_chunks(
         if body.logprobs is not None and delta.tokens:
             logprobs = old_logprobs(service, (), FinishedAnswer(delta.text, list(delta.tokens), delta.done))  # type: ignore[arg-type]
         choice = {"index": index, "text": delta.text, "logprobs": logprobs, "finish_reason": reason}
+        choice |= own_precision(askings, index // body.n)
         if delta.done is not None:
             spents[index] = delta.done.spent
             choice["timings"] = heard.timings(delta.done.spent)

@@ -131,6 +131,17 @@ class ResponsesBody(Common):
     metadata: dict[str, str] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
 
+    @model_validator(mode="after")
+    def fields_agree(self) -> ResponsesBody:
+        """Fields that only make sense together."""
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        if isinstance(self.tool_choice, ResponsesToolChoice):
+            names = [tool.name for tool in self.tools or ()]
+            if self.tool_choice.name not in names:
+                raise ValueError(f"tool_choice names a function that is not in tools: choose {', '.join(names)}")
+        return self
+
 
 def ask_responses(service: Service, body: ResponsesBody) -> PreparedRequest:
     """The request of a conversation."""
@@ -142,8 +153,6 @@ def ask_responses(service: Service, body: ResponsesBody) -> PreparedRequest:
     choice = body.tool_choice
     functions = [tool.model_dump(exclude_none=True, exclude={"type"}) for tool in body.tools or ()]
     named = choice.name if isinstance(choice, ResponsesToolChoice) else None
-    if named is not None and named not in [function["name"] for function in functions]:
-        raise ValueError("tool_choice names a function that is not in tools")
     tools = tools_of(functions, choice if isinstance(choice, str) else None, named, parallel=body.parallel_tool_calls)
     form = body.text.format.plain() if body.text is not None and body.text.format is not None else None
     return prepare(
@@ -164,6 +173,7 @@ def ask_responses(service: Service, body: ResponsesBody) -> PreparedRequest:
 
 def shell(body: ResponsesBody, asking: PreparedRequest) -> dict[str, Any]:
     """A response before it has output."""
+    asked = body.model_dump(include={"tool_choice", "tools"})
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -178,8 +188,8 @@ def shell(body: ResponsesBody, asking: PreparedRequest) -> dict[str, Any]:
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "temperature": body.temperature,
         "top_p": body.top_p,
-        "tool_choice": "auto",
-        "tools": [],
+        "tool_choice": asked["tool_choice"] or "auto",
+        "tools": asked["tools"] or [],
         "precision": asking.read_as.to_json(),
     }
 

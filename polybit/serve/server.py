@@ -47,14 +47,13 @@ def run(
     state = ServerState(keys=keys, most_bytes=most_bytes)
     app = make_app(state, origins=origins)
     listening = open_socket(host, port)
-    address = f"http://{host}:{listening.getsockname()[1]}"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
     def begin() -> None:
         try:
             service = load()
         except Exception as error:
-            state.failed = str(error) or type(error).__name__
-            told(f"the model could not be loaded: {state.failed}")
+            state.failed = str(error) or type(error).__name__  # raised below, once the server has stopped
             server.should_exit = True
             return
         service.note, service.first_seconds = state.metrics.note, state.metrics.first.observe

@@ -37,5 +37,18 @@ def test_flags_of_the_page_exist():
     assert set(re.findall(r"--([a-z][a-z-]*)", ours)) <= flags
 
 
+PACKAGING = Path(__file__).parent.parent.parent / "packaging"
+
+
+@pytest.mark.parametrize("path", [PACKAGING / "Dockerfile", PACKAGING / "polybit.service"], ids=lambda path: path.name)
+def test_variables_and_flags_of_the_packages_exist(path):
+    text, names = path.read_text(), {field.name for field in fields(ServeOptions)}
+    told = set(re.findall(r"POLYBIT_SERVE_([A-Z_]+)", text)) | set(re.findall(r"POLYBIT_SERVE_([A-Z_]+)", PAGE))
+    assert {"HOST", "API_KEY"} <= told and {name.lower() for name in told} <= names
+    if path.suffix:
+        started = re.search(r"^ExecStart=\S+ serve (.*)$", text, re.MULTILINE)
+        assert started and set(re.findall(r"--([a-z-]+)", started[1])) <= {name.replace("_", "-") for name in names}
+
+
 def test_lines_of_the_page_fit():
     assert all(len(line) <= 120 for line in PAGE.splitlines() if not line.startswith("|"))

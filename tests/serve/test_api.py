@@ -13,7 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from polybit.cli import main
 from polybit.nn.switch import at
 from polybit.options.serve import ServeOptions
+from polybit.serve import anthropic_api
 from polybit.serve.app import ServerState
+from polybit.serve.policy import AutoPolicy
 from polybit.serve.server import open_socket
 from polybit.serve.tools import call_schema
 from tests.serve.conftest import WIDTHS, idle, make_service, serving
@@ -437,6 +439,75 @@ def test_what_is_not_honoured_is_refused_by_name(web, path):
     )
 
 
+PATHS = {"responses": "/v1/responses", "messages": "/v1/messages", "count": "/v1/messages/count_tokens"}
+USELESS = [  # each field is known, and nothing would use it
+    ("/v1/chat/completions", {"precision": {"width": "w4", "margin": 1.0}}, "margin needs gate"),
+    ("/v1/completions", {"precision": {"width": "w4", "drafts": 5}}, "drafts needs draft or lookup"),
+    ("/v1/chat/completions", {"tool_choice": "required"}, "tool_choice needs tools"),
+    (PATHS["responses"], {"tool_choice": "required"}, "tool_choice needs tools"),
+    (PATHS["responses"], {"tool_choice": {"type": "function", "name": "f"}, "tools": []}, "tool_choice needs tools"),
+    (PATHS["messages"], {"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
+    (PATHS["count"], {"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice needs tools"),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "said"), USELESS)
+def test_what_nothing_would_use_is_refused_too(web, path, fields, said):
+    reply = web.post(path, json=BODIES[path] | fields)
+    assert reply.status_code == 400 and said in reply.json()["error"]["message"], reply.text
+
+
+PICTURE = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]
+CACHED = [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]}]
+NAMED = [  # fields that may be several things: the sentence names what is wrong in the one that was meant
+    ("/v1/chat/completions", {"precision": {"wdth": "w4"}}, "precision.wdth", "not supported"),
+    ("/v1/chat/completions", {"precision": 5}, "precision", "a valid string or Input should be a valid dictionary"),
+    ("/v1/chat/completions", {"messages": PICTURE}, "messages.0.content.1.type", "should be 'text'"),
+    ("/v1/chat/completions", {"stop": ["a"] * 17}, "stop", "at most 16"),
+    ("/v1/chat/completions", {"Made-Up": 1}, "Made-Up", "not supported"),
+    ("/v1/completions", {"prompt": [[1], [-1]]}, "prompt.1.0", "greater than or equal to 0"),
+    (PATHS["responses"], {"input": [{"type": "reasoning"}]}, "input.0.type", "'function_call_output'"),
+    (PATHS["messages"], {"messages": CACHED}, "messages.0.content.0.cache_control", "not supported"),
+    (
+        PATHS["messages"],
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "messages.0.content.0",
+        "'image'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "place", "said"), NAMED)
+def test_a_refusal_names_what_was_meant(web, path, fields, place, said):
+    reply = web.post(path, json=BODIES[path] | fields)
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and error["message"].startswith(place) and said in error["message"], reply.text
+    assert error.get("param", place) == place
+
+
+def test_tokens_are_counted_for_a_model_that_is_here(web):
+    for model, status in (("tinychat@w4", 200), ("tinychat@auto", 200), ("gpt-4", 404), ("tinychat@w9", 400)):
+        assert web.post(PATHS["count"], json=BODIES[PATHS["count"]] | {"model": model}).status_code == status, model
+
+
+def test_a_failed_call_is_told_as_one(service):
+    block = {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": "no such city"}]}
+    for failed, told in ((True, "Error: no such city"), (False, "no such city")):
+        turns = [{"role": "user", "content": [block | {"is_error": failed}]}]
+        body = anthropic_api.CountBody.model_validate({"model": "tinychat", "messages": turns})
+        assert [turn["content"] for turn in body.turns()] == [told]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_prompt_says_its_own_width(web, service, monkeypatch, stream):
+    monkeypatch.setattr(service, "policy", AutoPolicy(("w4", "w2"), needs=lambda tokens: ("w2", "w4")[len(tokens) > 3]))
+    ask = {"model": "tinychat@auto", "prompt": [[9, 9], [9] * 5], "max_tokens": 3, "n": 2, "stream": stream}
+    text = web.post("/v1/completions", json=ask).text
+    lines = [line[6:] for line in text.splitlines() if line.startswith("data: {")] if stream else [text]
+    found = {c["index"]: c["precision"] for line in lines for c in json.loads(line)["choices"]}
+    assert [found[i]["width"] for i in range(4)] == ["w2", "w2", "w4", "w4"]
+
+
 def test_tokens(web):
     found = web.post("/tokenize", json={"content": "Paris is big", "with_pieces": True}).json()["tokens"]
     assert "".join(token["piece"] for token in found).strip() == "Paris is big"
@@ -479,7 +550,7 @@ def test_health(web):
 
 
 def test_keys_and_origins(service):
-    state = ServerState(service=service, keys=("first", "second"))
+    state = ServerState(service=service, keys=("first", "second", "schlüssel"))
     with serving(state, shared=True, origins=("https://page.example",)) as base:
         for key in ("first", "second"):
             assert openai.OpenAI(base_url=f"{base}/v1", api_key=key).models.list().data
@@ -496,6 +567,11 @@ def test_keys_and_origins(service):
             assert reply.headers["access-control-allow-origin"] == "https://page.example"
         assert httpx.get(f"{base}/health").status_code == httpx.get(f"{base}/").status_code == 200
         assert httpx.get(f"{base}/metrics").status_code == 401
+        for said in ("bearer first", "BEARER schlüssel", "Bearer second"):
+            sent = {"Authorization": said.encode()}
+            assert httpx.get(f"{base}/metrics", headers=sent).status_code == 200, said
+        for said in ("first", "Basic first", "Bearer", "Bearer  first"):
+            assert httpx.get(f"{base}/metrics", headers={"Authorization": said}).status_code == 401, said
 
 
 def test_a_full_queue_says_when_to_come_again(rounded):
