@@ -9,15 +9,13 @@ from torch import Tensor
 
 from polybit.core.runtime import PolybitError, atomic_path
 from polybit.hub.directory import disk_errors
+from polybit.hub.pieces import write_pieces
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, notes: Mapping[str, str] | None = None) -> None:
-    """Write tensors and a few remarks, atomically."""
-    from safetensors.torch import save_file
-
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Write tensors and a few remarks, atomically; the same ones are the same bytes, which save_file's are not."""
     with disk_errors(path), atomic_path(path) as staged:
-        save_file(kept, staged, metadata={"format": "pt", **(notes or {})})
+        write_pieces(staged, tensors, lambda name: iter([tensors[name]]), {"format": "pt", **(notes or {})})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

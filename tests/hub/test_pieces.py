@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from polybit.core.runtime import PolybitError
 from polybit.hub import pieces
 from polybit.hub.pieces import read_places, same_pieces, write_pieces
+from polybit.hub.tensors import read_tensors, write_tensors
 
 
 @pytest.fixture
@@ -49,3 +50,13 @@ def test_too_few_values_and_a_cut_file_are_refused(tmp_path):
     (tmp_path / "y").write_bytes((tmp_path / "y").read_bytes()[:-9])
     with pytest.raises(PolybitError, match="ends before its tensors"):
         list(place.pieces())
+
+
+def test_the_same_tensors_and_remarks_are_the_same_bytes(tmp_path):
+    tensors = {"b": torch.arange(6).view(2, 3), "a": torch.rand(5)}
+    notes = {letter: letter * 3 for letter in "fcadbe"}
+    for number in range(6):
+        write_tensors(tmp_path / str(number), tensors, notes=notes)
+    assert len({(tmp_path / str(number)).read_bytes() for number in range(6)}) == 1
+    found, said = read_tensors(tmp_path / "0")
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors) and notes.items() < said.items()
