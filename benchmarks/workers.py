@@ -1,9 +1,10 @@
 """What two workers gain over one: wall seconds of sensitivities, pairs and evaluation, and who spent the CPU seconds.
 
-    python -m benchmarks.workers --rounds 2 --json FILE
+    OMP_NUM_THREADS=1 python -m benchmarks.workers --rounds 2 --json FILE
 
 Every run is a fresh process, one thread each, and rounds are interleaved; the load before each run is told, because on
-a machine that others use wall time says who else was there.
+a machine that others use wall time says who else was there. `reckoned` is the ratio of CPU seconds: all of the one
+process against those of who hires and of the slower worker of each team, who would take turns on an idle machine.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", default="tinychat")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", choices=list(VERBS), default=None)
+    parser.add_argument("--only", choices=list(VERBS), nargs="+", default=list(VERBS))
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--one", nargs=2, metavar=("VERB", "WORKERS"), help="a single run, told on stdout")
     parser.add_argument("--checkpoint", default=None)
@@ -51,7 +52,7 @@ def main() -> None:
         checkpoint = f"{folder}/checkpoint"
         quick = ["--samples", "8", "--no-measure", "--effort", "fast", "--widths", "8,4,3,2", "--out", checkpoint]
         subprocess.run([sys.executable, "-m", "polybit", "quantize", args.model, *quick], check=True)
-        rows = [row(verb, args, checkpoint) for verb in ([args.only] if args.only else VERBS)]
+        rows = [row(verb, args, checkpoint) for verb in args.only]
     print(json.dumps(rows, indent=1))
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -75,6 +76,7 @@ def row(verb: str, args: argparse.Namespace, checkpoint: str) -> dict:
         "two": round(sum(wall[2]) / len(ratios), 1),
         "ratio": round(sum(ratios) / len(ratios), 2),
         "least": round(min(ratios), 2),
+        "reckoned": round(sum(r["own"] for r in found[1]) / sum(r["own"] + r["slowest"] for r in found[2]), 2),
         "load": round(max(run["load"] for runs in found.values() for run in runs), 1),
         "runs": found,
     }
@@ -82,6 +84,8 @@ def row(verb: str, args: argparse.Namespace, checkpoint: str) -> dict:
 
 def one(verb: str, workers: int, model: str, checkpoint: str | None) -> dict:
     """One run in this process."""
+    from multiprocessing.forkserver import _forkserver
+
     from polybit.cli import main as polybit
     from polybit.hub import processes
 
@@ -104,7 +108,9 @@ def one(verb: str, workers: int, model: str, checkpoint: str | None) -> dict:
     slowest = [max(spent[at : at + workers]) for at in range(0, len(spent), workers)]
     return {
         "own": time.process_time(),
-        "workers": [sum(slowest), sum(teams) - sum(slowest)] if spent else [],
+        "slowest": sum(slowest),
+        "others": sum(teams) - sum(slowest),
+        "nursery": cpu_seconds(_forkserver._forkserver_pid) if spent else 0.0,
         "wall": time.monotonic() - began,
         "load": os.getloadavg()[0],
     }

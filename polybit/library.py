@@ -12,6 +12,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from polybit.core.nursery import warm
 from polybit.core.parts import load
 from polybit.options.align import AlignOptions
 from polybit.options.allocate import AllocateOptions
@@ -48,7 +49,10 @@ def act(record: Callable[P, O], path: str, summary: str) -> Callable[Concatenate
     """The act at `path`, which takes a model and a record of options, with the fields of the record as keywords."""
 
     def call(model: str, /, *args: P.args, **kwargs: P.kwargs) -> Run:
-        return load(path)(str(model), record(*args, **with_paths(record, kwargs)))
+        options = record(*args, **with_paths(record, kwargs))
+        if hasattr(options, "workers"):
+            warm(options, path.partition(":")[0])
+        return load(path)(str(model), options)
 
     name = path.partition(":")[2]
     first = inspect.Parameter("model", inspect.Parameter.POSITIONAL_ONLY, annotation="str")
@@ -100,7 +104,9 @@ def judge(*models: str, **options: Any) -> Run:
 
     {options}
     """
-    return load("polybit.acts.judge:judge")(models, JudgeOptions(**options))
+    told = JudgeOptions(**with_paths(JudgeOptions, options))
+    warm(told, "polybit.acts.judge")
+    return load("polybit.acts.judge:judge")(models, told)
 
 
 judge.__doc__ = str(judge.__doc__).format(options=explained(JudgeOptions))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from polybit.commands.flags import Json, keep
+from polybit.core.nursery import warm
 from polybit.options.align import AlignOptions
 
 
@@ -18,6 +19,7 @@ def align(model: str, /, *, options: Annotated[AlignOptions, Parameter(name="*")
     The result is a normal checkpoint with the bytes and the speed of one that was never trained. The moment of the run
     with the fewest held-out flips and the smallest KL is kept, the start if nothing beats it.
     """
+    warm(options, "polybit.acts.align")
     from polybit.acts.align import align as act
 
     run = act(model, options)

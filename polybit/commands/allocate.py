@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from polybit.commands.flags import Json, keep
+from polybit.core.nursery import warm
 from polybit.data.table import EMBEDDED_TASKS, HUB_SETS, HUB_TASKS
 from polybit.options.allocate import AllocateOptions
 from polybit.report.allocation import told, warned
@@ -26,6 +27,7 @@ def allocate(
     Writes a plan for polybit quantize --plan. Sensitivities are measured once and kept for every later budget;
     interrupted runs go on where they stopped.
     """
+    warm(options, "polybit.acts.allocate")
     from polybit.acts.allocate import allocate as act
 
     run = act(model, options)

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from polybit.commands.flags import Json, keep
+from polybit.core.nursery import warm
 from polybit.evals.table import SUITES
 from polybit.options.checks import WorkerOptions
 from polybit.options.evaluate import (
@@ -53,6 +54,7 @@ def evaluate(
     if json is not None and options.predictions is None:
         options = replace(options, predictions=json.with_name(json.stem + "-predictions"))
     print(announcement(options), file=sys.stderr)
+    warm(options, "polybit.acts.evaluate")
     from polybit.acts.evaluate import evaluate as act
     from polybit.report.suites import terminal_tables
     from polybit.report.summary import terminal_table

@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from polybit.commands.flags import Json, keep
+from polybit.core.nursery import warm
 from polybit.options.judge import JudgeOptions
 from polybit.report.judged import terminal_tables
 
@@ -16,6 +17,7 @@ def judge(*models: str, options: Annotated[JudgeOptions, Parameter(name="*")], j
 
     The run with all its numbers is always in OUT/run.json; --json writes it there too.
     """
+    warm(options, "polybit.acts.judge")
     from polybit.acts.judge import judge as act
 
     run = act(models, options)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from polybit.core.nursery import warm
 from polybit.options.mix import MixOptions
 from polybit.report.mixture import as_flag, chosen, verified_table
 
@@ -15,6 +16,7 @@ def mix(model: str, /, *, options: Annotated[MixOptions, Parameter(name="*", con
 
     The result is what `polybit quantize --mix FILE=SHARE,FILE=SHARE` takes.
     """
+    warm(options, "polybit.acts.mix")
     from polybit.acts.mix import mix as act
 
     numbers = act(model, options).numbers

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from polybit.commands.flags import Json, keep
+from polybit.core.nursery import warm
 from polybit.options.pairs import PairsOptions
 
 
@@ -17,6 +18,7 @@ def pairs(model: str, /, *, options: Annotated[PairsOptions, Parameter(name="*")
 
     MODEL is a float model, which is then rounded to --precision, or a polybit checkpoint with its float model.
     """
+    warm(options, "polybit.acts.pairs")
     from polybit.acts.pairs import pairs as act
 
     run = act(model, options)

@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from polybit.commands.flags import Json, keep
+from polybit.core.nursery import warm
 from polybit.options.quantize import QuantizeOptions
 from polybit.report.quantizing import made
 
@@ -16,6 +17,7 @@ def quantize(model: str, /, *, options: Annotated[QuantizeOptions, Parameter(nam
 
     Interrupted runs go on where they stopped when the same command is given again.
     """
+    warm(options, "polybit.acts.quantize")
     from polybit.acts.quantize import quantize as act
 
     run = act(model, options)

@@ -1,12 +1,11 @@
-"""Workers that are fresh processes of this machine and share its threads and GPUs."""
+"""Workers that are processes of this machine and share its threads and GPUs."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import BytesIO
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -14,19 +13,25 @@ from typing import Any
 
 import torch
 
+from polybit.core.nursery import FORKS, begin, environment
 from polybit.hub.crew import Make, Seen, Word, greet, portable, ready
 
 
 class Processes:
     """A process per worker, at the other end of a pipe; see hub.crew.Crew.
 
-    Bytes go through the pipe and not through shared memory, of which containers have little.
+    They are forks of core.nursery's process where that is possible. Bytes go through the pipe and not through shared
+    memory, of which containers have little.
     """
 
     def __init__(self, make: Make, arguments: tuple[Any, ...], workers: int, seen: Seen) -> None:
         self.told = packed((make, arguments, seen))
         self.threads = max(1, torch.get_num_threads() // workers)
-        self.context = get_context("spawn")  # forking a process that has run torch threads can hang
+        # a GPU cannot be handed to a fork of a process whose libraries have looked at it
+        forks = FORKS and not torch.cuda.device_count()
+        if forks:
+            begin(workers)
+        self.context: Any = get_context("forkserver" if forks else "spawn")
         self.people: dict[int, tuple[Any, Connection]] = {}
         self.number = 0
 
@@ -99,21 +104,6 @@ def how_it_ended(code: int | None) -> str:
     if code is not None and code < 0:
         return f"was ended by signal {-code}"
     return f"ended with status {code}"
-
-
-@contextmanager
-def environment(more: Mapping[str, str]) -> Iterator[None]:
-    """While inside, processes that start get these variables."""
-    before = {name: os.environ.get(name) for name in more}
-    os.environ.update(more)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def gpu_of(worker: int) -> dict[str, str]:

@@ -8,8 +8,11 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
+from polybit.core import nursery
 from polybit.core.runtime import PolybitError
+from polybit.hub import processes
 from polybit.hub.crew import Greeting, Seen, check_gpus, check_greetings, greet, listing, versions
 from polybit.hub.workers import Team, Where, spread
 
@@ -122,3 +125,41 @@ def test_actors_of_a_ray_cluster_and_the_loss_of_one(tmp_path):
         squares([1, 66, 2], Where(2, "local"))
     with pytest.raises(PolybitError, match="thirteen"):
         squares([13], Where(2, "local"))
+
+
+class Begun:
+    """A worker that tells what it has imported and computed before its first task, and whether threads work in it."""
+
+    def __call__(self, threads):
+        seconds, imported = time.process_time(), "transformers.models.llama.modeling_llama" in sys.modules
+        torch.set_num_threads(threads)
+        a = torch.full((512, 512), 1 / 512)
+        return seconds, imported, float((a @ a).sum())
+
+
+@pytest.mark.skipif(not nursery.FORKS or torch.cuda.device_count() > 0, reason="workers are not forked here")
+def test_workers_have_imported_what_they_need_when_they_begin():
+    a = torch.full((512, 512), 1.0)
+    assert float((a @ a)[0, 0]) == 512, "this process has run threads"
+    for seconds, imported, total in (found for _, found in spread(Begun, (), [1, 3, 3], where=Where(2))):
+        assert imported and seconds < 1.0
+        assert total == pytest.approx(512, rel=1e-4)
+
+
+def test_only_workers_of_this_machine_have_a_process_to_be_forked_from(monkeypatch):
+    begun = []
+    monkeypatch.setattr(nursery, "begin", lambda *told: begun.append(told))
+    nursery.warm(Where(1), "a")
+    nursery.warm(Where(2, "local"), "a")
+    assert not begun
+    monkeypatch.setattr(nursery, "FORKS", True)
+    nursery.warm(Where(2), "a")
+    assert begun == [(2, "a")]
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert (nursery.threads_each(2), nursery.threads_each(3), nursery.threads_each(9)) == (2, 1, 1)
+
+
+@pytest.mark.slow
+def test_spawned_workers_give_the_same(monkeypatch):
+    monkeypatch.setattr(processes, "FORKS", False)
+    assert squares([3, 1, 2], Where(2))[0] == [10, 2, 5]
