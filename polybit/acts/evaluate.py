@@ -16,7 +16,7 @@ from polybit.compress.sizes import base_model, default_presets, preset_sizes, st
 from polybit.core.memory import fits
 from polybit.core.parts import load
 from polybit.core.records import Run
-from polybit.core.runtime import PolybitError, warn
+from polybit.core.runtime import PolybitError
 from polybit.evals.compare import compare
 from polybit.evals.sharing import Here, PairWorker, Readers, Share
 from polybit.evals.table import SUITES
@@ -78,10 +78,9 @@ def sharing(theirs: LocalLM, ours: LocalLM, target: str, named: str, options: Ev
     where = Where(options.workers, options.ray)
     if where.alone:
         return Here(theirs, ours)
-    if options.breakdown or any(SUITES[name].measure for name in options.suites):
-        warn("workers share text, answers and tasks; suites and --breakdown are measured in this process")
     names = [resolve(named), resolve(target)]
-    team = Team(PairWorker, (both, target, named, options, blockwise), where, models=names)
+    here = PairWorker(lambda: (theirs, ours))
+    team = Team(PairWorker, (both, target, named, options, blockwise), where, here=here, models=names)
     return Readers(team, where.workers * (1 if blockwise else PIECES))
 
 

@@ -13,11 +13,12 @@ from polybit.core.runtime import PolybitError
 from polybit.data.squad import open_squad
 from polybit.evals.choices import choice_sets, compare_choices
 from polybit.evals.drift import drift, talk_scripts
-from polybit.evals.sharing import Share
-from polybit.evals.squad import SquadView, compare_squad
+from polybit.evals.sharing import Here, PairWorker, Readers, Share
+from polybit.evals.squad import compare_squad
 from polybit.hub.lm import LocalLM
 from polybit.hub.models import resolve
 from polybit.hub.span import SpanReader, load_span
+from polybit.hub.workers import Team, Where
 from polybit.options.checks import names_of
 from polybit.options.evaluate import EvalOptions
 
@@ -42,7 +43,7 @@ def choices(pair: EvalPair, options: EvalOptions) -> dict[str, Any]:
         form=options.form,
         shots=options.shots,
     )
-    return compare_choices(pair.reference, pair.quantized, pair.presets, sets, seed=options.seed)
+    return compare_choices(pair.reference, pair.quantized, pair.presets, sets, seed=options.seed, share=pair.share)
 
 
 def lm_eval(pair: EvalPair, options: EvalOptions) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def lm_eval(pair: EvalPair, options: EvalOptions) -> dict[str, Any]:
         limit=options.choice_items,
         shots=options.shots or None,
         seed=options.seed,
+        share=pair.share,
     )
 
 
@@ -67,35 +69,57 @@ def talk(pair: EvalPair, options: EvalOptions) -> dict[str, Any]:
     """Drift of the answers over long conversations."""
     scripts = talk_scripts(options.talks, count=options.talk_count, turns=options.talk, seed=options.seed)
     return drift(
-        pair.reference, pair.quantized, pair.presets, scripts, max_tokens=options.max_tokens, seed=options.seed
+        pair.reference,
+        pair.quantized,
+        pair.presets,
+        scripts,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+        share=pair.share,
     )
 
 
 def squad(pair: EvalPair, options: EvalOptions) -> dict[str, Any]:
     """Questions of a SQuAD file, answered in free text."""
-    views: dict[str, tuple[SquadView, str | None]] = {"float": (pair.reference, None)}
-    views |= {preset or "as loaded": (pair.quantized, preset) for preset in pair.presets}
-    return answered(views, options, reference="float")
+    views: dict[str, tuple[bool, str | None]] = {"float": (True, None)}
+    views |= {preset or "as loaded": (False, preset) for preset in pair.presets}
+    return answered(views, options, pair.share, reference="float")
 
 
 def span_numbers(target: str, options: EvalOptions) -> dict[str, Any]:
     """A model with a span head, at every precision asked for; a float model as it is."""
-    reader = SpanReader(*load_span(resolve(target)))
+    reader, _ = span_readers(target)
     wanted = names_of(options.precision)
     if wanted and not quantized_layers(reader.model):
         raise PolybitError(
             f"--precision {options.precision}: {target} is a float model without stored widths; quantize it first"
         )
-    views: dict[str, tuple[SquadView, str | None]] = {name: (reader, name) for name in wanted}
-    return answered(views or {"float": (reader, None)}, options, reference=None)
+    views: dict[str, tuple[bool, str | None]] = {name: (False, name) for name in wanted}
+    where = Where(options.workers, options.ray)
+    with Team(PairWorker, (span_readers, target), where, models=[resolve(target)]) as team:
+        share = Here(reader, reader) if where.alone else Readers(team, where.workers)
+        return answered(views or {"float": (True, None)}, options, share, reference=None)
+
+
+def span_readers(target: str) -> tuple[SpanReader, SpanReader]:
+    """A model with a span head in the place of both models of a pair."""
+    reader = SpanReader(*load_span(resolve(target)))
+    return reader, reader
 
 
 def answered(
-    views: Mapping[str, tuple[SquadView, str | None]], options: EvalOptions, *, reference: str | None
+    views: Mapping[str, tuple[bool, str | None]], options: EvalOptions, share: Share, *, reference: str | None
 ) -> dict[str, Any]:
     """Answers of every view, frozen, then scored."""
     folder = options.predictions or Path(tempfile.mkdtemp(prefix="polybit-squad-"))
     file = open_squad(str(options.squad), folder, count=options.squad_items)
     return compare_squad(
-        views, file, folder, count=options.squad_items, head=options.squad_head, reference=reference, seed=options.seed
+        views,
+        share,
+        file,
+        folder,
+        count=options.squad_items,
+        head=options.squad_head,
+        reference=reference,
+        seed=options.seed,
     )

@@ -49,7 +49,6 @@ def flip_breakdown(
     quantized: LocalLM,
     preset: str | None,
     answers: PairedAnswers,
-    *,
     max_tokens: int,
     seed: int = 0,
 ) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ first of equally likely answers, a tie with a wrong answer counts as wrong, so a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from polybit.core.runtime import PolybitError
 from polybit.evals.choices_data import AskedItem, ChoiceItem, Sum, ask, examples, pairs, read_items, texts
 from polybit.evals.scoring import bootstrap, gsm8k_exact, last_number
+from polybit.evals.sharing import Here, Share, cut
 from polybit.hub.lm import LM, LocalLM, LogLik
 
 Scores = dict[str, NDArray[np.bool_]]
@@ -153,18 +154,47 @@ def chance(asked: ChoiceSet) -> float:
     return float(np.mean([0 if isinstance(item, Sum) else 1 / len(item.answers) for item in asked.items]))
 
 
+def scored(
+    reference: LocalLM, quantized: LocalLM, of_reference: bool, preset: str | None, asked: ChoiceSet, label: str
+) -> Scores:
+    """`score` of one of two models, the quantized one at a preset."""
+    lm = reference if of_reference else quantized
+    with lm.at(None if of_reference else preset):
+        return score(lm, asked, label=label)
+
+
+def scores_of(share: Share, presets: Sequence[str | None], asked: ChoiceSet) -> tuple[Scores, dict[str | None, Scores]]:
+    """(scores of the reference, of the quantized model at each preset) on a set, part by part of its items."""
+    parts = [replace(asked, items=items) for items in cut(asked.items)]
+    who = [(True, None, "float"), *((False, preset, str(preset)) for preset in presets)]
+    told = [(of_reference, preset, part, label) for of_reference, preset, label in who for part in parts]
+    found = list(share(scored, told, asked.name))
+    rows = [found[start : start + len(parts)] for start in range(0, len(found), len(parts))]
+    base, *others = ({name: np.concatenate([part[name] for part in row]) for name in row[0]} for row in rows)
+    return base, dict(zip(presets, others, strict=True))
+
+
 def compare_choices(
-    reference: LocalLM, quantized: LocalLM, presets: Sequence[str | None], sets: Sequence[ChoiceSet], *, seed: int = 0
+    reference: LocalLM,
+    quantized: LocalLM,
+    presets: Sequence[str | None],
+    sets: Sequence[ChoiceSet],
+    *,
+    seed: int = 0,
+    share: Share | None = None,
 ) -> dict[str, Any]:
     """{SET: {"n", "chance", "shots", "form", "reference": {METRIC: E}, "presets": {NAME: {METRIC: {...}}}}}.
 
+    share: who reads (default: this process).
     A metric of a preset holds its rate, the paired `difference` to the reference, and answer-level flips: `flips`,
     `correct_to_wrong`, `wrong_to_correct` as shares of all items ("Accuracy is Not All You Need", arXiv 2407.09141).
     """
     found: dict[str, Any] = {}
+    share = share or Here(reference, quantized)
+    others = [preset for preset in presets if preset is not None or quantized is not reference]  # it was just read
     for asked in sets:
         gate(asked)
-        base = score(reference, asked, label="float")
+        base, by_preset = scores_of(share, others, asked)
         entry: dict[str, Any] = {
             "n": len(asked.items),
             "chance": chance(asked),
@@ -173,11 +203,7 @@ def compare_choices(
             "reference": {name: bootstrap(right, seed=seed).to_json() for name, right in base.items()},
             "presets": {},
         }
-        for preset in presets:
-            if preset is None and quantized is reference:  # it was just read
-                continue
-            with quantized.at(preset):
-                scores = score(quantized, asked, label=str(preset))
+        for preset, scores in by_preset.items():
             entry["presets"][preset or "as loaded"] = {
                 name: paired(base[name], right, seed=seed) for name, right in scores.items()
             }

@@ -19,12 +19,13 @@ from polybit.evals import tasks as tasks_of
 from polybit.evals.breakdown import flip_breakdown
 from polybit.evals.readings import PairedAnswers, PairedReading, PairedTokens
 from polybit.evals.scoring import bootstrap
-from polybit.evals.sharing import Here, Part, Share, said
+from polybit.evals.sharing import Here, Part, Share, cut, joined, said
 from polybit.evals.table import METRICS, REFERENCE
 from polybit.evals.token_flip import QuantizedTokens, ReferenceTokens, answer_batches, measure_tokens, text_batches
 from polybit.hub.lm import LocalLM
 
 AS_LOADED = "as loaded"
+ANSWERS = 32  # prompts that are a part: answered together, whoever answers them
 REF = "the reference"  # key of the reference beside the presets; no precision can be written like this
 
 
@@ -66,6 +67,7 @@ def compare(
     share = share or Here(reference, quantized)
     seen = read_both(reference, quantized, presets, material, seed=seed, share=share)
     tasks = task_numbers(share, presets, material.tasks, seed=seed)
+    flipped = flips_broken_down(presets, seen, material.max_tokens, seed, share) if breakdown else {}
     result: dict[str, Any] = {"reference": {"tasks": tasks[REF]}, "presets": {}}
     if seen:
         first = seen[presets[0]]
@@ -79,11 +81,22 @@ def compare(
         row["tasks"] = tasks[preset]
         if seen:
             row["answers"] = sample_answers(reference, seen[preset].answers, shown)
-        if breakdown and seen and seen[preset].answers.prompts:
-            row["breakdown"] = flip_breakdown(
-                reference, quantized, preset, seen[preset].answers, max_tokens=material.max_tokens, seed=seed
-            )
+        if preset in flipped:
+            row["breakdown"] = flipped[preset]
     return result
+
+
+def flips_broken_down(
+    presets: Sequence[str | None],
+    seen: Mapping[str | None, PairedReading],
+    max_tokens: int,
+    seed: int,
+    share: Share,
+) -> dict[str | None, Any]:
+    """What the flipped token does at each preset, where there are answers."""
+    asked = [preset for preset in presets if preset in seen and seen[preset].answers.prompts]
+    parts = [(preset, seen[preset].answers, max_tokens, seed) for preset in asked]
+    return dict(zip(asked, share(flip_breakdown, parts, "breakdown"), strict=True))
 
 
 def amounts(seen: PairedReading, material: EvalMaterial) -> dict[str, Any]:
@@ -144,10 +157,10 @@ def answer_prompts(
         )
     prompts = [encode_prompt(reference.tokenizer, prompt) for prompt in material.prompts]
     prompts = [prompt[-min(rooms) :] if rooms else prompt for prompt in prompts]
-    length = material.max_tokens
-    parts: list[Part] = [(True, None, prompts, length, "answers, reference")]
-    parts += [(False, preset, prompts, length, f"answers, {preset or AS_LOADED}") for preset in presets]
-    theirs, *ours = share(said, parts)
+    pieces, length = cut(prompts, ANSWERS), material.max_tokens
+    who = [(True, None, "reference"), *((False, preset, preset or AS_LOADED) for preset in presets)]
+    parts: list[Part] = [(float_, p, piece, length, f"answers, {name}") for float_, p, name in who for piece in pieces]
+    theirs, *ours = joined(share(said, parts, "answers"), len(pieces))
     return {preset: PairedAnswers(prompts, theirs, mine) for preset, mine in zip(presets, ours, strict=True)}
 
 
@@ -204,7 +217,7 @@ def predict_tasks(
     asked = {name: tasks_of.questions(items) for name, items in tasks.items() if items}
     who = [(REF, True, None), *((preset, False, preset) for preset in presets)]
     parts = [(of_reference, preset, *row) for _, of_reference, preset in who for row in asked.items()]
-    answers = iter(share(tasks_of.predicted, parts))
+    answers = iter(share(tasks_of.predicted, parts, "tasks"))
     return {key: {name: next(answers) for name in asked} for key, _, _ in who}
 
 

@@ -19,6 +19,7 @@ from polybit.data.turns import CHAT_KEYS, read_messages
 from polybit.evals.conversation import Talk, converse
 from polybit.evals.fidelity import prefix_share, rouge_l
 from polybit.evals.scoring import bootstrap
+from polybit.evals.sharing import Here, Share
 from polybit.evals.token_flip import answer_batches, measure_tokens
 from polybit.hub.lm import LocalLM
 
@@ -75,6 +76,7 @@ def drift(
     *,
     max_tokens: int,
     seed: int = 0,
+    share: Share | None = None,
 ) -> dict[str, Any]:
     """Drift at each preset over conversations of equal length; whole conversations are resampled.
 
@@ -82,12 +84,14 @@ def drift(
     "given": C, "flips": [E per turn], "flips_change": E}}} with C = {"rouge_l", "same", "prefix", "repeated",
     "length_ratio": [E per turn], "change": {the same keys: E}}. change: mean of the last quarter of the turns minus
     that of the first, paired. own: own history · given: the float model's history · flips: teacher-forced on the float
-    model's talk. dropped_by_turn: mean number of oldest exchanges left out, because the context is full.
+    model's talk. dropped_by_turn: mean number of oldest exchanges left out, because the context is full. share: who
+    talks (default: this process).
     """
     turns = len(scripts[0])
     if any(len(script) != turns for script in scripts):
         raise PolybitError("Talks of different lengths cannot be averaged turn by turn; cut them to one length.")
-    base = converse(reference, scripts, max_tokens=max_tokens, label="float")
+    share = share or Here(reference, quantized)
+    [base] = share(talked, [(True, None, scripts, None, max_tokens, "float")])
     found: dict[str, Any] = {
         "conversations": len(scripts),
         "turns": turns,
@@ -97,14 +101,15 @@ def drift(
     }
     prompts = [ids for talk in base.prompts for ids in talk]
     answers = [ids for talk in base.tokens for ids in talk]
-    own_flips = turn_flips(reference, quantized, presets, prompts, answers, turns)
+    own_flips = turn_flips(reference, quantized, presets, prompts, answers, turns, share)
+    parts = [
+        (False, preset, scripts, given, max_tokens, f"{preset or 'as loaded'}, {whose} history")
+        for preset in presets
+        for whose, given in (("own", None), ("float", base.texts))
+    ]
+    talks = iter(share(talked, parts, "talks"))
     for preset in presets:
-        name = preset or "as loaded"
-        with quantized.at(preset):
-            own = converse(quantized, scripts, max_tokens=max_tokens, label=f"{name}, own history")
-            given = converse(
-                quantized, scripts, max_tokens=max_tokens, given=base.texts, label=f"{name}, float history"
-            )
+        name, own, given = preset or "as loaded", next(talks), next(talks)
         flips_NT = own_flips[preset]
         found["presets"][name] = {
             "own": against(base, own, seed=seed),
@@ -115,6 +120,22 @@ def drift(
     return found
 
 
+def talked(
+    reference: LocalLM,
+    quantized: LocalLM,
+    of_reference: bool,
+    preset: str | None,
+    scripts: Sequence[Sequence[str]],
+    given: Sequence[Sequence[str]] | None,
+    max_tokens: int,
+    label: str,
+) -> Talk:
+    """`converse` with one of two models, the quantized one at a preset."""
+    lm = reference if of_reference else quantized
+    with lm.at(None if of_reference else preset):
+        return converse(lm, scripts, max_tokens=max_tokens, given=given, label=label)
+
+
 def turn_flips(
     reference: LocalLM,
     quantized: LocalLM,
@@ -122,10 +143,11 @@ def turn_flips(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     turns: int,
+    share: Share,
 ) -> dict[str | None, NDArray[np.float64]]:
     """Share of flipped tokens in every answer of the float model, [conversations, turns], at each preset."""
     batches = answer_batches(reference, prompts, answers)
-    tokens, tables = measure_tokens(reference, quantized, presets, batches, label="flips by turn")
+    tokens, tables = measure_tokens(reference, quantized, presets, batches, label="flips by turn", share=share)
     total = len(answers)
     counts_N = np.bincount(tokens.text_N, minlength=total)
     return {

@@ -6,7 +6,7 @@ lm_eval.models.huggingface.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from polybit.core.runtime import PolybitError
 from polybit.evals.scoring import bootstrap
+from polybit.evals.sharing import Here, Share
 from polybit.hub.lm import LocalLM
 
 GENERATED_TOKENS = 256  # lm-eval's own default
+HEAVY = ("doc", "arguments", "resps", "filtered_resps", "target")  # of a sample; nothing is compared there
 
 
 class BridgeLM(TemplateLM):
@@ -159,6 +161,26 @@ def evaluate_tasks(
     return {"results": found["results"], "samples": found["samples"]}
 
 
+def evaluated(
+    reference: LocalLM,
+    quantized: LocalLM,
+    of_reference: bool,
+    preset: str | None,
+    tasks: Sequence[str],
+    rest: Mapping[str, Any],
+) -> dict[str, Any]:
+    """`evaluate_tasks` of one of two models, the quantized one at a preset; of the samples what is compared."""
+    lm = reference if of_reference else quantized
+    with lm.at(None if of_reference else preset):
+        found = evaluate_tasks(BridgeLM(lm), tasks, **rest)
+    return {**found, "samples": {task: [slim(row) for row in rows] for task, rows in found["samples"].items()}}
+
+
+def slim(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample without its document and what was asked and replied."""
+    return {key: value for key, value in row.items() if key not in HEAVY}
+
+
 def compare_tasks(
     reference: LocalLM,
     quantized: LocalLM,
@@ -166,20 +188,20 @@ def compare_tasks(
     tasks: Sequence[str],
     *,
     seed: int = 0,
+    share: Share | None = None,
     **rest: Any,
 ) -> dict[str, Any]:
     """{TASK: {"reference": {METRIC: number}, "presets": {NAME: {METRIC: {"value", "difference": E, "flips": E}}}}}.
 
     `value` is lm-eval's own figure; difference and flips are paired over the samples of yes/no metrics.
     """
-    base = evaluate_tasks(BridgeLM(reference), tasks, **rest)
+    parts = [(True, None, tasks, rest), *((False, preset, tasks, rest) for preset in presets)]
+    base, *others = (share or Here(reference, quantized))(evaluated, parts, "lm-eval")
     found: dict[str, Any] = {
         task: {"n": len(base["samples"].get(task, ())), "reference": figures(row), "presets": {}}
         for task, row in base["results"].items()
     }
-    for preset in presets:
-        with quantized.at(preset):
-            now = evaluate_tasks(BridgeLM(quantized), tasks, **rest)
+    for preset, now in zip(presets, others, strict=True):
         for task, row in now["results"].items():
             found[task]["presets"][preset or "as loaded"] = {
                 name: {"value": value, **paired_samples(base["samples"], now["samples"], task, name, seed=seed)}

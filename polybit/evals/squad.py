@@ -23,6 +23,7 @@ from polybit.core.runtime import PolybitError, write_json
 from polybit.data.spans import Window, prompt_windows, span_windows
 from polybit.data.squad import Answer, Asked, SquadFile, choose
 from polybit.evals.scoring import PUNCTUATION, bootstrap, normalize_answer
+from polybit.evals.sharing import Share, cut, joined
 from polybit.evals.tasks import Predictions
 from polybit.hub.lm import LocalLM, cut_at
 from polybit.hub.span import SpanReader
@@ -220,8 +221,28 @@ def differences(scores: Scores, reference: Scores, *, seed: int = 0) -> dict[str
 # models side by side -------------------------------------------------------------------------------------------
 
 
+def answered(
+    reference: SquadView,
+    quantized: SquadView,
+    of_reference: bool,
+    preset: str | None,
+    asked: Sequence[Asked],
+    threshold: float | None,
+) -> list[str]:
+    """Answers of one of two models, the quantized one at a preset."""
+    lm = reference if of_reference else quantized
+    with lm.at(None if of_reference else preset) as view:
+        return (spans(view, null_threshold=threshold) if isinstance(view, SpanReader) else generative(view))(asked)
+
+
+def given(texts: list[str]) -> Answerer:
+    """Answers that were given already."""
+    return lambda asked: texts
+
+
 def compare_squad(
-    views: Mapping[str, tuple[SquadView, str | None]],
+    views: Mapping[str, tuple[bool, str | None]],
+    share: Share,
     file: SquadFile,
     folder: Path,
     *,
@@ -232,22 +253,24 @@ def compare_squad(
 ) -> dict[str, Any]:
     """EM and F1 of every view (label -> (model, preset)), and their paired differences to the reference's label.
 
-    count: questions drawn at random, None = all. Predictions are frozen as `folder/LABEL.json`.
+    views: label -> (whether the reference is meant, preset) · share: who answers · count: questions drawn at random,
+    None = all. Predictions are frozen as `folder/LABEL.json`.
     {"file", "head", "questions", "predictions", "scores": {LABEL: {"em": E, "f1": E, "difference": {...}}}}.
     """
     asked = choose(file.questions(), count, seed)
     korean = "korquad" in file.version().lower()
     threshold = 0.0 if file.version().startswith("v2") else None
+    pieces = cut(asked)
+    told = [(*view, part, threshold) for view in views.values() for part in pieces]
+    said = joined(share(answered, told, "answers"), len(pieces))
     scores = {}
-    for label, (view, preset) in views.items():
-        with view.at(preset):
-            answerer = spans(view, null_threshold=threshold) if isinstance(view, SpanReader) else generative(view)
-            scores[label] = run(answerer, asked, file, folder / f"{label}.json", korean=korean)
+    for label, texts in zip(views, said, strict=True):
+        scores[label] = run(given(texts), asked, file, folder / f"{label}.json", korean=korean)
     rows: dict[str, Any] = {}
-    for label, found in scores.items():
-        rows[label] = {name: estimate.to_json() for name, estimate in summarize(found, seed=seed).items()}
+    for label, values in scores.items():
+        rows[label] = {name: estimate.to_json() for name, estimate in summarize(values, seed=seed).items()}
         if reference is not None and label != reference:
-            paired = differences(found, scores[reference], seed=seed)
+            paired = differences(values, scores[reference], seed=seed)
             rows[label]["difference"] = {name: estimate.to_json() for name, estimate in paired.items()}
     return {
         "file": file.name,

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+from importlib.util import find_spec
 
 import pytest
 
 from polybit.cli import main
+from tests.evals.toy import CHOICE
 
 SMALL = ["--samples", "8", "--window", "64", "--no-measure", "--seed", "3"]
-TIMES = ("seconds", "cpu_seconds", "kept_at", "measured_now", "peak_memory_bytes")
+TIMES = ("seconds", "cpu_seconds", "kept_at", "measured_now", "peak_memory_bytes", "predictions")
 WAYS = [["--workers", "2"], ["--workers", "2", "--ray", "local"]]
 
 pytestmark = pytest.mark.slow
@@ -35,6 +37,28 @@ def test_quantize(tmp_path, codes):
     for name, way in (("one", []), ("two", WAYS[0]), ("ray", WAYS[1])):
         main(["quantize", "tinychat", *SMALL, *codes, "--out", str(tmp_path / name), *way])
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two") == bytes_of(tmp_path / "ray")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_suites_and_pairs(tmp_path, way, capsys):
+    main(["quantize", "tinychat", *SMALL, "--widths", "4,3", "--effort", "fast", "--out", str(tmp_path / "q")])
+    rows = [{"question": f"What is {n}?", "choices": [f"{n}", "no"], "answer": 0} for n in range(260)]
+    (tmp_path / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "toy_choice.yaml").write_text(CHOICE.format(name="toy_choice", data=tmp_path / "numbers.jsonl"))
+    words = ["eval", str(tmp_path / "q"), "--windows", "2", "--answers", "34", "--max-tokens", "6", "--breakdown"]
+    words += ["--precision", "w3"]
+    words += ["--choices", str(tmp_path / "numbers.jsonl"), "--squad", "embedded", "--squad-items", "4"]
+    words += ["--talk", "2", "--talk-count", "2", "--choice-items", "260"]
+    words += ["--lm-eval", "toy_choice", "--lm-eval-path", str(tmp_path)] if find_spec("lm_eval") else []
+    for name, more in (("one", []), ("two", way)):
+        main([*words, "--json", str(tmp_path / f"{name}.json"), *more])
+        main(["pairs", "tinychat", "--prompts", "embedded", "--limit", "20", "--shard", "7", "--max-tokens", "12",
+              "--precision", "w3", "--out", str(tmp_path / name), *more])  # fmt: skip
+    one = numbers(tmp_path / "one.json")
+    assert one["choices"]["numbers"]["n"] == 260 and {"talk", "squad"} < one.keys()
+    assert one == numbers(tmp_path / "two.json")
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    assert "in this process" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("way", WAYS)
