@@ -31,6 +31,7 @@ from polybit.hub.load import load_quantized, quantization_of
 from polybit.hub.models import own_name, resolve
 from polybit.hub.peft import load_peft
 from polybit.hub.push import check_repo, push
+from polybit.nn.adapters import worn
 from polybit.nn.switch import current, use
 from polybit.options.checks import plain
 from polybit.options.export import ExportOptions
@@ -86,7 +87,11 @@ def material_of(model: str, options: ExportOptions) -> Material:
             use(loaded, options.precision)
             warn_of_width(loaded, options.precision)
     check_weights_only(current(loaded))
-    adapters = {} if options.adapter is None else load_peft(options.adapter)
+    adapters = worn(loaded)
+    if options.adapter is not None:
+        if adapters:
+            raise PolybitError(f"preset {options.precision} has an adapter of its own: leave --adapter out")
+        adapters = load_peft(options.adapter)
     return Material.of(loaded, DTYPES[options.float_type], adapters, tokenizer, exact=options.exact)
 
 

@@ -16,10 +16,11 @@ from polybit.compress.plan_files import read_presets
 from polybit.compress.sizes import quantized_layers
 from polybit.core.plan import Plan
 from polybit.core.records import Run
+from polybit.core.runtime import PolybitError
 from polybit.hub.checkpoint import save, verify
-from polybit.hub.directory import check_output
+from polybit.hub.directory import ADAPTERS, check_output
 from polybit.hub.models import device_of
-from polybit.hub.peft import save_peft
+from polybit.nn.adapters import plug
 from polybit.options.checks import plain
 from polybit.options.train import TrainOptions
 from polybit.train import world
@@ -50,6 +51,9 @@ def trained(model: str, options: TrainOptions) -> Run:
     """`train` in one of its processes."""
     run = Run("train", {"model": model, **plain(options)})
     presets = read_presets(options.presets)
+    unfit = [name for name in presets if Path(name).name != name or name in (".", "..")]
+    if unfit and options.adapter != "none":
+        raise PolybitError(f"--presets names {unfit[0]!r:.60}, after which a folder is called: use no / in it")
     check_output(options.out, overwrite=options.overwrite)
     with run.timed():
         if LESSON_OBJECTIVES[options.method].alone:
@@ -132,7 +136,7 @@ def fingerprint(options: TrainOptions, pupil: Pupil) -> dict[str, Any]:
 
 
 def save_all(pupil: Pupil, out: Path, options: TrainOptions) -> list[str]:
-    """Freeze and save: one checkpoint, with LoRA adapters beside it, or one per preset for codes of their own."""
+    """Freeze and save: one checkpoint with the LoRA adapters of its presets, or one per preset for codes of its own."""
     notes = {"base_model": pupil.parent, "trained": {name: getattr(options, name) for name in NOTED}}
 
     def one(frozen: nn.Module, path: Path) -> str:
@@ -149,8 +153,6 @@ def save_all(pupil: Pupil, out: Path, options: TrainOptions) -> list[str]:
         loras = {preset: {name: layer.loras[preset] for name, layer in layers.items()} for preset in pupil.plans}
     if options.adapter == "nested" and len(pupil.plans) > 1:
         return [one(freeze(copy.deepcopy(model), preset), out / preset) for preset in pupil.plans]
-    saved = [one(freeze(model), out)]
-    for preset, factors in loras.items():
-        save_peft(factors, out / "adapters" / preset, base_model=pupil.parent)
-        saved.append(str(out / "adapters" / preset))
-    return saved
+    frozen = freeze(model)
+    plug(frozen, {name: {preset: loras[preset][name] for preset in loras} for name in layers} if loras else {})
+    return [one(frozen, out), *(str(out / ADAPTERS / preset) for preset in loras)]

@@ -22,6 +22,7 @@ from polybit.core.records import Rotation
 from polybit.core.runtime import PolybitError, write_json
 from polybit.hub.directory import absolute, check_manifest, restore, staged_directory
 from polybit.hub.files import Header, check_sizes, read_headers, read_json, shards_of
+from polybit.hub.peft import write_adapters
 from polybit.hub.pieces import NAMES, Pieces, checked, read_places, same_pieces, write_pieces
 from polybit.nn.board import panel
 from polybit.nn.convert import is_kind
@@ -169,9 +170,9 @@ def save(
 ) -> Path:
     """Write a quantized model as a directory that plain transformers loads when polybit is installed; returns its path.
 
-    The model's presets (`set_presets`) are stored with it. files: further text files (a model card, a plan), name ->
-    content. pieces: where the values of a model come from that is only a skeleton. The directory appears whole or not
-    at all; an existing checkpoint is replaced only with `overwrite`.
+    The model's presets (`set_presets`) are stored with it, and the adapters they have. files: further text files (a
+    model card, a plan), name -> content. pieces: where the values of a model come from that is only a skeleton. The
+    directory appears whole or not at all; an existing checkpoint is replaced only with `overwrite`.
     Raises PolybitError for an output that cannot be written, a full disk, or a weight that is not finite.
     """
     tensors = dict(stored_tensors(model))
@@ -182,6 +183,7 @@ def save(
     with staged_directory(Path(out), overwrite=overwrite) as stage:
         write_weights(stage, groups, tensors, pieces)
         write_configuration(stage, model, description)
+        write_adapters(model, stage, base_model=str(description.notes.get("base_model", "")))
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         for name, content in (files or {}).items():

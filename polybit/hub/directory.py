@@ -22,6 +22,8 @@ FREE = ("README.md", MANIFEST)  # files that may change without making the artef
 CUT_SHORT = re.compile(r"^\d+ requested and \d+ written|unexpected pos \d+ vs \d+")  # numpy's and torch's full disk
 LONGEST_NAME = 200  # characters of a file's name, of which file systems spell 255 bytes
 TEMPLATES = "additional_chat_templates"  # the one folder a tokenizer may write
+ADAPTERS = "adapters"  # a folder per preset that has one
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # what transformers reads wherever it lies beside the weights: weights, adapters, tokenizers, templates, settings, code
 HONOURED = re.compile(
     r".*\.(safetensors(\.index\.json)?|bin|py|model|tiktoken|jinja)|(config|generation_config|adapter_config|"
@@ -226,18 +228,31 @@ def check_manifest(directory: Path) -> list[str]:
 
 
 def files_of(directory: Path) -> dict[str, Path]:
-    """The files of a checkpoint by the names of its manifest; folders but that of chat templates are passed by."""
+    """The files of a checkpoint by the names of its manifest; folders but those of chat templates and of adapters are
+    passed by."""
     found = {path.name: path for path in directory.iterdir() if not path.is_dir()}
     folder = directory / TEMPLATES
     inside = {f"{TEMPLATES}/{path.name}": path for path in folder.iterdir()} if folder.is_dir() else {}
-    return dict(sorted({**found, **inside}.items()))
+    worn = {
+        f"{ADAPTERS}/{path.parent.name}/{path.name}": path
+        for name in ADAPTER_FILES
+        for path in directory.glob(f"{ADAPTERS}/*/{name}")
+    }
+    return dict(sorted({**found, **inside, **worn}.items()))
+
+
+def adapter_of(name: str) -> str | None:
+    """The preset whose adapter a name in a manifest is part of, None for other files."""
+    folder, preset, file = (*name.split("/"), "", "")[:3]
+    known = folder == ADAPTERS and file in ADAPTER_FILES and name == f"{ADAPTERS}/{preset}/{file}"
+    return preset if known and preset not in ("", ".", "..") else None
 
 
 def check_file(directory: Path, name: str, entry: Any) -> None:
     """One line of the manifest against the file it speaks of."""
     path = directory / name
     if (
-        Path(name).name != name.removeprefix(f"{TEMPLATES}/")
+        (Path(name).name != name.removeprefix(f"{TEMPLATES}/") and adapter_of(name) is None)
         or len(name) > LONGEST_NAME
         or not isinstance(entry, dict)
         or set(entry) != {"bytes", "sha256"}

@@ -14,6 +14,7 @@ from polybit.hub.checkpoint import Description, weight_files
 from polybit.hub.files import read_json
 from polybit.hub.lent import LentModel, compute_buffers
 from polybit.hub.load import fetch
+from polybit.hub.peft import read_adapters
 from polybit.hub.pieces import Place, read_places
 from polybit.hub.plugin import validate_once
 from polybit.hub.skeleton import load_skeleton
@@ -57,6 +58,7 @@ def open_lent_checkpoint(name: str, *, trust_remote_code: bool = False) -> LentC
         install(model, {layer: (known[layer], fields, None) for layer, fields in description.layers.items()})
     model.config.quantization_config = declared  # type: ignore[union-attr]
     set_presets(model, description.presets)
+    read_adapters(model, path)
     if "rotation" in description.notes:
         board_of(model).rotation = Rotation.from_json(description.notes["rotation"])
     multiply_by(model)

@@ -18,7 +18,7 @@ from polybit.hub.gguf_file import is_gguf, open_gguf
 from polybit.hub.quiet import calling_hub, quiet
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
-FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # in folders too
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 

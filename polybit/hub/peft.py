@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polybit.core.runtime import PolybitError, atomic_path, write_json
-from polybit.hub.files import read_json
-from polybit.nn.adapters import Lora
+from torch import nn
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from polybit.core.runtime import PolybitError, atomic_path, write_json
+from polybit.hub.directory import ADAPTER_FILES, ADAPTERS, MANIFEST, adapter_of
+from polybit.hub.files import read_json
+from polybit.nn.adapters import Lora, plug, plugged
+
+CONFIG, WEIGHTS = ADAPTER_FILES
 PREFIX, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
@@ -73,3 +76,21 @@ def load_peft(path: Path) -> dict[str, Lora]:
     if not found:
         raise PolybitError(f"{path / WEIGHTS} holds no LoRA factors: give the directory training wrote")
     return found
+
+
+def write_adapters(model: nn.Module, directory: Path, *, base_model: str) -> None:
+    """The adapters that a model's presets have, as files of its checkpoint, a folder per preset."""
+    for preset, loras in plugged(model).items():
+        if Path(preset).name != preset or preset in (".", ".."):
+            raise PolybitError(
+                f"the preset {preset!r:.80} has an adapter and no name that a folder can have: rename it"
+            )
+        save_peft(loras, directory / ADAPTERS / preset, base_model=base_model)
+
+
+def read_adapters(model: nn.Module, directory: Path) -> None:
+    """Give the presets of a model the adapters that the manifest of its checkpoint lists; others are passed by."""
+    manifest = directory / MANIFEST
+    listed = read_json(manifest).get("files", {}) if manifest.is_file() else {}
+    for preset in sorted({preset for preset in map(adapter_of, listed) if preset is not None}):
+        plug(model, {name: {preset: lora} for name, lora in load_peft(directory / ADAPTERS / preset).items()})

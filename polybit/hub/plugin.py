@@ -40,6 +40,7 @@ class PolybitQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.directory: Path | None = None  # the files come from, where it is known
         if not self.pre_quantized:
             raise PolybitError("polybit does not quantize while loading: run `polybit quantize MODEL --out DIR` first")
 
@@ -84,6 +85,7 @@ class PolybitQuantizer(HfQuantizer):
         if files and (files[0].parent / "manifest.json").is_file():
             validate_once(files[0].parent)
         if files:
+            self.directory = files[0].parent
             check_names(model, read_headers(files))
         skip_initialization(model)
         return model
@@ -93,6 +95,7 @@ class PolybitQuantizer(HfQuantizer):
         from polybit.core.records import Rotation
         from polybit.hub.cache import keep_packed
         from polybit.hub.checkpoint import Description
+        from polybit.hub.peft import read_adapters
         from polybit.nn.board import board_of
         from polybit.nn.linear import QuantWeight
         from polybit.nn.switch import multiply_by, set_presets
@@ -107,6 +110,8 @@ class PolybitQuantizer(HfQuantizer):
                 )
         description = Description.from_json(self.quantization_config.to_dict())
         set_presets(model, description.presets)
+        if self.directory is not None:
+            read_adapters(model, self.directory)
         if "rotation" in description.notes:
             board_of(model).rotation = Rotation.from_json(description.notes["rotation"])
         multiply_by(model)  # several times faster than in float and within 1e-4 of it; gradients stay exact

@@ -53,6 +53,24 @@ def plug(model: nn.Module, adapters: Mapping[str, Mapping[str, Lora]]) -> None:
         board.adapted[name] = layer
 
 
+def plugged(model: nn.Module) -> dict[str, dict[str, Lora]]:
+    """The adapters of a model: preset -> layer name -> adapter."""
+    found: dict[str, dict[str, Lora]] = {}
+    for name, layer in board_of(model).adapted.items():
+        for preset, adapter in getattr(layer, "adapters", {}).items():  # a layer in training keeps its own
+            rank = len(adapter.down_RI)
+            lora = Lora(adapter.rows, adapter.columns, rank, adapter.down_RI, alpha=adapter.scale * rank)
+            lora.load_state_dict({"down_RI": adapter.down_RI, "up_OR": adapter.up_OR})
+            found.setdefault(preset, {})[name] = lora.requires_grad_(False)
+    return found
+
+
+def worn(model: nn.Module) -> dict[str, Lora]:
+    """The adapters that are in use, by the name of their layer."""
+    board = board_of(model)
+    return {} if board.worn is None else plugged(model).get(board.worn, {})
+
+
 def wear(model: nn.Module, preset: str | None) -> None:
     """Let every layer use the adapter of a preset; None or a preset without adapters: none."""
     board = board_of(model)

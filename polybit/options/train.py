@@ -68,7 +68,7 @@ class TrainOptions(ProcessOptions):
     balance: Literal["sum", "gradient", "project"] = "sum"
     """How gradients of the presets are put together: added, brought to equal length, or that without conflicts."""
     adapter: Literal["none", "nested", "lora"] = "none"
-    """none = one code for all presets, one file; lora = the same and an adapter per preset beside it, in peft's format;
+    """none = one code for all presets, one file; lora = the same and an adapter per preset in it, in peft's format;
     nested = low-rank updates inside the quantizer, codes of their own and a checkpoint per preset."""
     rank: int = 16
     """Rank of the adapters at the narrowest width."""

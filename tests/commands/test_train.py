@@ -10,6 +10,7 @@ import torch
 from polybit.cli import main
 from polybit.hub.load import load
 from polybit.nn import switch
+from polybit.nn.board import board_of
 
 TINY = ["--steps", "4", "--rows", "24", "--batch", "4", "--length", "96", "--group-size", "16"]
 
@@ -73,7 +74,8 @@ def test_adapters_are_saved_for_peft(tiny_llama, tmp_path, monkeypatch):
     config = json.loads((tmp_path / "out" / "adapters" / "B" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["r"] == 2
     assert (tmp_path / "out" / "adapters" / "B" / "adapter_model.safetensors").is_file()
-    load(tmp_path / "out")  # a further folder does not make the checkpoint another one
+    model, _ = load(tmp_path / "out")
+    assert board_of(model).adapted and sorted(next(iter(board_of(model).adapted.values())).adapters) == ["A", "B"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 from polybit.acts.export import export
 from polybit.core.parts import load
+from polybit.core.plan import Plan
 from polybit.core.runtime import PolybitError
 from polybit.export.table import EXPORTERS, holders
 from polybit.hub.load import load_quantized
@@ -227,6 +228,29 @@ def test_an_adapter_is_folded_into_decoded_weights_alone(nested, tmp_path):
     assert apart(expected.detach(), ORACLES["dense"](tmp_path / "out", layer, 128)) < 1e-6
     with pytest.raises(PolybitError, match="rounded away"):
         ExportOptions(to="mlx", out=tmp_path / "mlx", adapter=tmp_path / "adapter")
+
+
+def test_a_preset_brings_its_own_adapter(nested, tmp_path):
+    from polybit.hub.checkpoint import save
+    from polybit.nn.adapters import Lora, plug
+    from polybit.nn.switch import set_presets
+
+    model, tokenizer = load_quantized(nested)
+    layer = "model.layers.0.mlp.up_proj"
+    lora = Lora(192, 128, 4, torch.zeros(1), alpha=8.0)
+    lora.up_OR.data.normal_()
+    for factor in lora.parameters():
+        factor.data.copy_(factor.data.half())
+    set_presets(model, {"own": Plan.uniform("w3")})
+    plug(model, {layer: {"own": lora.requires_grad_(False)}})
+    worn = save(model, tmp_path / "worn", tokenizer=tokenizer, widths=(8, 3))
+    run(worn, tmp_path / "out", to="dense", dtype="fp32", precision="own")
+    expected = ours(nested, "w3")[layer] + 2 * lora.up_OR @ lora.down_RI
+    assert apart(expected, ORACLES["dense"](tmp_path / "out", layer, 128)) < 1e-6
+    run(worn, tmp_path / "plain", to="dense", dtype="fp32", precision="w3")
+    assert apart(ours(nested, "w3")[layer], ORACLES["dense"](tmp_path / "plain", layer, 128)) < 1e-6
+    with pytest.raises(PolybitError, match="rounded away"):
+        run(worn, tmp_path / "mlx", to="mlx", precision="own")
 
 
 def test_mlx_runs_the_export_and_says_the_same(nested, tmp_path):

@@ -9,6 +9,7 @@ from polybit.core.plan import Plan
 from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
 from polybit.kernels import cpu
+from polybit.nn.adapters import Lora, plug
 from polybit.nn.switch import at, set_presets
 from polybit.serve.engine import Busy, Closing, Engine
 from polybit.serve.pace import Pace
@@ -281,6 +282,22 @@ def test_rounded_activations_beside_compiled_rows():
     assert again[0] == together[0] and done[0].spent.cached == 16  # whole chunks of its own reading
     with pytest.raises(PolybitError):
         crowd.runner.exact("wrong")
+
+
+def test_a_preset_wears_its_adapter_in_a_crowd():
+    """Rows of a preset with an adapter beside rows without: each says what the model says, switched to it alone."""
+    model = make("llama")
+    set_presets(model, {"own": Plan(Precision.parse("w4"))})
+    layers = {name: m for name, m in model.named_modules() if name.endswith(("q_proj", "down_proj"))}
+    torch.manual_seed(1)
+    loras = {name: Lora(m.out_features, m.in_features, 2, torch.zeros(1)) for name, m in layers.items()}
+    for lora in loras.values():
+        lora.up_OR.data.normal_(std=20.0)
+    plug(model, {name: {"own": lora.requires_grad_(False)} for name, lora in loras.items()})
+    asked = [ask(1, name, tokens=prompt(1, 20)) for name in ("own", "w4", "own", "w8")]
+    together = answers(engine(model, kind=BothRunner, chunk=8), asked)[0]
+    slow = [answers(Engine(PlainRunner(model, slots=1, room=64), Letters(), chunk=8), [one])[0][0] for one in asked]
+    assert together == slow and together[0] == together[2] != together[1]
 
 
 def test_an_echoed_prompt_has_the_log_probabilities_of_a_forward_pass(model):
