@@ -110,7 +110,7 @@ def test_adapters_of_a_checkpoint_are_checked_and_others_refused(worn, tmp_path)
     out, strange, damaged = worn[1], tmp_path / "strange", tmp_path / "damaged"
     shutil.copytree(out, strange)
     shutil.copytree(out / "adapters" / "B", strange / "adapters" / "A")  # nobody listed it
-    with pytest.raises(PolybitError, match="A/adapter_model.safetensors is not part of the checkpoint"):
+    with pytest.raises(PolybitError, match=r"A/adapter_model\.safetensors is not part of the checkpoint"):
         load(str(strange))
     shutil.copytree(out, damaged)
     with (damaged / "adapters" / "B" / "adapter_model.safetensors").open("r+b") as file:
