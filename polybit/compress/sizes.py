@@ -12,6 +12,7 @@ from polybit.core.plan import Plan
 from polybit.core.planes import Planes, read_widths
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import warn
+from polybit.nn.adapters import worn_bytes
 from polybit.nn.linear import QuantWeight
 from polybit.nn.switch import at
 from polybit.nn.switch import presets as presets_of
@@ -107,14 +108,14 @@ def field(record: Any, name: str) -> Any:
 
 
 def preset_sizes(model, presets: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Effective bits per weight and bytes read of the quantized layers, for each preset."""
+    """Effective bits per weight and bytes read of the quantized layers and their adapters, for each preset."""
     layers = quantized_layers(model)
     weights = sum(layer.rows * layer.columns for layer in layers.values())
     found = {}
     for preset in presets:
         with at(model, preset):
-            read = {name: bytes_read(layer.planes, layer.reading) for name, layer in layers.items()}
-            bits = sum(effective_bits(layer.planes, layer.reading) for layer in layers.values())
+            read = {n: bytes_read(layer.planes, layer.reading) + worn_bytes(layer) for n, layer in layers.items()}
+            bits = sum(effective_bits(one.planes, one.reading) + 8 * worn_bytes(one) for one in layers.values())
         found[preset] = {"bytes": sum(read.values()), "bits_per_weight": bits / max(weights, 1)}
     return found
 

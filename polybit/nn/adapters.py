@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,12 @@ def worn(model: nn.Module) -> dict[str, Lora]:
     """The adapters that are in use, by the name of their layer."""
     board = board_of(model)
     return {} if board.worn is None else plugged(model).get(board.worn, {})
+
+
+def worn_bytes(layer: Any) -> int:
+    """Bytes that a layer's adapter in use adds to a forward pass."""
+    adapter = getattr(layer, "adapter", None)
+    return 0 if adapter is None else int(adapter.nbytes())
 
 
 def wear(model: nn.Module, preset: str | None) -> None:

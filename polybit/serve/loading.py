@@ -11,6 +11,7 @@ from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
 from polybit.hub.lm import longest_input
 from polybit.hub.models import open_model, resolve
+from polybit.nn.adapters import worn_bytes
 from polybit.nn.linear import QuantWeight
 from polybit.nn.switch import at, panel, presets
 from polybit.serve.engine import Engine
@@ -189,7 +190,7 @@ def bytes_read(model: Any, precisions: tuple[str, ...]) -> dict[str, int]:
     for name in precisions:
         with at(model, name):
             layers = [layer for layer in panel(model).layers.values() if isinstance(layer, QuantWeight)]
-            found[name] = sum(layer.planes.nbytes(layer.reading) for layer in layers)
+            found[name] = sum(layer.planes.nbytes(layer.reading) + worn_bytes(layer) for layer in layers)
     return found
 
 

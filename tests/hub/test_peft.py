@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 
+from polybit.compress.sizes import preset_sizes
 from polybit.core.plan import Plan
 from polybit.core.runtime import PolybitError
 from polybit.hub.checkpoint import save
 from polybit.hub.directory import MANIFEST
 from polybit.hub.load import load
 from polybit.hub.peft import load_peft, save_peft
-from polybit.nn.adapters import Lora, plug
+from polybit.nn.adapters import Lora, plug, plugged
 from polybit.nn.switch import set_presets, use
 from tests.families import prompt, quantized, tiny_model
 
@@ -102,6 +103,9 @@ def test_a_checkpoint_keeps_the_adapters_of_its_presets(worn, tmp_path):
     for preset in ("A", "B"):  # read back it multiplies by the compiled kernels
         assert torch.allclose(logits(again, preset), logits(model, preset), atol=1e-3), preset
     assert not torch.allclose(logits(again, "B"), logits(again, "w4"), atol=1e-2), "a plain width wears nothing"
+    size, plain = preset_sizes(again, ["B", "w4"]).values()
+    assert size["bytes"] - plain["bytes"] == sum(lora.nbytes() for lora in plugged(again)["B"].values()) > 0
+    assert size["bits_per_weight"] > plain["bits_per_weight"]
     again.save_pretrained(tmp_path / "copy")
     assert torch.equal(logits(load(str(tmp_path / "copy"))[0], "B"), logits(again, "B"))
 
