@@ -75,6 +75,11 @@ class PolybitQuantizer(HfQuantizer):
         description = Description.from_json(self.quantization_config.to_dict())
         known = {target.name: target for target in targets(model, include_embeddings=True)}
         unknown = sorted(set(description.layers) - set(known))
+        if unknown and all(name.removeprefix(f"{model.base_model_prefix}.") in known for name in unknown):
+            raise PolybitError(
+                f"{type(model).__name__} lacks the head that this checkpoint has: load it by AutoModelForCausalLM and "
+                f"take its `.{model.base_model_prefix}`, or give output_hidden_states=True"
+            )
         if unknown:
             raise PolybitError(
                 f"the checkpoint quantizes {unknown[0]!r:.120}, which {type(model).__name__} does not have: "

@@ -3,7 +3,7 @@
 Weights and activations are set layer by layer, attention operands (q, k, v) attention by attention (nn/attention.py).
 
 The model stays a plain module tree, so `generate` and every caller work unchanged. Switching sets one attribute per
-layer and copies no weight. One model has one precision at a time: two threads must not switch the same model.
+layer and copies no weight. One model has one precision at a time: a second thread inside `at` is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from threading import Lock, get_ident
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -33,6 +35,8 @@ from polybit.nn.linear import QuantWeight
 
 Wanted = str | int | Precision | Plan
 Entry = tuple[SwitchableLayer, Precision, ColumnWidths | None]  # a layer, its precision, its column offsets
+HELD: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()  # the thread inside `at` with a model
+HOLDING = Lock()
 
 
 def stored_layers(model: nn.Module) -> dict[str, QuantWeight]:
@@ -81,21 +85,39 @@ def check(model: nn.Module, board: Board, plan: Plan) -> list[Entry]:
 
 @contextmanager
 def at(model: nn.Module, wanted: Wanted) -> Iterator[nn.Module]:
-    """`with at(model, "w3a4"): ...`: switch for the body, then back to what every layer had before."""
+    """`with at(model, "w3a4"): ...`: switch for the body, then back to what every layer had before.
+
+    A model has one precision at a time: a second thread inside is refused (PolybitError), for it would change the
+    answers of the first.
+    """
     with as_it_was(model):
         use(model, wanted)
         yield model
 
 
+def hold(model: nn.Module) -> int | None:
+    """Note that this thread chose the model's precision; returns who had before it."""
+    with HOLDING:
+        before, me = HELD.get(model), get_ident()
+        if before not in (None, me):
+            raise PolybitError(
+                "another thread is inside polybit.at with this model, which has one precision at a time: take turns by "
+                "a lock, give each thread a model of its own, or let polybit serve answer at several"
+            )
+        HELD[model] = me
+    return before
+
+
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Give every layer and every attention back the precision it has now when the body ends."""
-    board = panel(model)
+    board, before = panel(model), hold(model)
     layers = [(layer, layer.precision, layer.offsets) for layer in board.layers.values()]
     operands, worn = operands_of(model), board.worn
     try:
         yield
     finally:
+        HELD[model] = before
         wear(model, worn)
         for layer, precision, offsets in layers:
             layer.set_precision(precision, offsets)

@@ -229,3 +229,11 @@ def test_autoload_never_raises(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(autoload.importlib, "import_module", fail)
     autoload.register()
+
+
+def test_a_model_without_its_head_says_that_the_head_is_missing(tmp_path):
+    from transformers import AutoModel
+
+    save(quantized("llama"), tmp_path / "model", widths=(8,))
+    with pytest.raises(PolybitError, match=r"lacks the head .* AutoModelForCausalLM"):
+        AutoModel.from_pretrained(tmp_path / "model")

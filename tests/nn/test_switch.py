@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+import threading
 import time
 
 import pytest
@@ -154,3 +155,29 @@ def test_the_way_of_multiplying_is_chosen_for_the_whole_model():
     assert 1e-4 < (model(x) - exact).abs().max() / exact.abs().max() < 0.1
     multiply_by(model)
     assert torch.allclose(model(x), exact, atol=1e-3 * float(exact.abs().max()))
+
+
+def test_a_second_thread_inside_is_refused_and_a_copy_is_free():
+    """Two widths at a time would mix two answers in silence: a model has one."""
+    model = quantized("llama")
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay():
+        with at(model, "w3"):
+            inside.set()
+            leave.wait(20)
+
+    first = threading.Thread(target=stay)
+    first.start()
+    assert inside.wait(20)
+    try:
+        copied = copy.deepcopy(model)
+        with pytest.raises(PolybitError, match="another thread is inside"), at(model, "w4"):
+            pass
+        with at(copied, "w4"), at(copied, "w3"):
+            pass
+    finally:
+        leave.set()
+        first.join(20)
+    with at(model, "w4"), at(model, "w3"):
+        pass
