@@ -10,7 +10,9 @@ import torch
 from polybit.core.runtime import PolybitError
 from polybit.hub.crew import Greeting, Make, Seen, Word
 
-ANSWER = 5.0  # seconds in which a cluster must take a connection
+ANSWER = 5.0  # seconds in which a cluster must answer
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)  # of HTTP/2, which Ray's head speaks
+SETTINGS = 4  # kind of the first frame of every HTTP/2 server
 
 
 class Actors:
@@ -105,34 +107,58 @@ def connect(ray: Any, address: str) -> bool:
     if address == "local":
         ray.init(address="local", include_dashboard=False, **quiet)
         return True
+    asked, address = address, meant(address)
     if address != "auto":
-        check_answers(address)
+        check_answers(asked, address)
     try:
         ray.init(address=address, **quiet)
-    except ConnectionError as error:
+    except (ConnectionError, SystemExit) as error:  # ray ends the process where its head stops answering
         raise PolybitError(
-            f"--ray {address}: no Ray cluster answers there ({first_line(error)}); start one with ray start --head, or "
+            f"--ray {asked}: no Ray cluster answers there ({first_line(error)}); start one with ray start --head, or "
             "give --ray local"
         ) from error
     except RuntimeError as error:
         raise PolybitError(
-            f"--ray {address}: the cluster cannot be joined ({first_line(error)}); it must run the same versions of "
+            f"--ray {asked}: the cluster cannot be joined ({first_line(error)}); it must run the same versions of "
             "ray and Python"
         ) from error
     return True
 
 
-def check_answers(address: str) -> None:
-    """Refuse an address where nobody takes a connection, before ray waits for a minute."""
+def meant(address: str) -> str:
+    """What `auto` stands for: the cluster of the environment, or the one that was started or joined here last."""
+    if address != "auto":
+        return address
+    from ray._private import services
+
+    find = getattr(services, "canonicalize_bootstrap_address", None)  # no public name has it
+    try:
+        return (find and find(address)) or address
+    except (ConnectionError, ValueError) as error:
+        raise PolybitError(
+            f"--ray auto: this machine belongs to no Ray cluster ({first_line(error)}); start one with ray start "
+            "--head, or give its address"
+        ) from error
+
+
+def check_answers(asked: str, address: str) -> None:
+    """Refuse an address where nobody answers as Ray does, before ray waits for two minutes and ends the process.
+
+    asked: what the user gave
+    """
     host, sign, port = address.removeprefix("ray://").rpartition(":")
     if not sign or not port.isdigit():
         raise PolybitError(f"--ray {address!r} is no address: give HOST:PORT, auto or local")
+    named = asked if asked == address else f"{asked} (last at {address})"
+    mend = "start the cluster with ray start --head, or mend the address"
     try:
-        socket.create_connection((host, int(port)), timeout=ANSWER).close()
+        with socket.create_connection((host, int(port)), timeout=ANSWER) as opened:
+            opened.sendall(HELLO)
+            frame = opened.recv(9)
     except (OSError, OverflowError) as error:
-        raise PolybitError(
-            f"--ray {address} does not answer ({error}): start the cluster with ray start --head, or mend the address"
-        ) from error
+        raise PolybitError(f"--ray {named} does not answer ({error}): {mend}") from error
+    if len(frame) < 4 or frame[3] != SETTINGS:
+        raise PolybitError(f"--ray {named}: what answers there is no Ray cluster; {mend}")
 
 
 def first_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from polybit.compress.states import Room
 from polybit.core.affine import QWeight
 from polybit.core.parts import pick
 from polybit.core.records import LayerStats
-from polybit.core.runtime import atomic_path, track, warn
+from polybit.core.runtime import atomic_path, track
 from polybit.hub.workers import ALONE, Where, spread
 from polybit.hub.workspace import Workspace
 from polybit.measure.block_files import KeptCodes, packed, unpacked
@@ -100,8 +100,6 @@ def measured(
         _, modules = find_blocks(model, task.targets)
         files = [store.path / f"block-{index:05d}.npz" for index in range(len(modules))]
         missing = [index for index, file in enumerate(files) if not file.is_file()]
-        if missing and not task.signal.by_block:
-            missing = list(range(len(modules)))
         done = len(modules) - len(missing)
         found = measure(model, task, missing, where, source, room)
         for index, content in track(found, "sensitivities", len(modules), done=done):
@@ -128,18 +126,17 @@ def measure(
     model, task: SensitivityTask, blocks: Sequence[int], where: Where, source: WeightSource, room: Room | None
 ) -> Iterator[tuple[int, bytes]]:
     """(block, its file) of every block asked for, in this process or by workers."""
-    if where.alone or not task.signal.by_block:
-        if not where.alone and blocks:
-            warn(f"{task.how} sensitivities are read in one process: every block needs what lies behind it")
+    if where.alone:
         found = run(model, task, set(blocks), source, room)
         yield from islice(found, len(blocks))  # what lies behind the last is not walked through
         return
-    for _, content in spread(BlockMeasurer, (task,), blocks, where=where, models=[task.model.name]):
+    walked = list(reversed(blocks)) if task.signal.backwards else blocks
+    for _, content in spread(BlockMeasurer, (task,), walked, where=where, models=[task.model.name]):
         yield content
 
 
 class BlockMeasurer:
-    """Measures blocks in a worker. Asked in ascending order it walks through the model once."""
+    """Measures blocks in a worker. Asked in the order of the signal it walks through the model once."""
 
     def __init__(self, task: SensitivityTask) -> None:
         self.model, self.where = task.model.open()
@@ -150,7 +147,7 @@ class BlockMeasurer:
 
     def __call__(self, index: int) -> tuple[int, bytes]:
         """(block, its file)."""
-        if self.last is None or index <= self.last:
+        if self.last is None or (index >= self.last if self.task.signal.backwards else index <= self.last):
             self.walk = run(self.model, self.task, self.asked, **self.where)
         self.asked.clear()
         self.asked.add(index)

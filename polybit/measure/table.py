@@ -21,14 +21,14 @@ class HarmSignal:
     """One way to read what quantizing each layer alone does to the model.
 
     Call it as `(model, probes, targets, candidates, *, calibration, only, seed, source, room) -> BlockReading of every
-    block`, sums over counted tokens in `unit`. function: dotted path of that function · summary: half a sentence for
-    `--help` · by_block: a block can be measured without the others, so an interrupted run goes on by block and workers
-    share the blocks; otherwise it is all or nothing · drawn: it draws something, so the seed decides its numbers.
+    block`, sums over counted tokens in `unit`; layers of blocks that are not in `only`, which is asked when the walk
+    comes to a block, cost no candidates. function: dotted path of that function · summary: half a sentence for `--help`
+    · backwards: blocks come from the last to the first · drawn: it draws something, so the seed decides its numbers.
     """
 
     function: str
     summary: str
-    by_block: bool = True
+    backwards: bool = False
     drawn: bool = False
     unit: str = "nats"
 
@@ -55,7 +55,7 @@ SIGNALS: dict[str, HarmSignal] = {
     "gradient": HarmSignal(
         "polybit.measure.taylor:estimate_layers",
         "estimate from backward passes, cheaper",
-        by_block=False,  # gradients come from behind
+        backwards=True,
         drawn=True,
     ),
 }

@@ -48,7 +48,8 @@ def estimate_layers(
     over t of (g_t' E x_t)^2, which has a hundredth of the variance of the square of the sum. One forward walk, then per
     drawn label one forward and backward, block by block from the last to the first: memory is one block's activations
     of one batch, and before every block the hidden states of the probes and the statistics of its layers; with a room
-    as much of these as it allows. `only` saves nothing but the handing over.
+    as much of these as it allows. only: blocks to estimate; through the others gradients are carried and no weight of
+    them is quantized.
     """
     unknown = [target.name for target in targets if target.kind == "experts"]
     if unknown:
@@ -72,9 +73,11 @@ def estimate_layers(
             calibrated.finish()
         draws = [output_gradients(model, modules, probes, last, wraps, seed=seed + at) for at in range(passes)]
         for block in reversed(blocks):
+            wanted = only is None or block.index in only
+            asked = [t for t in block.targets if t.kind in HOOKED] if wanted else []
             with source.lend(block.name):
-                reading = back_through(block, probes, candidates, stats[block.index] if stats else {}, draws)
-            if only is None or block.index in only:
+                reading = back_through(block, asked, probes, candidates, stats[block.index] if stats else {}, draws)
+            if wanted:
                 yield reading
 
 
@@ -143,19 +146,19 @@ def output_gradients(
 
 def back_through(
     block: VisitedBlock,
+    asked: Sequence[Target],
     probes: Sequence[ProbeText],
     candidates: Candidates,
     stats: Mapping[str, Any],
     draws: Sequence[list[Tensor]],
 ) -> BlockReading:
-    """Estimates for one block's layers; the gradients in `draws` move from its output to its input, in place."""
+    """Estimates for these layers of a block; the gradients in `draws` move from its output to its input, in place."""
     with torch.no_grad():
         errors = {}
-        for target in block.targets:
-            if target.kind in HOOKED:
-                weight_OI = target.weight_OI(block.model)
-                found = candidates(target, weight_OI, stats.get(target.name))
-                errors[target.name] = {width: tried_OI - weight_OI for width, tried_OI in found.items()}
+        for target in asked:
+            weight_OI = target.weight_OI(block.model)
+            found = candidates(target, weight_OI, stats.get(target.name))
+            errors[target.name] = {width: tried_OI - weight_OI for width, tried_OI in found.items()}
     reading = BlockReading(block.index)
     at = 0
     for probe in probes:

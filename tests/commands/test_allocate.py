@@ -6,6 +6,7 @@ import pytest
 
 from polybit.cli import main
 from polybit.core import runtime
+from polybit.measure.table import SIGNALS
 
 WORDS = (
     "the",
@@ -172,9 +173,10 @@ def test_a_mixture_that_decides_nothing_is_refused(tiny_llama, texts, tmp_path, 
 
 
 @pytest.mark.slow
-def test_workers_measure_the_same(tiny_llama, texts, tmp_path):
-    _, alone = run(tiny_llama, texts, tmp_path)
-    _, shared = run(tiny_llama, texts, tmp_path, "--workers", "2", "--restart")
+@pytest.mark.parametrize("how", SIGNALS)
+def test_workers_measure_the_same(how, tiny_llama, texts, tmp_path):
+    _, alone = run(tiny_llama, texts, tmp_path, "--sensitivity", how)
+    _, shared = run(tiny_llama, texts, tmp_path, "--sensitivity", how, "--workers", "2", "--restart")
     assert alone["numbers"]["layers"] == shared["numbers"]["layers"]
 
 

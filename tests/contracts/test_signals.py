@@ -101,6 +101,18 @@ def test_blocks_asked_for_are_those_of_all(name):
 
 
 @everyone
+def test_blocks_that_are_not_asked_for_cost_no_candidates(name):
+    tried = []
+
+    def noted(target, *rest):
+        tried.append(target.name)
+        return nudge(target, *rest)
+
+    chosen, readings = read(name, noted, only={1})
+    assert sorted(tried) == sorted(readings[0].kl["text"]) and 0 < len(tried) < len(chosen)
+
+
+@everyone
 def test_a_stopped_measurement_goes_on_to_the_same_numbers(name, tmp_path):
     model = tiny_model("llama").requires_grad_(False)
     windows = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(2))
@@ -111,7 +123,7 @@ def test_a_stopped_measurement_goes_on_to_the_same_numbers(name, tmp_path):
     assert again.cost["measured_now"] == 0
     next(iter(sorted(tmp_path.glob("*/block-*.npz")))).unlink()
     resumed = measured(model, task, "digest", tmp_path)
-    assert resumed.cost["measured_now"] == (1 if SIGNALS[name].by_block else whole.cost["measured_now"])
+    assert resumed.cost["measured_now"] == 1
     for probe, signal in whole.signals.items():
         for other in (again, resumed):
             assert (other.signals[probe].kl_LWN == signal.kl_LWN).all()

@@ -3,7 +3,9 @@
 import builtins
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -12,7 +14,7 @@ import torch
 
 from polybit.core import nursery
 from polybit.core.runtime import PolybitError
-from polybit.hub import processes
+from polybit.hub import cluster, processes
 from polybit.hub.crew import Greeting, Seen, check_gpus, check_greetings, greet, listing, versions
 from polybit.hub.workers import Team, Where, spread
 
@@ -98,6 +100,24 @@ def test_what_cannot_be_meant_is_refused():
         with pytest.raises(PolybitError, match=said):
             squares([1], Where(1, address))
         assert time.monotonic() - began < 10
+
+
+def test_what_answers_and_is_no_cluster_is_refused_at_once(monkeypatch):
+    pytest.importorskip("ray")
+    with socket.socket() as taken, pytest.raises(PolybitError, match="what answers there is no Ray cluster"):
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        threading.Thread(target=lambda: taken.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")).start()
+        squares([1], Where(1, address))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(PolybitError, match=r"--ray auto \(last at .*:1\) does not answer"):
+        squares([1], Where(1, "auto"))
+    monkeypatch.setattr(cluster, "ANSWER", 0.2)
+    with socket.socket() as silent, pytest.raises(PolybitError, match=r"does not answer \(timed out\)"):
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        squares([1], Where(1, f"127.0.0.1:{silent.getsockname()[1]}"))
 
 
 def test_a_missing_ray_is_one_sentence(monkeypatch):
