@@ -116,7 +116,7 @@ VERBS = {
         "",
         "eval.json",
     ),
-    "export": Verb("export OUT/checkpoint --to compressed --windows 0 --out OUT/export", "", "export"),
+    "export": Verb("export OUT/checkpoint --to compressed-tensors --windows 0 --out OUT/export", "", "export"),
 }  # fmt: skip
 
 
@@ -137,7 +137,7 @@ class Limited:
         places = {"MODEL": str(model), "SAMPLES": str(given.samples), "WINDOW": str(given.window)}
         places["METHOD"] = given.method
         words = [places.get(word, word).replace("OUT", str(out)) for word in VERBS[verb].words]
-        words += [] if whole or verb == "export" else ["--memory", str(given.limit / 2)]
+        words += [] if whole or verb == "export" else ["--memory", str(given.memory or given.limit / 8)]
         most = int(given.limit * 1e9)
 
         def confine() -> None:
@@ -243,6 +243,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("--shape", choices=SHAPES, default="500m")
     words.add_argument("--limit", type=float, default=1.8, help="GB of address space")
+    words.add_argument("--memory", type=float, help="GB that a verb is told to keep to (default: an eighth of --limit)")
     words.add_argument("--verbs", nargs="+", choices=VERBS, default=list(VERBS))
     words.add_argument("--method", default="rtn", help="quantizer of quantize")
     words.add_argument("--samples", type=int, default=4)

@@ -40,7 +40,6 @@ COMMANDS = {
     "attack": ("polybit.commands.attack:attack", STUDY, "Attack a checkpoint at each width and answer at every other."),
     "study": ("polybit.commands.study:study", STUDY, "Answer the questions about switchable precision for a model."),
 }
-NO_MEMORY = "can't allocate memory"  # what torch says of main memory
 TRACEBACK = "POLYBIT_TRACEBACK"  # set, an error nobody foresaw is raised as it is
 SHOWN = warnings.formatwarning
 LARGEST_CONFIG = 1 << 20  # bytes
@@ -132,14 +131,14 @@ def main(tokens: list[str] | None = None) -> None:
             f"{error.filename or 'the output'}: {reason}; nothing finished is lost - mend it and run the command again"
         )
     except Exception as error:
-        from polybit.core.runtime import PolybitError
+        from polybit.core.runtime import PolybitError, lacks_memory
 
         if isinstance(error, PolybitError):
             fail(str(error))
         if os.environ.get(TRACEBACK):
             raise
         said = " ".join(str(error).split())
-        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or NO_MEMORY in said:
+        if type(error).__name__ == "OutOfMemoryError" or lacks_memory(error):
             fail(
                 f"the memory is used up ({said[:80] or 'no further words'}); nothing finished is lost - "
                 "free some or ask for less (--memory, --samples, --window, --device cpu), and run the command again"

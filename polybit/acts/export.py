@@ -12,10 +12,11 @@ import torch
 from polybit.compress.plan_files import read_plan
 from polybit.compress.sizes import warn_of_width
 from polybit.compress.text import window_length
+from polybit.core.memory import fits
 from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.records import RUN_FILE, Run, read_run
-from polybit.core.runtime import PolybitError
+from polybit.core.runtime import PolybitError, warn
 from polybit.data.text import read_windows
 from polybit.evals.compare import AS_LOADED, EvalMaterial
 from polybit.evals.compare import compare as compare_models
@@ -116,9 +117,23 @@ def checked(material: Material, stage: Path, options: ExportOptions) -> dict[str
         "layers": dict(material.held),
         "difference": difference.to_json(),
     }
-    if difference.differing and options.windows and material.tokenizer is not None:
+    asked = difference.differing and options.windows and material.tokenizer is not None
+    if asked and may_measure(material, options):
         numbers["measured"] = measured(material, stage, options)
     return numbers
+
+
+def may_measure(material: Material, options: ExportOptions) -> bool:
+    """Whether there is memory for both decoded models; says so where there is none."""
+    weights = sum(layer.rows * layer.columns for layer in material.layers.values())
+    size = 2 * 4 * (weights + sum(tensor.numel() for _, tensor in material.floats()))
+    if fits(size, None):
+        return True
+    warn(
+        f"what {options.out} differs by is not measured on text: the weights of both, decoded, would take "
+        f"{size / 1e9:.1f} GB; --windows 0 leaves it out in silence"
+    )
+    return False
 
 
 def measured(material: Material, stage: Path, options: ExportOptions) -> dict[str, Any]:

@@ -27,6 +27,13 @@ class PolybitError(Exception):
     """
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is used up, in the words of torch, of the system or of C++."""
+    said = str(error).lower()
+    words = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(word in said for word in words)
+
+
 def warn(sentence: str) -> None:
     """Say on stderr, in one line, what does not stop a run but may surprise."""
     print(f"polybit: warning: {sentence}", file=sys.stderr)

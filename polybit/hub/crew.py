@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 
 import polybit
-from polybit.core.runtime import PolybitError, Shown
+from polybit.core.runtime import PolybitError, Shown, lacks_memory
 
 Work = Callable[[Any], Any]
 Make = Callable[..., Work]  # builds what a worker works with: a model is loaded once there
@@ -148,7 +148,7 @@ def portable(error: BaseException) -> BaseException:
     import pickle
     import traceback
 
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+    if lacks_memory(error):
         return PolybitError(
             f"a worker on {socket.gethostname()} ran out of memory ({error!s:.100}): give fewer --workers, or machines "
             "with more"

@@ -61,3 +61,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(PolybitError, match="disk or quota is full"):
         export(str(fixed), ExportOptions(to="mlx", out=tmp_path / "out", windows=0))
     assert {path.name for path in tmp_path.iterdir()} == {"fixed"}
+
+
+def test_a_difference_that_memory_cannot_measure_is_said(tmp_path, monkeypatch, capsys):
+    from polybit.acts import export as act
+    from polybit.options.export import ExportOptions
+
+    fixed = checkpoint(tmp_path / "fixed", bits=4, zero="level", nested=False)
+    monkeypatch.setattr(act, "fits", lambda size, _: size < 1000)
+    numbers = act.export(str(fixed), ExportOptions(to="dense", out=tmp_path / "out", windows=2)).numbers
+    assert numbers["difference"]["differing"] and "measured" not in numbers
+    assert "is not measured on text: the weights of both, decoded, would take" in capsys.readouterr().err
