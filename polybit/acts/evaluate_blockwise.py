@@ -123,8 +123,9 @@ def noted_base(target: str, *, trust_remote_code: bool) -> str | None:
 
 def open_blockwise(name: str, options: EvalOptions) -> BlockwiseLM | None:
     """A float model or a polybit checkpoint that is read by blocks; None where only the whole can be loaded."""
-    return_large()
-    trust, memory = options.trust_remote_code, allowed_bytes(options.memory) // STATES_SHARE
+    allowed, trust = allowed_bytes(options.memory), options.trust_remote_code
+    return_large(allowed)
+    memory = allowed // STATES_SHARE
     if quantization_of(name, trust_remote_code=trust) == METHOD:
         checkpoint = open_lent_checkpoint(name, trust_remote_code=trust)
         path = Path(name) if Path(name).is_dir() else fetch(name)

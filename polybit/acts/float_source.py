@@ -103,7 +103,7 @@ def open_float(name: str, options: Loading, *, whole: bool) -> FloatSource:
     if lent is None:
         model, tokenizer = load_float(path, trust_remote_code=options.trust_remote_code)
         return FloatSource(model.to(device), tokenizer, None, allowed)
-    return_large()
+    return_large(allowed)
     tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
     return FloatSource(guarded(lent.on(device).model, tokenizer), tokenizer, lent, allowed)
 

@@ -5,6 +5,7 @@ Processes that torchrun started already, on one machine or many, are those of th
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Callable
@@ -20,6 +21,10 @@ from polybit.core.runtime import PolybitError
 from polybit.train import world
 
 FAILED = 2  # exit status of a process that said why
+TRACEBACKS = (  # who else says that a process ended, in tracebacks, before we say why
+    "torch.distributed.elastic.multiprocessing.api",
+    "torch.multiprocessing.spawn",
+)
 
 
 def by_processes(path: str, model: str, options: Any, act: Callable[[str, Any], Run]) -> Run:
@@ -50,6 +55,8 @@ def started(path: str, model: str, options: Any) -> Run:
         monitor_interval=0.2,
     )
     threads = max(1, torch.get_num_threads() // options.processes)
+    for name in TRACEBACKS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with TemporaryDirectory() as folder:
         try:
             return elastic_launch(config, one_process)(path, model, options, folder, threads)[0]

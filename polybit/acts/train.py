@@ -121,6 +121,7 @@ def course(options: TrainOptions) -> Course:
     return Course(
         steps=options.steps,
         batch=options.batch,
+        accumulate=options.accumulate,
         learning_rate=options.learning_rate,
         probes=options.probes,
         slack=options.slack,

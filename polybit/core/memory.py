@@ -18,6 +18,13 @@ SMALLEST = 1 << 20  # bytes; a smaller tensor hardly holds one large page
 USE_LARGE, MAKE_LARGE = 14, 25  # MADV_HUGEPAGE, MADV_COLLAPSE of Linux
 OWN_PAGES, TRIMMED = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc
 MOST_KEPT, MOST_UNUSED = 32 << 20, 1 << 30  # bytes: the largest piece glibc lets one keep, and what may lie unused
+LARGE_SHARE = 64  # one part in so many of what a run may take is given back as soon as it is freed
+
+
+class Kept:
+    """Bytes of the smallest piece that is given back at once."""
+
+    pieces = SMALLEST
 
 
 def collapse(tensor: Tensor) -> bool:
@@ -41,16 +48,20 @@ def return_freed() -> None:
             trim(0)
 
 
-def return_large() -> None:
-    """From now on, give the system back at once what was freed in large pieces, and what lies free at the end.
+def return_large(allowed: int | None = None) -> None:
+    """From now on, give the system back at once what was freed of a piece and more, and what lies free at the end.
 
-    Not smaller pieces too: at a megabyte a streamed model of 100 M weights held a tenth less and took 1.5 times the
-    CPU seconds of one in memory, by getting the same pages anew and clearing them, and 1.2 times so.
+    allowed: bytes the run keeps to; a piece is a part in LARGE_SHARE of them, 1 to 32 MB (default: as before). Glibc by
+    itself keeps what is below 32 MB, and every block leaves more holes among them. Pieces of a megabyte are what takes
+    least memory and most time: a model of 100 M weights took 1.5 times the CPU seconds of one in memory, by getting the
+    same pages anew and clearing them, and 1.2 times with pieces of 8 or 32 MB.
     """
+    if allowed is not None:
+        Kept.pieces = min(MOST_KEPT, max(SMALLEST, allowed // LARGE_SHARE))
     if sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(OWN_PAGES, MOST_KEPT)
+            mallopt(OWN_PAGES, Kept.pieces)
 
 
 @contextmanager

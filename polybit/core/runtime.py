@@ -36,7 +36,8 @@ def lacks_memory(error: BaseException) -> bool:
 
 def warn(sentence: str) -> None:
     """Say on stderr, in one line, what does not stop a run but may surprise."""
-    print(f"polybit: warning: {sentence}", file=sys.stderr)
+    if Shown.warnings:
+        print(f"polybit: warning: {sentence}", file=sys.stderr)
 
 
 @contextmanager
@@ -179,9 +180,11 @@ def progress(
 
 
 class Shown:
-    """Whether this process shows progress; a worker leaves that to who hired it."""
+    """Whether this process shows progress, which a worker leaves to who hired it, and warns, which of several that do
+    the same one does."""
 
     progress = True
+    warnings = True
 
 
 class Lines:

@@ -41,6 +41,9 @@ class TrainOptions(ProcessOptions):
     """Gradient steps."""
     batch: int = 8
     """Rows per step."""
+    accumulate: int = 1
+    """Parts a step's rows are cut into, for memory; --processes N cuts them into N at least, and one process has the
+    same losses with --accumulate N."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     length: int | None = None
@@ -99,7 +102,9 @@ class TrainOptions(ProcessOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, steps=1, batch=1, rank=1, probes=0, cycles=1)
+        at_least(self, steps=1, batch=1, accumulate=1, rank=1, probes=0, cycles=1)
+        if self.batch % self.accumulate:
+            raise PolybitError(f"--accumulate {self.accumulate} does not divide --batch {self.batch}: choose a divisor")
         objective = pick(LESSON_OBJECTIVES, self.method, "--method")
         schedule = pick(SCHEDULES, self.schedule, "--schedule")
         if not self.labels and not objective.taught:

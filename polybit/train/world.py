@@ -65,7 +65,7 @@ def joined(device: str) -> Iterator[None]:
     try:
         check_gpus({f"process {number}": bytes_ for number, bytes_ in enumerate(gathered(memory))})
         if not first():
-            Shown.progress = False
+            Shown.progress = Shown.warnings = False
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         yield
     finally:

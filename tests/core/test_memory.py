@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from polybit.core.memory import keeping_freed, return_large
+from polybit.core.memory import MOST_KEPT, SMALLEST, Kept, keeping_freed, return_large
 
 PAGES = 2048  # of one tensor of 8 MiB
 
@@ -21,9 +21,17 @@ def faults():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other allocators decide by themselves")
 def test_freed_memory_is_used_again_inside_and_given_back_outside():
-    return_large()
+    return_large(0)
     assert faults() > 9 * PAGES
     with keeping_freed():
         faults()
         assert faults() < PAGES
     assert faults() > 0.9 * PAGES
+
+
+def test_what_is_given_back_at_once_follows_what_a_run_may_take():
+    for allowed, pieces in ((64 << 30, MOST_KEPT), (256 << 20, 4 << 20), (0, SMALLEST)):
+        return_large(allowed)
+        assert Kept.pieces == pieces
+        return_large()
+        assert Kept.pieces == pieces
