@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,35 @@ def test_weights_belong_to_the_config() -> None:
     config = json.loads((tiny.path() / "config.json").read_text())
     assert config["vocab_size"] == 1024 and config["tie_word_embeddings"] is True
     assert config["eos_token_id"] == 2 and config["bos_token_id"] == 1 and config["pad_token_id"] == 0
+
+
+def test_bytes_sorted_by_place_come_back():
+    for length in (0, 1, 3, 4, 5, 401):
+        data = bytes(i * 37 % 256 for i in range(length))
+        assert tiny.joined_bytes(tiny.sorted_bytes(data)) == data
+    assert tiny.sorted_bytes(b"abcdABCDx") == b"aAbBcCdDx"
+
+
+@pytest.mark.parametrize("home", ["writable", "a file", "taken"])
+def test_the_model_of_a_wheel_is_put_together_once(home, tmp_path, monkeypatch):
+    """In the cache; where there is none, or something else has its name, in a folder of this process."""
+    wheel, place = tmp_path / "wheel", tmp_path / "home"
+    shutil.copytree(tiny.path(), wheel)
+    weights = (wheel / tiny.WEIGHTS).read_bytes()
+    (wheel / tiny.SORTED).write_bytes(tiny.sorted_bytes(weights))
+    (wheel / tiny.WEIGHTS).unlink()
+    if home == "a file":
+        place.write_text("no folder")
+    monkeypatch.setattr(Path, "home", lambda: place)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if home == "taken":
+        name = hashlib.sha256((wheel / tiny.SORTED).read_bytes()).hexdigest()[:16]
+        (place / ".cache" / "polybit" / f"tinychat-{name}" / "x").mkdir(parents=True)
+    tiny.whole.cache_clear()
+    found = tiny.whole(wheel)
+    assert (found / tiny.WEIGHTS).read_bytes() == weights
+    assert {path.name for path in found.iterdir()} == {path.name for path in tiny.path().iterdir() if path.is_file()}
+    assert (place in found.parents) is (home != "a file")
+    tiny.whole.cache_clear()
+    assert (tiny.whole(wheel) == found) is (home == "writable")
+    tiny.whole.cache_clear()
