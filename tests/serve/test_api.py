@@ -11,6 +11,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from polybit.cli import main
+from polybit.commands.serve import unread
 from polybit.nn.switch import at
 from polybit.options.serve import ServeOptions
 from polybit.serve import anthropic_api
@@ -647,6 +648,13 @@ def test_every_flag_is_an_environment_variable(asked):
     found = asked(**{name.upper(): value for name, value in VALUES.items()})
     for name, value in VALUES.items():
         assert str(getattr(found, name)) in (value, value.title()), name
+
+
+def test_a_mistyped_variable_is_named(asked, capsys):
+    asked(PORT="9001", PROT="9002")
+    said = capsys.readouterr().err
+    assert "POLYBIT_SERVE_PROT is set, and no flag" in said and "POLYBIT_SERVE_PORT " not in said
+    assert not unread([f"POLYBIT_SERVE_{name.upper()}" for name in (*VALUES, "model")] + ["POLYBIT_SERVER", "PATH"])
 
 
 def test_a_file_is_stronger_than_the_environment_and_a_flag_than_both(asked, tmp_path):
