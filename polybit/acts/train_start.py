@@ -57,6 +57,7 @@ def pupil_of_words(name: str, options: TrainOptions, presets: Mapping[str, Plan]
     freedom = Freedom(
         scales=options.scales,
         rank=options.rank,
+        seed=options.seed,
         others="norms" if options.norms else False,
         # codes of a checkpoint make up for each other's errors, which latents at the borders of their cells would undo
         margin=0.0 if start is None else 0.5,
@@ -85,7 +86,7 @@ def pupil_of_spans(name: str, options: TrainOptions, presets: Mapping[str, Plan]
     headed = any("QuestionAnswering" in architecture for architecture in architectures)
     model, tokenizer = load_span(source, new_head=not headed)
     plans = float_head(presets)
-    freedom = Freedom(scales=options.scales, rank=options.rank)
+    freedom = Freedom(scales=options.scales, rank=options.rank, seed=options.seed)
     make_trainable(model, plans, group_size=options.group_size, adapter=options.adapter, freedom=freedom)
     return Pupil(model, tokenizer, in_order(model, plans), own_name(name), model_digest(model))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Any
 
@@ -12,6 +13,7 @@ from polybit.hub.crew import Greeting, Make, Seen, Word
 
 ANSWER = 5.0  # seconds in which a cluster must answer
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)  # of HTTP/2, which Ray's head speaks
+TOKEN = ", where it asks for a token, set RAY_AUTH_MODE=token beside what ray get-auth-token says"
 SETTINGS = 4  # kind of the first frame of every HTTP/2 server
 
 
@@ -88,6 +90,7 @@ class Actors:
 
 def opened() -> Any:
     """The library."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what it warns of is in the sentences below
     try:
         import ray
         import ray.exceptions
@@ -107,19 +110,18 @@ def connect(ray: Any, address: str) -> bool:
     if address == "local":
         ray.init(address="local", include_dashboard=False, **quiet)
         return True
-    asked, address = address, meant(address)
-    if address != "auto":
-        check_answers(asked, address)
+    if (place := meant(address)) != "auto":
+        check_answers(address, place)
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, SystemExit) as error:  # ray ends the process where its head stops answering
         raise PolybitError(
-            f"--ray {asked}: no Ray cluster answers there ({first_line(error)}); start one with ray start --head, or "
-            "give --ray local"
+            f"--ray {address}: no Ray cluster lets us in there ({first_line(error)}); start one with ray start --head, "
+            f"give --ray local, or{TOKEN}"
         ) from error
     except RuntimeError as error:
         raise PolybitError(
-            f"--ray {asked}: the cluster cannot be joined ({first_line(error)}); it must run the same versions of "
+            f"--ray {address}: the cluster cannot be joined ({first_line(error)}); it must run the same versions of "
             "ray and Python"
         ) from error
     return True

@@ -69,7 +69,9 @@ def with_new_head(name: str) -> tuple[nn.Module, Any]:
 
     causal, tokenizer = load_float(name)
     try:
-        model: Any = AutoModelForQuestionAnswering.from_config(causal.config, dtype=torch.float32)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # whoever asks, in any process, has the same head
+            model: Any = AutoModelForQuestionAnswering.from_config(causal.config, dtype=torch.float32)
     except ValueError as error:
         raise PolybitError(
             f"{name} cannot be given a span head ({first_line(error)}): give a model that can have one, "

@@ -18,11 +18,20 @@ from polybit.nn.linear import QuantLinear
 class Lora(nn.Module):
     """y + (alpha / r) B A x, a plain adapter (LoRA, arXiv 2106.09685) of one preset."""
 
-    def __init__(self, rows: int, columns: int, rank: int, like: Tensor, *, alpha: float | None = None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        rank: int,
+        like: Tensor,
+        *,
+        alpha: float | None = None,
+        draw: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         self.alpha = float(rank if alpha is None else alpha)
-        down_RI = torch.empty(rank, columns, dtype=like.dtype, device=like.device)
-        self.down_RI = nn.Parameter(nn.init.kaiming_uniform_(down_RI, a=sqrt(5)))
+        down_RI = nn.init.kaiming_uniform_(torch.empty(rank, columns, device="cpu"), a=sqrt(5), generator=draw)
+        self.down_RI = nn.Parameter(down_RI.to(like))
         self.up_OR = nn.Parameter(like.new_zeros(rows, rank))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ def rank_at(rank: int, width: int) -> int:
 class NestedAdapter(nn.Module):
     """W + B[:, :r_b] A[:r_b], quantized after it is added: narrower widths use more of the same columns (QuEPT)."""
 
-    def __init__(self, rows: int, columns: int, rank: int, like: Tensor) -> None:
+    def __init__(self, rows: int, columns: int, rank: int, like: Tensor, draw: torch.Generator | None = None) -> None:
         super().__init__()
         self.rank = rank
-        down_RI = torch.empty(rank, columns, dtype=like.dtype, device=like.device)
-        self.down_RI = nn.Parameter(nn.init.normal_(down_RI, std=1 / sqrt(columns)))
+        down_RI = nn.init.normal_(torch.empty(rank, columns, device="cpu"), std=1 / sqrt(columns), generator=draw)
+        self.down_RI = nn.Parameter(down_RI.to(like))
         self.up_OR = nn.Parameter(like.new_zeros(rows, rank))
 
     def forward(self, width: int) -> Tensor:

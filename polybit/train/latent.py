@@ -82,7 +82,7 @@ class Freedom:
     0.5 = the middle). Compensated codes lie across a border from their weight, and weights that were quantized
     before (GGUF) right on one (of recomputed scales only those move); without a margin the first steps carry them
     over at random · chained: widths that get a latent weight of their own, in one shared code (chain.py); scales and
-    whatever wider widths read then stay those of the start as far as they can.
+    whatever wider widths read then stay those of the start as far as they can · seed: of what adapters begin with.
     """
 
     codes: Codes | None = None
@@ -92,6 +92,7 @@ class Freedom:
     rank: int = 16
     margin: float = 0.0
     chained: tuple[int, ...] = ()
+    seed: int = 0
 
 
 class LatentLinear(nn.Module):
@@ -198,16 +199,16 @@ def make_trainable(
     for parameter in model.parameters():
         chosen = parameter.ndim == 1 if freedom.others == "norms" else bool(freedom.others)
         parameter.requires_grad_(chosen and parameter.is_floating_point())
-    made = {}
+    made, draw = {}, torch.Generator().manual_seed(freedom.seed)  # alike in every process of a run
     for name, (target, weight_OI, stored) in track(list(layers.items()), "preparing", total=len(layers)):
         widths = sorted({plan.at(name).w for plan in presets.values()}, reverse=True)
         given = (start or {}).get(name, stored)
         layer = LatentLinear(target, weight_OI, getattr(model.get_submodule(name), "bias", None))
         fill(layer, widths, given, Grid(widths[0], group_size, zero), freedom)
         if adapter == "nested":
-            layer.nested = NestedAdapter(target.rows, target.columns, freedom.rank, weight_OI)
+            layer.nested = NestedAdapter(target.rows, target.columns, freedom.rank, weight_OI, draw)
         for preset in presets if adapter == "lora" else ():
-            layer.loras[preset] = Lora(target.rows, target.columns, freedom.rank, weight_OI)
+            layer.loras[preset] = Lora(target.rows, target.columns, freedom.rank, weight_OI, draw=draw)
         layer.latent_OI.requires_grad_(freedom.base and not freedom.chained)
         if layer.bias is not None:
             layer.bias.requires_grad_(bool(freedom.others))

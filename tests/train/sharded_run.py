@@ -22,6 +22,7 @@ KINDS = {  # what is trained -> (widths, freedom and adapter, objective)
     "latents": ((3,), {"scales": "recomputed"}, Distillation()),
     "learned": ((4, 3), {"scales": "learned"}, Distillation()),
     "nested": ((3,), {"scales": "learned", "adapter": "nested", "base": False}, Preference()),
+    "lora": ((4, 3), {"scales": "learned", "adapter": "lora"}, Distillation()),
     "balanced": ((4, 3), {"scales": "learned", "balance": Balance("project")}, Distillation()),
     "chained": ((4, 2), {"scales": "frozen", "chained": (4, 2)}, Distillation()),
 }

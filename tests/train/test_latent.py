@@ -40,6 +40,16 @@ def train_a_little(model, presets=PRESETS, steps=2):
     return model
 
 
+@pytest.mark.parametrize("adapter", ["nested", "lora"])
+def test_adapters_begin_alike_whatever_was_drawn_before(adapter):
+    def begun(seed):
+        torch.rand(3)
+        model = make_trainable(tiny_model("llama"), PRESETS, group_size=32, adapter=adapter, freedom=Freedom(seed=seed))
+        return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "down_RI" in name])
+
+    assert torch.equal(begun(0), begun(0)) and not torch.equal(begun(0), begun(1))
+
+
 @pytest.mark.parametrize("scales", ["learned", "frozen", "recomputed"])
 @pytest.mark.parametrize("adapter", ["none", "nested", "lora"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

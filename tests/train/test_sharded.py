@@ -31,7 +31,7 @@ def trained(kind, out, processes=1, kill_at=-1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["latents", "learned", "nested", "chained", "balanced"])
+@pytest.mark.parametrize("kind", ["latents", "learned", "nested", "lora", "chained", "balanced"])
 def test_two_processes_train_as_one_in_half_of_the_memory(tmp_path, kind):
     one, two = (trained(kind, tmp_path / str(n), n) for n in (1, 2))
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5, abs=1e-7)
