@@ -1,9 +1,11 @@
 """Verbs on a model that memory has no room for: do they finish under a limit, and end in the same after kill -9?
 
 A Llama of random bf16 weights is written shard by shard and never held. Each verb then runs on it in processes whose
-address space is limited to less than the model has in float32 (RLIMIT_AS, as `ulimit -v` sets it: libraries, mapped
-files and memory that was never touched count too). One run is left alone; another is killed by kill -9 in its middle,
-and asked for again. What they write must be equal. `export` and `eval` read the checkpoint that `quantize` wrote.
+address space is limited to less than the model has in float32 (RLIMIT_AS, as `ulimit -v` sets it: libraries, a
+gigabyte, mapped files and memory that was never touched count too), or with --data private memory (RLIMIT_DATA, as
+`ulimit -d` sets it, for models that are no larger than the libraries). One run is left alone; another is killed by
+kill -9 in its middle, and asked for again. What they write must be equal. `export` and `eval` read the checkpoint that
+`quantize` wrote.
 
     python benchmarks/streamed.py [--shape 500m] [--limit 1.8] [--verbs quantize eval export] [--keep FOLDER]
     python benchmarks/streamed.py --shape 3b --limit 6 --once       # the killed runs alone
@@ -142,7 +144,7 @@ class Limited:
 
         def confine() -> None:
             if not whole:
-                resource.setrlimit(resource.RLIMIT_AS, (most, most))
+                resource.setrlimit(resource.RLIMIT_DATA if given.data else resource.RLIMIT_AS, (most, most))
 
         self.verb, self.peaks = verb, dict.fromkeys(("VmPeak", "VmData", "VmHWM"), 0)
         self.started, self.cpu = time.perf_counter(), 0.0
@@ -243,6 +245,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("--shape", choices=SHAPES, default="500m")
     words.add_argument("--limit", type=float, default=1.8, help="GB of address space")
+    words.add_argument("--data", action="store_true", help="limit private memory instead")
     words.add_argument("--memory", type=float, help="GB that a verb is told to keep to (default: an eighth of --limit)")
     words.add_argument("--verbs", nargs="+", choices=VERBS, default=list(VERBS))
     words.add_argument("--method", default="rtn", help="quantizer of quantize")
