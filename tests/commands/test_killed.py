@@ -52,7 +52,10 @@ def verb_words(verb, room, out):
             "--length",
             "32",
             *SMALL,
+            *(["--adapter", to, "--rank", "2"] if to else []),
         ],
+        "eval": ["eval", room / "small", "--text", "embedded-test", "--windows", "2", "--window", "32", "--answers",
+                 "2", "--max-tokens", "4"],
         "quantize": ["quantize", room / "llama", "--widths", "8,4,2", "--calibration", "embedded", *FEW],
         "allocate": ["allocate", room / "llama", "--bits", "4", "--general", "embedded", "--tasks", "arithmetic", *FEW,
                      "--items", "2", "--calibration-samples", "4", "--cache", out.parent.parent / "cache"],
@@ -60,13 +63,15 @@ def verb_words(verb, room, out):
                 "--method", "rtn", "--seeds", "1"],
         "report": ["report", room / "small", "--eval", room / "eval.json"],
     }[name]  # fmt: skip
-    return [str(word) for word in [*words, "--json" if name == "mix" else "--out", out]]
+    return [str(word) for word in [*words, "--json" if name in ("mix", "eval") else "--out", out]]
 
 
-VERBS = [*(f"export {to}" for to in EXPORTERS), "quantize", "allocate", "mix", "pairs", "align", "train", "report"]
+VERBS = [*(f"export {to}" for to in EXPORTERS), "quantize", "allocate", "mix", "pairs", "align", "train", "train lora",
+         "eval", "report"]  # fmt: skip
 NOW = ("export mlx", "pairs")
-ANEW = ("quantize", "allocate", "mix", "pairs", "align", "train")  # written where nothing is; others keep what is there
-ENDING = {"report": ".html", "allocate": ".json", "mix": ".json"}
+# written where nothing is; others keep what is there
+ANEW = ("quantize", "allocate", "mix", "pairs", "align", "train", "train lora", "eval")
+ENDING = {"report": ".html", "allocate": ".json", "mix": ".json", "eval": ".json"}
 CASES = [pytest.param(v, SOON if n == 0 else POINTS, marks=pytest.mark.slow if n or v not in NOW else ())
          for v in VERBS for n in (0, 1)]  # fmt: skip
 
