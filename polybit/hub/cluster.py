@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from typing import Any
 
@@ -90,7 +89,6 @@ class Actors:
 
 def opened() -> Any:
     """The library."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what it warns of is in the sentences below
     try:
         import ray
         import ray.exceptions
