@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from polybit.core.runtime import PolybitError
-from polybit.hub.crew import Greeting, Make, Seen, Word
+from polybit.hub.crew import Greeting, Make, Seen, Word, versions
 
 ANSWER = 5.0  # seconds in which a cluster must answer
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)  # of HTTP/2, which Ray's head speaks
@@ -43,7 +43,7 @@ class Actors:
         """An actor that starts as soon as there is room."""
         worker, self.number = self.number, self.number + 1
         self.people[worker] = self.actor.remote()
-        self.awaited[self.people[worker].begin.remote([self.told])] = worker
+        self.awaited[self.people[worker].begin.remote(versions(), [self.told])] = worker
         return worker
 
     def give(self, worker: int, task: Any) -> None:
@@ -68,7 +68,7 @@ class Actors:
             away = isinstance(error, self.ray.exceptions.ActorUnavailableError)
             return Word(worker, "gone", f"is gone ({first_line(error)})", blame=not away and self.node_lives(worker))
         except self.ray.exceptions.RayError as error:  # it cannot be built there, or its answer cannot be read
-            return Word(worker, "failed", PolybitError(f"a worker of the Ray cluster failed ({first_line(error)})"))
+            return Word(worker, "failed", PolybitError(f"a worker of the Ray cluster failed ({cause(error)})"))
         if kind == "here":
             what, self.nodes[worker] = what
             what = Greeting(**what) if isinstance(what, dict) else what
@@ -161,6 +161,12 @@ def check_answers(asked: str, address: str) -> None:
         raise PolybitError(f"--ray {named}: what answers there is no Ray cluster; {mend}")
 
 
+def cause(error: BaseException) -> str:
+    """What an error of a task says; ray's own text begins with where it was."""
+    found = getattr(error, "cause", None) or error
+    return f"{type(found).__name__}: {first_line(found)}"
+
+
 def first_line(error: BaseException) -> str:
     """What an error of ray says, shortened to one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -175,18 +181,20 @@ def hand(threads: int) -> type:
 
         work: Any = None
 
-        def begin(self, told: Any) -> tuple[str, Any]:
-            """Greet."""
+        def begin(self, ours: Any, told: Any) -> tuple[str, Any]:
+            """Greet; where the versions differ from `ours`, before what was sent is read, which may be impossible."""
             import socket
 
             import ray
 
             node = ray.get_runtime_context().get_node_id()
             try:
-                from polybit.hub.crew import greet, ready
+                from polybit.hub.crew import greet, ready, versions
             except ImportError as error:
                 found = {"polybit": f"none that fits ({error})"}
                 return "here", ({"host": socket.gethostname(), "versions": found}, node)
+            if versions() != ours:
+                return "here", ({"host": socket.gethostname(), "versions": versions()}, node)
             ready(threads)
             self.make, self.arguments, seen = ray.get(told[0])
             return "here", (greet(seen), node)
