@@ -54,7 +54,9 @@ def plan(model: str, options: PlanOptions) -> Run:
                 blocks=len(find_blocks(skeleton, chosen)[1]) if chosen else 1,
             ),
             "disk": expected_disk(sizes, parameters, [*chosen, *ends_held], bits_of_ends)
-            + (2 * STATE_BYTES * sum(t.size for t in chosen) if recipe.finish_steps else 0),
+            + (
+                2 * STATE_BYTES * len(recipe.learned_widths) * sum(t.size for t in chosen) if recipe.finish_steps else 0
+            ),
             "speed": expected_speed(skeleton, sizes, bits_of_ends, options),
         }
         if options.dry_run and chosen:

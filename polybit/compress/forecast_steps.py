@@ -6,14 +6,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from polybit.compress.blocks import VisitedBlock
-from polybit.compress.recipe import FINISH_BYTES, Recipe
+from polybit.compress.recipe import Recipe
 from polybit.compress.refine import BLOCK, TEACHER_BYTES
 from polybit.core.affine import QWeight
 from polybit.core.memory import keeping_freed
@@ -60,8 +59,8 @@ def time_steps(block: VisitedBlock, start: Mapping[str, QWeight], vocabulary: in
     def told(amount: float, *, found: bool = False) -> None:
         taken.append(now())
 
-    def loss(values: Any, _step: int) -> Tensor:
-        return (block.forward(values(None), 0) - wanted).square().mean()
+    def loss(weights: Mapping[str, Tensor], _step: int) -> Tensor:
+        return (block.forward(weights, 0) - wanted).square().mean()
 
     with saved_bytes() as saved, keeping_freed():
         train(start, weights, loss, Tuning(steps=STEPS, lr=BLOCK.lr, scale_lr=BLOCK.scale_lr), told=told)
@@ -137,4 +136,4 @@ def learning_bytes(timed: TimedSteps, recipe: Recipe, *, weights: int, blocks: f
     if not recipe.finish_steps:
         return 0
     states = min(TEACHER_BYTES, batches * STATES * timed.hidden)
-    return int(FINISH_BYTES * weights + blocks * timed.held + LOGITS * timed.logits + states)
+    return int(recipe.finish_bytes * weights + blocks * timed.held + LOGITS * timed.logits + states)

@@ -22,6 +22,8 @@ from polybit.compress.blocks import VisitedBlock, find_blocks, outside, run_bloc
 from polybit.compress.recipe import Recipe
 from polybit.compress.refine import BLOCK, finish_model, refine_block
 from polybit.compress.refine import FINISH as FINISH_TUNING
+from polybit.compress.refine_nested import NESTED as NESTED_TUNING
+from polybit.compress.refine_nested import finish_nested
 from polybit.compress.rows import is_large, matrix_of, parts_of, q_rows, round_rows
 from polybit.compress.settled import ROOM as SETTLED
 from polybit.compress.settled import SettledOutputs
@@ -305,9 +307,11 @@ def finish_codes(
     kept: KeptState | None = None,
 ) -> Codes:
     """The codes after gradient steps over the whole model; the start where they did not help."""
-    tuning = replace(FINISH_TUNING, steps=recipe.finish_steps, seed=recipe.seed)
-    widths = recipe.widths if recipe.is_nested else None
-    return finish_model(model, batches, targets, codes, widths=widths, tuning=tuning, kept=kept)
+    told: dict[str, Any] = {"steps": recipe.finish_steps, "seed": recipe.seed}
+    if recipe.is_nested:
+        tuning = replace(NESTED_TUNING, **told)
+        return finish_nested(model, batches, targets, codes, widths=recipe.widths, tuning=tuning, kept=kept)
+    return finish_model(model, batches, targets, codes, tuning=replace(FINISH_TUNING, **told), kept=kept)
 
 
 def rows_of_target(model: nn.Module, target: Target, source: WeightSource) -> Iterator[tuple[slice, Tensor]]:

@@ -15,8 +15,11 @@ from polybit.nn.convert import Target
 from polybit.quant.table import QUANTIZERS, Effort, Quantizer
 
 FINISH_BYTES = 20  # latent, gradient, two moments of Adam and the value itself, per weight
+NARROW_BYTES = 16  # latent, gradient and moments again, per weight and further width of a nested code that is learned
 STATE_BYTES = 12  # of it that is kept on disk for a run that is ended: latent and moments; twice while it is written
-FINISH_SHARE = 0.25  # of the machine's memory that the finish may take before it is left out
+NARROW = 5  # the widest width of a nested code that is learned; wider ones are chosen behind it
+# of the machine's memory that the finish may take before it is left out, by the effort that asks for it
+FINISH_SHARE: Mapping[Effort, float] = {"fast": 0.0, "normal": 0.25, "best": 0.4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,16 @@ class Recipe:
     def reads_text(self) -> bool:
         """Whether calibration text has a part in the codes."""
         return self.layerwise.needs_stats or bool(self.block_steps or self.finish_steps)
+
+    @property
+    def learned_widths(self) -> tuple[int, ...]:
+        """The widths that have latent weights of their own in gradient steps over the whole model."""
+        return tuple(b for b in self.widths if b <= NARROW) if self.is_nested else self.widths[:1]
+
+    @property
+    def finish_bytes(self) -> int:
+        """Memory of those steps, per weight."""
+        return FINISH_BYTES + NARROW_BYTES * max(len(self.learned_widths) - 1, 0)
 
     @property
     def presets(self) -> list[str]:
@@ -138,6 +151,6 @@ def within_memory(recipe: Recipe, weights: int) -> Recipe:
     """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     learned = QUANTIZERS[recipe.method].learned
-    if recipe.finish_steps and learned and FINISH_BYTES * weights > FINISH_SHARE * total:
+    if recipe.finish_steps and learned and recipe.finish_bytes * weights > FINISH_SHARE[learned.effort] * total:
         return replace(recipe, finish_steps=0, block_steps=learned.block_steps)
     return recipe

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from polybit.core.affine import Grid, QWeight, scale_gain, split_groups, tops, zero_points
-from polybit.core.planes import storable_ratio
 from polybit.core.records import LayerStats
 from polybit.core.runtime import Advance, PolybitError
 from polybit.quant.gptq import gptq
@@ -25,8 +24,7 @@ from polybit.quant.scales import settle
 from polybit.quant.steps import KeptState, descend, untold
 
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]  # (weights [O, I] by name, batch index) -> scalar
-Values = Callable[[int | None], Mapping[str, Tensor]]  # width -> weights [O, I] by name
-Objective = Callable[[Values, int], Tensor]  # (values, step) -> scalar
+Objective = Callable[[Mapping[str, Tensor], int], Tensor]  # (weights [O, I] by name, step) -> scalar
 COMPARED = 16  # batches on which the start and the result of training are compared
 LAST = 10  # gradient steps which that comparison takes as long as
 INSIDE = 0.499  # how far from the middle of its cell a latent may start, in codes
@@ -37,16 +35,13 @@ class Tuning:
     """Knobs of learned rounding.
 
     steps: gradient steps, one batch each · lr: step of the latents, in codes · scale_lr: relative step of the scales
-    (0 keeps them) · ratio_lr: the same for the ratios of narrower widths · reach: see RoundThrough, in codes ·
-    inside: how far from the middle of its cell a latent may start, in codes · warmup: share of the steps in which the
-    rate rises · seed: order of the batches.
+    (0 keeps them) · inside: how far from the middle of its cell a latent may start, in codes · warmup: share of the
+    steps in which the rate rises · seed: order of the batches.
     """
 
     steps: int = 200
     lr: float = 0.005
     scale_lr: float = 0.002
-    ratio_lr: float = 0.001
-    reach: float = 0.0
     inside: float = INSIDE
     warmup: float = 0.03
     seed: int = 0
@@ -65,41 +60,26 @@ class Tuning:
 
 
 class RoundThrough(torch.autograd.Function):
-    """Weights as stored: s * (2^(B-b) r (p - c_b) + c_B - z); the gradient treats the rounding as identity in range.
+    """Weights as stored, s * (u - z); the gradient treats the rounding as identity in range.
 
-    LSQ (arXiv 1902.08153) eq. 1-5, but for latents in units of codes: moving a scale moves values, not codes. At a
-    narrower width b a cell spans 2^(B-b) codes, and moving inside it would change nothing at b and spoil the wider
-    widths; with `reach` > 0 the gradient at b fades out `reach` codes from the boundary it points at.
+    LSQ (arXiv 1902.08153) eq. 1-5, but for latents in units of codes: moving a scale moves values, not codes.
     """
 
     @staticmethod
-    def forward(ctx, latent_NL, scale_N1, ratio_N1, stride_N1, offset_N1, top_N1, reach):
-        """ratio r; stride 2^(B-b); offset c_B - z; top 2^B - 1; reach in codes of B bits."""
-        prefix_NL = torch.floor(latent_NL + 0.5)
-        within_NL = (prefix_NL >= 0) & (prefix_NL <= top_N1)
-        torch.minimum(prefix_NL.clamp_(min=0), top_N1, out=prefix_NL)
-        ctx.inner_NL, ctx.reach = None, reach
-        if float(stride_N1.max()) > 1:
-            prefix_NL.div_(stride_N1).floor_()
-            ctx.inner_NL = latent_NL + 0.5 - stride_N1 * prefix_NL  # place in the cell, 0 to stride
-        prefix_NL.sub_(((top_N1 + 1) / stride_N1 - 1) / 2)
-        step_N1 = ratio_N1 * stride_N1
-        ctx.save_for_backward(prefix_NL, scale_N1, ratio_N1, step_N1, stride_N1, offset_N1, within_NL)
-        return scale_N1 * (step_N1 * prefix_NL + offset_N1)
+    def forward(ctx, latent_NL, scale_N1, zero_N1, top_N1):
+        """zero point z; top 2^B - 1."""
+        code_NL = torch.floor(latent_NL + 0.5)
+        within_NL = (code_NL >= 0) & (code_NL <= top_N1)
+        torch.minimum(code_NL.clamp_(min=0), top_N1, out=code_NL)
+        step_NL = code_NL.sub_(zero_N1)
+        ctx.save_for_backward(step_NL, scale_N1, within_NL)
+        return scale_N1 * step_NL
 
     @staticmethod
     def backward(ctx, grad_NL):
-        """Gradients of the latents, the scale and the ratio."""
-        prefix_NL, scale_N1, ratio_N1, step_N1, stride_N1, offset_N1, within_NL = ctx.saved_tensors
-        along_N1 = (grad_NL * prefix_NL).sum(1, keepdim=True)
-        by_scale_N1 = along_N1 * step_N1 + grad_NL.sum(1, keepdim=True) * offset_N1
-        by_ratio_N1 = along_N1 * scale_N1 * stride_N1 if ctx.needs_input_grad[2] else None
-        by_latent_NL = grad_NL * (scale_N1 * ratio_N1) * within_NL
-        if ctx.inner_NL is not None and ctx.reach:
-            # descent lowers a latent whose gradient is positive: towards the lower end of its cell
-            way_NL = torch.where(grad_NL > 0, ctx.inner_NL, stride_N1 - ctx.inner_NL)
-            by_latent_NL *= ((1 + 1 / ctx.reach) - way_NL / ctx.reach).clamp_(0, 1)
-        return by_latent_NL, by_scale_N1, by_ratio_N1, None, None, None, None
+        """Gradients of the latents and the scale."""
+        step_NL, scale_N1, within_NL = ctx.saved_tensors
+        return grad_NL * scale_N1 * within_NL, (grad_NL * step_NL).sum(1, keepdim=True), None, None
 
 
 class Bank:
@@ -108,7 +88,7 @@ class Bank:
     def __init__(self, start: Mapping[str, QWeight], weights: Mapping[str, Tensor], inside: float = INSIDE) -> None:
         self.start = dict(start)
         self.slices: dict[str, slice] = {}
-        latents, scales, gains, offsets, bits = [], [], [], [], []
+        latents, scales, gains, zeros, tops_of = [], [], [], [], []
         first = 0
         for name, q in self.start.items():
             groups_OGL, _ = split_groups(start_latents(q, weights[name], inside), q.group_size)
@@ -119,22 +99,13 @@ class Bank:
             latents.append(groups_OGL.reshape(count, -1))
             scales.append(q.scale_OG.reshape(count, 1))
             gains.append(column * scale_gain(q.scale_OG))
-            stored_G = q.stored_widths()
             zero = zero_points(q.zero, q.bits, q.bits_G)
-            offsets.append((tops(stored_G) / 2 - zero * torch.ones_like(q.scale_OG)).reshape(count, 1))
-            bits.append(stored_G.float().expand_as(q.scale_OG).reshape(count, 1))
+            zeros.append((zero * torch.ones_like(q.scale_OG)).reshape(count, 1))
+            tops_of.append(tops(q.stored_widths()).to(q.scale_OG).expand_as(q.scale_OG).reshape(count, 1))
         self.latent_NL = torch.cat(latents).contiguous().requires_grad_()
         self.start_scale_N1, self.gain_N1 = torch.cat(scales), torch.cat(gains)
         self.growth_N1 = torch.zeros_like(self.start_scale_N1, requires_grad=True)
-        self.offset_N1, self.bits_N1 = torch.cat(offsets), torch.cat(bits)
-        self.top_N1 = 2**self.bits_N1 - 1
-        counts = torch.tensor([here.stop - here.start for here in self.slices.values()])
-        self.layer_N = torch.arange(len(counts)).repeat_interleave(counts).to(self.latent_NL.device)
-        # one growth per layer and narrower width: a whole table of ratios grows together and stays storable
-        self.ratio_growth = {
-            width: torch.zeros(len(counts), device=self.latent_NL.device, requires_grad=True)
-            for width in sorted({b for q in self.start.values() for b in q.ratios})
-        }
+        self.zero_N1, self.top_N1 = torch.cat(zeros), torch.cat(tops_of)
 
     def scale_N1(self) -> Tensor:
         """Scales now, as 16-bit floats; the rounding is straight through."""
@@ -143,23 +114,9 @@ class Bank:
         stored = torch.where(stored == 0, torch.full_like(stored, 2.0**-24), stored).float() * self.gain_N1
         return scale + (stored - scale).detach()
 
-    def ratio_N1(self, width: int | None) -> Tensor:
-        """Ratios of a width now; ones where a weight has none."""
-        if width not in self.ratio_growth:
-            return torch.ones_like(self.start_scale_N1)
-        rows = []
-        for q in self.start.values():
-            ratio = q.ratios.get(width, torch.ones(())).to(q.scale_OG)
-            rows.append((ratio * torch.ones_like(q.scale_OG)).reshape(-1, 1))
-        return torch.cat(rows) * (1 + self.ratio_growth[width][self.layer_N, None])
-
-    def values(self, width: int | None = None, reach: float = 0.0) -> dict[str, Tensor]:
-        """The weights [O, I] as they would be stored now, seen at `width` bits (None: all bits of each)."""
-        narrowed_N1 = self.bits_N1 if width is None else self.bits_N1.clamp(max=width)
-        stride_N1 = 2 ** (self.bits_N1 - narrowed_N1)
-        flat_NL = RoundThrough.apply(
-            self.latent_NL, self.scale_N1(), self.ratio_N1(width), stride_N1, self.offset_N1, self.top_N1, reach
-        )
+    def values(self) -> dict[str, Tensor]:
+        """The weights [O, I] as they would be stored now."""
+        flat_NL = RoundThrough.apply(self.latent_NL, self.scale_N1(), self.zero_N1, self.top_N1)
         # split, not sliced: the gradient of a slice is as large as the bank, one for every weight
         parts = flat_NL.split([here.stop - here.start for here in self.slices.values()])
         return {name: self.matrix(part_NL, name) for name, part_NL in zip(self.slices, parts, strict=True)}
@@ -177,16 +134,15 @@ class Bank:
 
     @torch.no_grad()
     def harden(self) -> dict[str, QWeight]:
-        """Codes, scales and ratios as stored."""
+        """Codes and scales as stored."""
         codes_NL = torch.minimum(torch.floor(self.latent_NL + 0.5).clamp_(min=0), self.top_N1)
         scale_N1 = self.scale_N1()
         found = {}
-        for layer, (name, q) in enumerate(self.start.items()):
+        for name, q in self.start.items():
             here = self.slices[name]
             codes_OI = codes_NL[here].reshape(q.shape[0], -1)[:, : q.shape[1]].to(torch.uint8).contiguous()
             scale_OG = settle(scale_N1[here].reshape(q.scale_OG.shape))
-            ratios = {b: storable_ratio(r * (1 + self.ratio_growth[b][layer])) for b, r in q.ratios.items()}
-            found[name] = replace(q, codes_OI=codes_OI, scale_OG=scale_OG, ratios=ratios)
+            found[name] = replace(q, codes_OI=codes_OI, scale_OG=scale_OG)
         return found
 
 
@@ -229,7 +185,7 @@ def refine(
     """
     tuning = tuning or Tuning()
     order = batch_order(batches, tuning)
-    objective: Objective = lambda values, step: loss(values(None), order[step])  # noqa: E731
+    objective: Objective = lambda weights, step: loss(weights, order[step])  # noqa: E731
     trained = train(start, weights, objective, tuning, kept=kept, told=told)
     score = score or loss
     each = partial(told, LAST / (2 * len(compared(batches))))
@@ -246,17 +202,16 @@ def train(
     kept: KeptState | None = None,
     told: Advance = untold,
 ) -> Mapping[str, QWeight]:
-    """The gradient steps of `refine` without its comparison, for objectives that read several widths of one code.
+    """The gradient steps of `refine` without its comparison.
 
-    objective(values, step): a scalar; values(b) are the weights seen at b bits, values(None) at all stored bits ·
-    kept, told: as in `refine`
+    objective(weights, step): a scalar · kept, told: as in `refine`
     """
     if not start or not tuning.steps:
         return start
     banks = make_banks(start, weights, tuning.inside)
 
-    def values(width: int | None) -> dict[str, Tensor]:
-        return {name: weight for bank in banks for name, weight in bank.values(width, tuning.reach).items()}
+    def loss(step: int) -> Tensor:
+        return objective({name: weight for bank in banks for name, weight in bank.values().items()}, step)
 
     def confine() -> None:
         for bank in banks:
@@ -265,9 +220,7 @@ def train(
     groups = [
         ([bank.latent_NL for bank in banks], tuning.lr),
         ([bank.growth_N1 for bank in banks], tuning.scale_lr),
-        ([g for bank in banks for g in bank.ratio_growth.values()], tuning.ratio_lr),
     ]
-    loss = partial(objective, values)
     descend(groups, tuning.steps, loss, share=tuning.rate, after=confine, kept=kept, told=told)
     trained = {name: q for bank in banks for name, q in bank.harden().items()}
     return {name: trained[name] for name in start}

@@ -57,8 +57,7 @@ QUANTIZERS: dict[str, Quantizer] = {
         "polybit.quant.nested:nested",
         "all widths optimised together in one code",
         nested=True,
-        # mostly trades wide widths for narrow ones and is then refused, for several times the seconds
-        learned=Learned(300, 0, "best"),
+        learned=Learned(260, 0, "best"),  # six times the seconds; wide widths lose a little by it
     ),
     "rounding": Quantizer(
         "polybit.quant.rounding:rounding",

@@ -1,12 +1,8 @@
 """One nested code trained at several widths, a latent weight for each: what one width learns stays inside its bits.
 
-With one latent weight for all widths, the steps that 2 bits need carry the weight through many cells of 4 and 8 bits,
-which those widths never asked for. Here width b has a latent weight of its own, and its code
-
-    p_b = clip(code of its latent weight, 2^(b-a) p_a, 2^(b-a) (p_a + 1) - 1),   a = the next narrower width,
-
-may only differ from it in the bits that a does not read. Widths above the widest trained one keep the bits of the start
-as far as these cells allow: a weight whose narrow codes did not change reads as before, to the last bit.
+quant/chain.py says how the codes of the widths hang together. Here they are those of one layer that is trained by
+whatever loss; widths above the widest trained one keep the bits of the start as far as its cells allow: a weight whose
+narrow codes did not change reads as before, to the last bit.
 
 Two weights with codes 9 and 5 of 4 bits, trained at 4 and 2 bits. At 2 bits they are codes 2 and 1, which stand for the
 cells 8 to 11 and 4 to 7. Pushed up by 5, the latent weights of 4 bits reach the ends of these cells and no further, so
@@ -29,7 +25,6 @@ When those of 2 bits move by one cell, 4 bits come free:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,33 +32,17 @@ from torch import Tensor, nn
 
 from polybit.core.affine import Grid, QWeight, expand_groups, round_half_up
 from polybit.core.records import LayerStats
+from polybit.quant.chain import Link, linked, shares
 from polybit.quant.lower_bits import lower_bits
 from polybit.train.straight import Clock, Code
 
 # How fast the latent weights of a width move for one learning rate, which Adam makes the size of a step whatever the
 # gradient: a cell of 2 bits is wide, one of 8 narrow. Latent weights are kept divided by these.
 PACE = {2: 1.0, 3: 1.0, 4: 0.3, 5: 0.15, 6: 0.08, 7: 0.04, 8: 0.02}
-FOLLOW = 3.0  # times a width's gradient that narrower widths' latent weights get although their bits did not decide
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """One width of a chain as it is now: p_b [O, I], and where the latent weight lies above or below the cell it may
-    choose from."""
-
-    code_OI: Tensor
-    above_OI: Tensor
-    below_OI: Tensor
 
 
 class ThroughChain(torch.autograd.Function):
-    """The stored value at one width; the gradient goes to the latent weight of that width where its bits decide.
-
-    Where the cell of a narrower width holds a code back and the gradient pushes against that border, it goes to the
-    narrower width's latent weight instead, and so on; past the narrowest it ends. Elsewhere narrower widths follow the
-    wider one's gradient, FOLLOW times (its loss is the smaller one): what makes 4 bits better mostly makes 2 bits
-    better too, and each width has only its own few steps otherwise.
-    """
+    """The stored value at one width; the gradient is shared among the latent weights it was read from."""
 
     @staticmethod
     def forward(ctx: Any, value_OI: Tensor, links: Sequence[Link], *latents_OI: Tensor) -> Tensor:
@@ -74,12 +53,7 @@ class ThroughChain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_OI: Tensor) -> tuple[Tensor | None, ...]:
         """Every latent weight's share."""
-        shares: list[Tensor] = []
-        for link in reversed(ctx.links):
-            held_OI = (link.above_OI & (grad_OI < 0)) | (link.below_OI & (grad_OI > 0))
-            shares.append(grad_OI * ~held_OI)
-            grad_OI = grad_OI * torch.where(held_OI, 1.0, FOLLOW)
-        return None, None, *reversed(shares)
+        return None, None, *shares(ctx.links, grad_OI)
 
 
 class Chain(Code):
@@ -100,19 +74,8 @@ class Chain(Code):
     @torch.no_grad()
     def links(self) -> list[Link]:
         """The codes of the trained widths, narrowest first, each inside the cell of the one before."""
-        found: list[Link] = []
-        for b in self.trained:
-            shift = self.bits - b
-            wanted_OI = self.position(self.latents[str(b)] * self.pace[b]) >> shift
-            if found:
-                narrower = self.trained[len(found) - 1]
-                low_OI = found[-1].code_OI << (b - narrower)
-                high_OI = low_OI + ((1 << (b - narrower)) - 1)
-            else:
-                low_OI, high_OI = torch.zeros_like(wanted_OI), torch.full_like(wanted_OI, (1 << b) - 1)
-            code_OI = torch.minimum(torch.maximum(wanted_OI, low_OI), high_OI)
-            found.append(Link(code_OI, wanted_OI > high_OI, wanted_OI < low_OI))
-        return found
+        wanted = [self.position(self.latents[str(b)] * self.pace[b]) >> (self.bits - b) for b in self.trained]
+        return linked(wanted, self.trained)
 
     def position(self, latent_OI: Tensor) -> Tensor:
         """The unbounded code of the stored width a latent weight is nearest to, int16."""
@@ -130,7 +93,7 @@ class Chain(Code):
     def joined(self, links: Sequence[Link]) -> QWeight:
         """The stored weight of these links."""
         shift = self.bits - self.trained[-1]
-        low_OI = links[-1].code_OI << shift
+        low_OI = links[-1].code << shift
         start_OI: Any = self.start_OI
         codes_OI = torch.minimum(torch.maximum(start_OI.to(torch.int16), low_OI), low_OI + ((1 << shift) - 1))
         ratios = {width: getattr(self, f"ratio_{width}") for width in self.widths}

@@ -16,8 +16,7 @@ from polybit.core.planes import pack, unpack
 from polybit.core.records import LayerStats
 from polybit.core.runtime import PolybitError
 from polybit.quant.gptq import gptq
-from polybit.quant.nested import nested
-from polybit.quant.rounding import Bank, RoundThrough, Tuning, batch_order, refine, rounding, start_latents, train
+from polybit.quant.rounding import Bank, RoundThrough, Tuning, batch_order, refine, rounding, start_latents
 
 QUICK = Tuning(steps=60, lr=0.02, scale_lr=0.002)
 
@@ -67,18 +66,16 @@ STARTS = {
     "level": lambda w, s: gptq(w, s, Grid(4, 16, "level")),
     "zero": lambda w, s: gptq(w, s, Grid(4, 16, "group")),
     "rows": lambda w, s: gptq(w, s, Grid(2, 0)),
-    "nested": lambda w, s: nested(w, s, Grid(8, 16, "group"), widths=(8, 4, 3, 2)),
 }
 
 
 @pytest.mark.parametrize("kind", STARTS)
 def test_values_are_those_of_the_stored_weight(kind: str) -> None:
-    """Bit for bit what QWeight.dequantize gives, before and after training, at every width, and it packs."""
+    """Bit for bit what QWeight.dequantize gives, before and after training, and it packs."""
     weight = toy()["down"]
     q = STARTS[kind](weight, stats_of(inputs(300, 44, 1)))
     bank = Bank({"w": q}, {"w": weight})
-    for width in range(1, q.bits + 1):
-        assert torch.equal(bank.values(width)["w"], q.dequantize(width))
+    assert torch.equal(bank.values()["w"], q.dequantize())
     with torch.no_grad():
         draw = torch.Generator().manual_seed(3)
         bank.latent_NL += torch.randn(bank.latent_NL.shape, generator=draw)
@@ -87,24 +84,9 @@ def test_values_are_those_of_the_stored_weight(kind: str) -> None:
     moved = bank.harden()["w"]
     assert not torch.equal(moved.codes_OI, q.codes_OI)
     assert int(moved.codes_OI.max()) < 1 << q.bits
-    for width in {q.bits, *q.ratios}:
-        assert torch.equal(bank.values(width)["w"], moved.dequantize(width))
+    assert torch.equal(bank.values()["w"], moved.dequantize())
     restored = unpack(pack(moved))
     assert torch.equal(restored.codes_OI, moved.codes_OI) and torch.equal(restored.scale_OG, moved.scale_OG)
-
-
-def test_ratios_grow_and_stay_storable() -> None:
-    weight = toy()["down"]
-    q = STARTS["nested"](weight, stats_of(inputs(300, 44, 1)))
-    bank = Bank({"w": q}, {"w": weight})
-    with torch.no_grad():
-        for growth in bank.ratio_growth.values():
-            growth += 0.03
-    moved = bank.harden()["w"]
-    pack(moved)
-    for width, ratio in q.ratios.items():
-        torch.testing.assert_close(moved.ratios[width], ratio * 1.03, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(bank.values(width)["w"], moved.dequantize(width), rtol=1e-5, atol=1e-6)
 
 
 def test_column_scales_are_kept() -> None:
@@ -118,25 +100,23 @@ def test_column_scales_are_kept() -> None:
     assert torch.equal(bank.harden()["w"].codes_OI, q.codes_OI)
 
 
-def test_gradients_of_scale_and_ratio_are_exact() -> None:
-    """With latents on the codes, values are smooth in scale and ratio: compare with finite differences."""
+def test_gradient_of_the_scale_is_exact() -> None:
+    """With latents on the codes, values are smooth in the scale: compare with finite differences."""
     draw = torch.Generator().manual_seed(0)
     latent = torch.randint(0, 16, (5, 8), generator=draw).double()
     scale = torch.rand(5, 1, generator=draw).double() + 0.5
-    ratio = torch.rand(5, 1, generator=draw).double() + 0.5
-    offset, top = torch.rand(5, 1, generator=draw).double(), torch.full((5, 1), 15.0).double()
-    stride = torch.tensor([[1.0], [2.0], [4.0], [1.0], [8.0]]).double()
+    zero, top = torch.rand(5, 1, generator=draw).double(), torch.full((5, 1), 15.0).double()
 
-    def smooth(scale: Tensor, ratio: Tensor) -> Tensor:
-        return RoundThrough.apply(latent, scale, ratio, stride, offset, top, 0.0).pow(3).sum()
+    def smooth(scale: Tensor) -> Tensor:
+        return RoundThrough.apply(latent, scale, zero, top).pow(3).sum()
 
-    assert torch.autograd.gradcheck(smooth, (scale.requires_grad_(), ratio.requires_grad_()))
+    assert torch.autograd.gradcheck(smooth, (scale.requires_grad_(),))
 
 
 def test_gradient_of_latents_passes_straight_inside_the_range_only() -> None:
     latent = torch.tensor([[-0.6, -0.4, 1.2, 3.4, 3.6]], requires_grad=True)
     ones = torch.ones(1, 1)
-    values = RoundThrough.apply(latent, 2 * ones, ones, ones, 0 * ones, 3 * ones, 0.0)
+    values = RoundThrough.apply(latent, 2 * ones, 1.5 * ones, 3 * ones)
     assert values.tolist() == [[-3.0, -3.0, -1.0, 3.0, 3.0]]
     values.sum().backward()
     assert latent.grad is not None and latent.grad.tolist() == [[0.0, 2.0, 2.0, 2.0, 0.0]]
@@ -183,41 +163,6 @@ def test_same_seed_same_bits() -> None:
     assert all(torch.equal(one[n].codes_OI, same[n].codes_OI) for n in start)
     assert all(torch.equal(one[n].scale_OG, same[n].scale_OG) for n in start)
     assert batch_order(4, QUICK) != batch_order(4, Tuning(steps=60, seed=1))
-
-
-def nested_toy() -> tuple[dict[str, Tensor], dict[str, QWeight], Tensor]:
-    """Weights, nested codes and inputs."""
-    weights, seen = toy(), inputs(600, 40, 1)
-    hidden = torch.tanh(seen @ weights["up"].T)
-    grid = Grid(8, 16, "group")
-    start = {n: nested(weights[n], stats_of(x), grid, widths=(8, 4, 3)) for n, x in (("up", seen), ("down", hidden))}
-    return weights, start, seen
-
-
-def test_several_widths_of_one_code_improve_together() -> None:
-    weights, start, seen = nested_toy()
-    loss, widths = block_loss(weights, seen, 1), (8, 4, 3)
-
-    def losses(codes: Mapping[str, QWeight]) -> dict[int, float]:
-        return {b: float(loss({n: q.dequantize(b) for n, q in codes.items()}, 0)) for b in widths}
-
-    first = losses(start)
-    tuning = Tuning(steps=150, lr=0.01, scale_lr=0.0, ratio_lr=0.001, reach=1.0)
-    trained = train(start, weights, lambda values, _: sum(loss(values(b), 0) / first[b] for b in widths), tuning)
-    last = losses(trained)
-    assert sum(last[b] / first[b] for b in widths) < len(widths)
-    for q in trained.values():
-        pack(q)
-
-
-def test_reach_leaves_codes_alone_that_no_width_can_use() -> None:
-    """A gradient at 3 bits moves only latents near a boundary of 3 bits, and towards it."""
-    latent = torch.tensor([[0.0, 5.0, 16.0, 30.0, 31.0]], requires_grad=True)
-    ones = torch.ones(1, 1)
-    values = RoundThrough.apply(latent, ones, ones, 32 * ones, 0 * ones, 255 * ones, 4.0)
-    (-values).sum().backward()  # descent raises the latents
-    assert latent.grad is not None
-    assert latent.grad.tolist() == [[0.0, 0.0, 0.0, -0.875, -1.0]]
 
 
 def test_single_layer_form_lowers_the_layer_loss() -> None:
