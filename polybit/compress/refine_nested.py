@@ -19,7 +19,7 @@ from polybit.quant.nested_steps import Values, train_nested
 from polybit.quant.rounding import LAST, Tuning, batch_order
 from polybit.quant.steps import KeptState
 
-NESTED = Tuning(steps=260, lr=0.007, inside=0.4)
+NESTED = Tuning(steps=200, lr=0.007, inside=0.4)
 ROWS = 2  # windows a step reads: half of what one width takes, for there are several
 SAMPLE = 4  # batches on which the widths are compared before and after
 INAUDIBLE = 5e-3  # nats per token; differences below it do not count when widths are compared
@@ -55,12 +55,13 @@ def finish_nested(
         return teacher.distance(values(narrow[step % len(narrow)]), order[step])
 
     before = divergences(start, widths, teacher)
-    with progress(LEARNING, tuning.steps + LAST) as told, keeping_freed():
+    with progress(LEARNING, tuning.steps + LAST * bool(wide)) as told, keeping_freed():
         trained = train_nested(start, weights, objective, narrow, tuning, kept=kept, told=told)
-        stats = collect(model, batches, teacher.whole.targets) if wide else {}
-        for name in stats:
-            trained[name] = lower_bits(weights[name], stats[name], trained[name], held=narrow[-1], widths=wide)
-            told(LAST / len(stats))
+        if wide:
+            stats = collect(model, batches, teacher.whole.targets)
+            for name, q in trained.items():
+                trained[name] = lower_bits(weights[name], stats.get(name), q, held=narrow[-1], widths=wide)
+                told(LAST / len(trained))
     return trained if better(before, divergences(trained, widths, teacher)) else dict(start)
 
 

@@ -108,13 +108,13 @@ class NestedBank:
         high_NL = torch.maximum((at_NL + reach).floor_(), own_NL).clamp_(0, top)
         self.bounds[b] = low_NL.to(torch.uint8), high_NL.to(torch.uint8)
         middle_NL = own_NL.add_(0.5)
-        at_NL = torch.minimum(torch.maximum(at_NL, middle_NL - inside), middle_NL + inside)
+        at_NL = torch.minimum(torch.maximum(at_NL, middle_NL - inside), middle_NL + inside)  # inside < 0.5: none below 0
         self.latents[b] = at_NL.requires_grad_()
 
     def links(self, width: int) -> list[Link]:
         """The chain from the narrowest trained width to this one."""
         read = [b for b in self.trained if b <= width]
-        return linked([self.latents[b].detach().floor() for b in read], read)
+        return linked([self.latents[b].detach().to(torch.uint8) for b in read], read)  # none is below 0
 
     def values(self, width: int) -> dict[str, Tensor]:
         """The weights [O, I] as they would be stored now, read at a trained width."""
@@ -146,7 +146,7 @@ class NestedBank:
     def harden(self) -> dict[str, QWeight]:
         """Codes as stored; behind the trained widths the bits nearest to the start's."""
         shift = self.bits - self.trained[-1]
-        low_NL = self.links(self.trained[-1])[-1].code.to(torch.uint8) << shift
+        low_NL = self.links(self.trained[-1])[-1].code << shift
         codes_NL = torch.minimum(torch.maximum(self.code_NL, low_NL), low_NL + ((1 << shift) - 1))
         return {
             name: replace(self.start[name], codes_OI=self.matrix(part_NL, name).contiguous())
