@@ -23,7 +23,7 @@ from polybit.compress.recipe import Recipe
 from polybit.compress.refine import BLOCK, finish_model, refine_block
 from polybit.compress.refine import FINISH as FINISH_TUNING
 from polybit.compress.refine_nested import NESTED as NESTED_TUNING
-from polybit.compress.refine_nested import finish_nested
+from polybit.compress.refine_nested import NESTED_BLOCK, finish_nested, refine_nested_block
 from polybit.compress.rows import is_large, matrix_of, parts_of, q_rows, round_rows
 from polybit.compress.settled import ROOM as SETTLED
 from polybit.compress.settled import SettledOutputs
@@ -234,6 +234,7 @@ def block_codes(
     """
     quantize = quantize or in_turn
     codes: Codes = {}
+    seen: dict[str, LayerStats] = {}
     at_once = recipe.is_nested and recipe.layerwise.needs_stats and not recipe.block_steps
     everything = block.stats_and_outputs() if at_once else {}
     if recipe.layerwise.needs_stats and not recipe.is_nested and not recipe.block_steps:
@@ -243,12 +244,16 @@ def block_codes(
         stats = everything
         if recipe.layerwise.needs_stats and not at_once:
             stats = block.stats(stage, given=handed_on(codes, recipe))
+            seen |= stats if recipe.is_nested else {}
         jobs = ((t.weight_OI(block.model), stats.get(t.name), recipe, recipe.grid_of(t.name, t.columns)) for t in stage)
         codes |= zip((target.name for target in stage), quantize(jobs), strict=True)
         return_freed()
     if recipe.block_steps:
-        tuning = replace(BLOCK, steps=recipe.block_steps, seed=recipe.seed)
-        codes = refine_block(block, codes, tuning=tuning, told=told)
+        steps: dict[str, Any] = {"steps": recipe.block_steps, "seed": recipe.seed}
+        if recipe.is_nested:
+            tuning = replace(NESTED_BLOCK, **steps)
+            return refine_nested_block(block, codes, seen, widths=recipe.widths, tuning=tuning, told=told)
+        codes = refine_block(block, codes, tuning=replace(BLOCK, **steps), told=told)
     return codes
 
 

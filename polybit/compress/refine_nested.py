@@ -1,4 +1,4 @@
-"""Learned rounding of nested codes: all weights at once, the narrow widths of one code in turns."""
+"""Learned rounding of nested codes, of a model or a block: the narrow widths of one code in turns."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from polybit.compress.blocks import VisitedBlock
 from polybit.compress.recipe import NARROW
 from polybit.compress.refine import LEARNING, Teacher, taught
 from polybit.compress.stats import collect
 from polybit.core.affine import QWeight
 from polybit.core.memory import keeping_freed
-from polybit.core.runtime import progress
+from polybit.core.records import LayerStats
+from polybit.core.runtime import Advance, progress
 from polybit.nn.convert import Target
 from polybit.quant.lower_bits import lower_bits
 from polybit.quant.nested_steps import Values, train_nested
 from polybit.quant.rounding import LAST, Tuning, batch_order
-from polybit.quant.steps import KeptState
+from polybit.quant.steps import KeptState, untold
 
 NESTED = Tuning(steps=200, lr=0.007, inside=0.4)
+NESTED_BLOCK = Tuning(steps=200, lr=0.007, inside=0.4)
+SLIGHT = 0.5  # of the loss of the widest learned width at the start: what INAUDIBLE is where losses are no nats
 ROWS = 2  # windows a step reads: half of what one width takes, for there are several
 SAMPLE = 4  # batches on which the widths are compared before and after
 INAUDIBLE = 5e-3  # nats per token; differences below it do not count when widths are compared
@@ -59,15 +63,68 @@ def finish_nested(
         trained = train_nested(start, weights, objective, narrow, tuning, kept=kept, told=told)
         if wide:
             stats = collect(model, batches, teacher.whole.targets)
-            for name, q in trained.items():
-                trained[name] = lower_bits(weights[name], stats.get(name), q, held=narrow[-1], widths=wide)
-                told(LAST / len(trained))
+            trained = settled(trained, weights, stats, narrow[-1], wide, told)
     return trained if better(before, divergences(trained, widths, teacher)) else dict(start)
 
 
-def better(before: Mapping[int, float], after: Mapping[int, float]) -> bool:
-    """Whether the widths lost less, in the mean of what is left of their losses, and none much more."""
-    left = [max(after[b], INAUDIBLE) / max(before[b], INAUDIBLE) for b in before]
+def refine_nested_block(
+    block: VisitedBlock,
+    start: Mapping[str, QWeight],
+    stats: Mapping[str, LayerStats],
+    *,
+    widths: Sequence[int],
+    tuning: Tuning = NESTED_BLOCK,
+    told: Advance = untold,
+) -> dict[str, QWeight]:
+    """The same for one block against its float outputs, on the float path, which every width starts from.
+
+    stats: of the block's layers; told: hears of the steps, and of what follows them as LAST more.
+    """
+    narrow, wide = [b for b in sorted(widths) if b <= NARROW], [b for b in widths if b > NARROW]
+    if not narrow:
+        return dict(start)
+    order = batch_order(block.batches, tuning)
+
+    def loss(weights: Mapping[str, Tensor], index: int) -> Tensor:
+        return (block.forward(weights, index) - block.wanted(index)).square().mean()
+
+    @torch.no_grad()
+    def losses(codes: Mapping[str, QWeight]) -> dict[int, float]:
+        sample = range(0, block.batches, max(1, block.batches // SAMPLE))
+        dense = {b: {name: q.dequantize(min(b, q.bits)) for name, q in codes.items()} for b in widths}
+        return {b: sum(float(loss(dense[b], i)) for i in sample) for b in widths}
+
+    weights, before = block.weights(), losses(start)
+    objective = lambda values, step: loss(values(narrow[step % len(narrow)]), order[step])  # noqa: E731
+    trained = train_nested(start, weights, objective, narrow, tuning, told=told)
+    if wide:
+        trained = settled(trained, weights, stats, narrow[-1], wide)
+    told(LAST)
+    return trained if better(before, losses(trained), SLIGHT * before[narrow[-1]]) else dict(start)
+
+
+def settled(
+    codes: Mapping[str, QWeight],
+    weights: Mapping[str, Tensor],
+    stats: Mapping[str, LayerStats],
+    held: int,
+    wide: Sequence[int],
+    told: Advance = untold,
+) -> dict[str, QWeight]:
+    """The codes with the bits behind `held` chosen for the least output error at the wide widths; told: of each."""
+    found = {}
+    for name, q in codes.items():
+        found[name] = lower_bits(weights[name], stats.get(name), q, held=held, widths=wide)
+        told(LAST / len(codes))
+    return found
+
+
+def better(before: Mapping[int, float], after: Mapping[int, float], least: float = INAUDIBLE) -> bool:
+    """Whether the widths lost less, in the mean of what is left of their losses, and none much more.
+
+    least: differences below it do not count
+    """
+    left = [max(after[b], least) / max(before[b], least) for b in before]
     return sum(left) < len(left) and max(left) < WORST
 
 

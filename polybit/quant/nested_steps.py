@@ -108,7 +108,9 @@ class NestedBank:
         high_NL = torch.maximum((at_NL + reach).floor_(), own_NL).clamp_(0, top)
         self.bounds[b] = low_NL.to(torch.uint8), high_NL.to(torch.uint8)
         middle_NL = own_NL.add_(0.5)
-        at_NL = torch.minimum(torch.maximum(at_NL, middle_NL - inside), middle_NL + inside)  # inside < 0.5: none below 0
+        at_NL = torch.minimum(
+            torch.maximum(at_NL, middle_NL - inside), middle_NL + inside
+        )  # inside < 0.5: none below 0
         self.latents[b] = at_NL.requires_grad_()
 
     def links(self, width: int) -> list[Link]:

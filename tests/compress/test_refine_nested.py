@@ -1,10 +1,13 @@
 """Learned rounding of several widths in one code: the narrow ones gain, the widest is chosen behind them, the start
 comes back where that is no gain."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from polybit.compress import refine_nested
+from polybit.compress.loop import compress
 from polybit.compress.recipe import choose
 from polybit.compress.refine import taught
 from polybit.compress.refine_nested import better, divergences, finish_nested
@@ -86,3 +89,20 @@ def test_memory_counts_every_learned_width():
           {"nested": (8, 6, 5, 4, 3, 2), "rounding": (3,)}.items()}  # fmt: skip
     assert of["nested"].learned_widths == (5, 4, 3, 2) and of["rounding"].learned_widths == (3,)
     assert of["nested"].finish_bytes == 20 + 3 * 16 and of["rounding"].finish_bytes == 20
+
+
+def test_block_by_block_narrow_widths_gain_too(monkeypatch):
+    """Where the whole model does not fit; the statistics of every layer reach the choice of the bits behind."""
+    seen, chosen = [], refine_nested.lower_bits
+    spied = lambda weight_OI, stats, q, **how: seen.append(stats) or chosen(weight_OI, stats, q, **how)  # noqa: E731
+    monkeypatch.setattr(refine_nested, "lower_bits", spied)
+    monkeypatch.setattr("polybit.compress.loop.NESTED_BLOCK", Tuning(lr=0.03, inside=0.45))
+    recipe = replace(choose("nested", WIDTHS, 16), block_steps=60)
+    model, every, _ = rough()
+    start, found = ({}, {})
+    for codes, how in ((start, replace(recipe, block_steps=0)), (found, recipe)):
+        for part in compress(model, every, text(), how):
+            codes |= part
+    before, after = lost(model, every, start), lost(model, every, found)
+    assert after[2] < before[2] and any(not torch.equal(q.codes_OI, start[n].codes_OI) for n, q in found.items())
+    assert len(seen) == len(every) and all(stats is not None for stats in seen)
