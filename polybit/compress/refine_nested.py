@@ -21,7 +21,7 @@ from polybit.quant.nested_steps import Values, train_nested
 from polybit.quant.rounding import LAST, Tuning, batch_order
 from polybit.quant.steps import KeptState, untold
 
-NESTED = Tuning(steps=200, lr=0.007, inside=0.4)
+NESTED = Tuning(steps=260, lr=0.007, inside=0.4)
 NESTED_BLOCK = Tuning(steps=200, lr=0.007, inside=0.4)
 SLIGHT = 0.5  # of the loss of the widest learned width at the start: what INAUDIBLE is where losses are no nats
 ROWS = 2  # windows a step reads: half of what one width takes, for there are several
