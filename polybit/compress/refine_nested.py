@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,14 @@ from polybit.core.records import LayerStats
 from polybit.core.runtime import Advance, progress
 from polybit.nn.convert import Target
 from polybit.quant.lower_bits import lower_bits
-from polybit.quant.nested_steps import Values, train_nested
+from polybit.quant.nested_steps import REACH, Values, train_nested
 from polybit.quant.rounding import LAST, Tuning, batch_order
 from polybit.quant.steps import KeptState, untold
 
 NESTED = Tuning(steps=260, lr=0.007, inside=0.4)
 NESTED_BLOCK = Tuning(steps=200, lr=0.007, inside=0.4)
 SLIGHT = 0.5  # of the loss of the widest learned width at the start: what INAUDIBLE is where losses are no nats
+REACHES = (REACH, REACH / 3, REACH / 9)  # that are tried, until one is better than the start
 ROWS = 2  # windows a step reads: half of what one width takes, for there are several
 SAMPLE = 4  # batches on which the widths are compared before and after
 INAUDIBLE = 5e-3  # nats per token; differences below it do not count when widths are compared
@@ -58,13 +59,13 @@ def finish_nested(
     def objective(values: Values, step: int) -> Tensor:
         return teacher.distance(values(narrow[step % len(narrow)]), order[step])
 
-    before = divergences(start, widths, teacher)
-    with progress(LEARNING, tuning.steps + LAST * bool(wide)) as told, keeping_freed():
-        trained = train_nested(start, weights, objective, narrow, tuning, kept=kept, told=told)
-        if wide:
-            stats = collect(model, batches, teacher.whole.targets)
-            trained = settled(trained, weights, stats, narrow[-1], wide, told)
-    return trained if better(before, divergences(trained, widths, teacher)) else dict(start)
+    with progress(LEARNING, tuning.steps + LAST) as told, keeping_freed():
+        learned = train_nested(start, weights, objective, narrow, tuning, kept=kept, told=told)
+        stats = collect(model, batches, teacher.whole.targets) if wide else {}
+        codes = lambda reach: settled(learned(reach), weights, stats, narrow[-1], wide)  # noqa: E731
+        found = first_better(start, codes, lambda codes: divergences(codes, widths, teacher), INAUDIBLE)
+        told(LAST)
+    return found
 
 
 def refine_nested_block(
@@ -94,13 +95,31 @@ def refine_nested_block(
         dense = {b: {name: q.dequantize(min(b, q.bits)) for name, q in codes.items()} for b in widths}
         return {b: sum(float(loss(dense[b], i)) for i in sample) for b in widths}
 
-    weights, before = block.weights(), losses(start)
+    weights = block.weights()
     objective = lambda values, step: loss(values(narrow[step % len(narrow)]), order[step])  # noqa: E731
-    trained = train_nested(start, weights, objective, narrow, tuning, told=told)
-    if wide:
-        trained = settled(trained, weights, stats, narrow[-1], wide)
+    learned = train_nested(start, weights, objective, narrow, tuning, told=told)
+    codes = lambda reach: settled(learned(reach), weights, stats, narrow[-1], wide)  # noqa: E731
+    found = first_better(start, codes, losses, SLIGHT * losses(start)[narrow[-1]])
     told(LAST)
-    return trained if better(before, losses(trained), SLIGHT * before[narrow[-1]]) else dict(start)
+    return found
+
+
+def first_better(
+    start: Mapping[str, QWeight],
+    codes: Callable[[float], dict[str, QWeight]],
+    losses: Callable[[Mapping[str, QWeight]], dict[int, float]],
+    least: float,
+) -> dict[str, QWeight]:
+    """The learned codes of the largest reach that are better than the start, or the start.
+
+    What wide widths pay grows with the square of the reach, what narrow ones gain hardly does.
+    """
+    before = losses(start)
+    for reach in REACHES:
+        found = codes(reach)
+        if better(before, losses(found), least):
+            return found
+    return dict(start)
 
 
 def settled(
@@ -109,17 +128,14 @@ def settled(
     stats: Mapping[str, LayerStats],
     held: int,
     wide: Sequence[int],
-    told: Advance = untold,
 ) -> dict[str, QWeight]:
-    """The codes with the bits behind `held` chosen for the least output error at the wide widths; told: of each."""
-    found = {}
-    for name, q in codes.items():
-        found[name] = lower_bits(weights[name], stats.get(name), q, held=held, widths=wide)
-        told(LAST / len(codes))
-    return found
+    """The codes with the bits behind `held` chosen for the least output error at the wide widths, if there are any."""
+    if not wide:
+        return dict(codes)
+    return {name: lower_bits(weights[name], stats.get(name), q, held=held, widths=wide) for name, q in codes.items()}
 
 
-def better(before: Mapping[int, float], after: Mapping[int, float], least: float = INAUDIBLE) -> bool:
+def better(before: Mapping[int, float], after: Mapping[int, float], least: float) -> bool:
     """Whether the widths lost less, in the mean of what is left of their losses, and none much more.
 
     least: differences below it do not count

@@ -86,8 +86,6 @@ class NestedBank:
         zero_N1 = rows(lambda _, q: zero_points(q.zero, q.bits, None) * torch.ones_like(q.scale_OG))
         self.offset_N1 = centre(self.bits) - zero_N1
         self.code_NL = rows(lambda _, q: split_groups(q.codes_OI, q.group_size)[0])
-        place_NL = rows(lambda name, q: split_groups(weights[name].float(), q.group_size)[0])
-        place_NL = place_NL.div_(self.scale_N1).sub_(self.offset_N1)  # from c_B, in stored codes
         ones = torch.ones(())
         self.step = {
             b: rows(lambda _, q, b=b: q.ratios.get(b, ones) * torch.ones_like(q.scale_OG)) * 2 ** (self.bits - b)
@@ -95,23 +93,36 @@ class NestedBank:
         }
         self.latents: dict[int, Tensor] = {}
         self.bounds: dict[int, tuple[Tensor, Tensor]] = {}  # of codes, uint8
-        for b in self.trained:
-            self.place(b, place_NL, inside)
         self.confined: dict[int, int] = {}
+        self.weights = {name: weights[name] for name in self.start}
+        place_NL = self.place()
+        for b in self.trained:
+            self.begin(b, place_NL, inside)
+        self.bound(REACH)
 
-    def place(self, b: int, place_NL: Tensor, inside: float) -> None:
-        """The latent weights of a width inside the cells of the start, and the codes they may reach."""
+    def place(self) -> Tensor:
+        """Where the float weights lie, from c_B, in stored codes, [N, L]."""
+        parts = [split_groups(self.weights[name].float(), q.group_size)[0] for name, q in self.start.items()]
+        flat_NL = torch.cat([part_OGL.flatten(0, 1) for part_OGL in parts])
+        return flat_NL.div_(self.scale_N1).sub_(self.offset_N1)
+
+    def begin(self, b: int, place_NL: Tensor, inside: float) -> None:
+        """The latent weights of a width, inside the cells of the start; with inside < 0.5 none is below 0."""
         at_NL = place_NL / self.step[b] + (centre(b) + 0.5)
-        own_NL = (self.code_NL >> (self.bits - b)).float()
-        reach, top = REACH * 2**b, float(2**b - 1)
-        low_NL = torch.minimum((at_NL - reach).floor_(), own_NL).clamp_(0, top)
-        high_NL = torch.maximum((at_NL + reach).floor_(), own_NL).clamp_(0, top)
-        self.bounds[b] = low_NL.to(torch.uint8), high_NL.to(torch.uint8)
-        middle_NL = own_NL.add_(0.5)
-        at_NL = torch.minimum(
-            torch.maximum(at_NL, middle_NL - inside), middle_NL + inside
-        )  # inside < 0.5: none below 0
+        middle_NL = (self.code_NL >> (self.bits - b)).float().add_(0.5)
+        at_NL = torch.minimum(torch.maximum(at_NL, middle_NL - inside), middle_NL + inside)
         self.latents[b] = at_NL.requires_grad_()
+
+    def bound(self, reach: float) -> None:
+        """The codes that latent weights may take: their weight's own, that of the start, and those within reach."""
+        place_NL = self.place()
+        for b in self.trained:
+            at_NL = place_NL / self.step[b] + (centre(b) + 0.5)
+            own_NL, far, top = (self.code_NL >> (self.bits - b)).float(), reach * 2**b, float(2**b - 1)
+            low_NL = torch.minimum((at_NL - far).floor_(), own_NL).clamp_(0, top)
+            high_NL = torch.maximum((at_NL + far).floor_(), own_NL).clamp_(0, top)
+            self.bounds[b] = low_NL.to(torch.uint8), high_NL.to(torch.uint8)
+        self.confined.clear()
 
     def links(self, width: int) -> list[Link]:
         """The chain from the narrowest trained width to this one."""
@@ -165,8 +176,10 @@ def train_nested(
     *,
     kept: KeptState | None = None,
     told: Advance = untold,
-) -> dict[str, QWeight]:
+) -> Callable[[float], dict[str, QWeight]]:
     """Nested codes after gradient steps at some of their widths; all but codes is the start's.
+
+    Returns them as a function of a reach up to REACH: with a smaller one, what left it stays at its border.
 
     start: nested weights [O, I] with one width for all their groups and no column scale · weights: the float ones ·
     objective(values, step): a scalar; values(b) are the weights seen at b bits · widths: those it reads · kept, told:
@@ -182,8 +195,15 @@ def train_nested(
     groups = [([bank.latents[b] for bank in banks for b in bank.trained], tuning.lr)]
     loss = partial(objective, values)
     descend(groups, tuning.steps, loss, share=tuning.rate, after=confine, kept=kept, told=told)
-    trained = {name: q for bank in banks for name, q in bank.harden().items()}
-    return {name: trained[name] for name in start}
+
+    def within(reach: float) -> dict[str, QWeight]:
+        for bank in banks:
+            bank.bound(reach)
+            bank.confine()
+        trained = {name: q for bank in banks for name, q in bank.harden().items()}
+        return {name: trained[name] for name in start}
+
+    return within
 
 
 def make_banks(

@@ -10,7 +10,7 @@ from polybit.compress import refine_nested
 from polybit.compress.loop import compress
 from polybit.compress.recipe import choose
 from polybit.compress.refine import taught
-from polybit.compress.refine_nested import better, divergences, finish_nested
+from polybit.compress.refine_nested import REACHES, better, divergences, finish_nested, first_better
 from polybit.core.affine import Grid
 from polybit.nn.convert import targets
 from polybit.quant.nested import nested
@@ -66,6 +66,15 @@ def test_the_start_comes_back_where_widths_got_worse():
     assert all(torch.equal(kept[n].codes_OI, q.codes_OI) for n, q in start.items())
 
 
+def test_the_largest_reach_that_is_better_is_taken():
+    """Of three the first is worse than the start; after the second none is asked for."""
+    asked = []
+    losses = {"start": 1.0, REACHES[0]: 2.0, REACHES[1]: 0.5}
+    codes = lambda reach: asked.append(reach) or {"at": reach}  # noqa: E731
+    found = first_better({"at": "start"}, codes, lambda codes: {4: losses[codes["at"]]}, 0.0)
+    assert found == {"at": REACHES[1]} and asked == list(REACHES[:2])
+
+
 def test_wide_widths_alone_are_left_as_they_are():
     model, every, start = rough((8, 6))
     assert finish_nested(model, text(), every, start, widths=(8, 6), tuning=TUNING) == start
@@ -81,7 +90,7 @@ def test_wide_widths_alone_are_left_as_they_are():
     ],
 )
 def test_what_counts_as_better(after, wanted):
-    assert better({8: 0.0001, 4: 0.1, 2: 2.0}, after) is wanted
+    assert better({8: 0.0001, 4: 0.1, 2: 2.0}, after, 5e-3) is wanted
 
 
 def test_memory_counts_every_learned_width():

@@ -87,7 +87,7 @@ def test_a_width_keeps_what_narrower_ones_read():
     assert torch.equal(found.codes_OI >> 5, q.codes_OI >> 5)
 
 
-def learned(steps=120, seed=0):
+def learned(steps=120, seed=0, reach=REACH):
     weights, seen = toy(), inputs(600, 40, 1)
     hidden = torch.tanh(seen @ weights["up"].T)
     grid = Grid(8, 16, "group")
@@ -95,7 +95,7 @@ def learned(steps=120, seed=0):
     loss = block_loss(weights, seen, 1)
     tuning = Tuning(steps=steps, lr=0.01, inside=0.4, seed=seed)
     trained = train_nested(start, weights, lambda v, n: loss(v(TRAINED[n % 3]), 0), TRAINED, tuning)
-    return weights, start, trained
+    return weights, start, trained(reach)
 
 
 def losses(weights: Mapping[str, torch.Tensor], codes: Mapping[str, QWeight]) -> dict[int, float]:
@@ -129,5 +129,13 @@ def test_stored_widths_and_groups_of_all_lengths_are_trained_together():
         assert step > 1 or all(torch.equal(found[n], w) for n, w in targets[b].items())
         return sum((found[n] - weights[n]).square().sum() for n in weights)
 
-    trained = train_nested(start, weights, objective, (2, 4), Tuning(steps=4, lr=0.05, inside=0.4))
+    trained = train_nested(start, weights, objective, (2, 4), Tuning(steps=4, lr=0.05, inside=0.4))(REACH)
     assert {n: q.bits for n, q in trained.items()} == {"up": 8, "down": 4}
+
+
+def test_a_smaller_reach_costs_8_bits_less():
+    """Codes beyond it stay at its border."""
+    weights, start, far = learned()
+    near = learned(reach=REACH / 3)[2]
+    lost = [losses(weights, codes)[8] for codes in (far, near, start)]
+    assert lost[0] > lost[1] > lost[2]
