@@ -59,11 +59,14 @@ def test_bits_behind_the_learned_ones_are_chosen_again(monkeypatch):
     assert lost(model, every, chosen)[8] < lost(model, every, nearest)[8]
 
 
-def test_the_start_comes_back_where_widths_got_worse():
+def test_the_start_comes_back_where_no_reach_is_better(monkeypatch):
     model, every, start = rough()
-    wild = Tuning(steps=4, lr=5.0, inside=0.4)
-    kept = finish_nested(model, text(), every, start, widths=WIDTHS, tuning=wild)
+    tried = []
+    monkeypatch.setattr(refine_nested, "better", lambda before, after, _: tried.append((before, after)) and False)
+    kept = finish_nested(model, text(), every, start, widths=WIDTHS, tuning=TUNING)
     assert all(torch.equal(kept[n].codes_OI, q.codes_OI) for n, q in start.items())
+    lost_8 = [after[8] for _, after in tried]
+    assert len(tried) == 3 and lost_8 == sorted(lost_8, reverse=True), "a smaller reach costs 8 bits less"
 
 
 def test_the_largest_reach_that_is_better_is_taken():
