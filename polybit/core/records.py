@@ -66,15 +66,17 @@ class Run:
     numbers: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    begun: tuple[float, float] | None = None  # the clocks when what is being timed began
 
     def to_json(self) -> dict[str, Any]:
-        """The content of run.json and of --json FILE."""
+        """The content of run.json and of --json FILE; amid what is timed, with the seconds so far."""
+        wall, cpu = self.clocks()
         return {
             "verb": self.verb,
             "config": self.config,
             "numbers": self.numbers,
-            "seconds": round(self.seconds, 3),
-            "cpu_seconds": round(self.cpu_seconds, 3),
+            "seconds": round(self.seconds + wall, 3),
+            "cpu_seconds": round(self.cpu_seconds + cpu, 3),
             "machine": machine(),
         }
 
@@ -85,12 +87,18 @@ class Run:
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Add the wall and CPU seconds of the body."""
-        wall, cpu = time.perf_counter(), time.process_time()
+        self.begun = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
-            self.seconds += time.perf_counter() - wall
-            self.cpu_seconds += time.process_time() - cpu
+            wall, cpu = self.clocks()
+            self.seconds, self.cpu_seconds, self.begun = self.seconds + wall, self.cpu_seconds + cpu, None
+
+    def clocks(self) -> tuple[float, float]:
+        """Wall and CPU seconds since what is being timed began; 0 where nothing is."""
+        if self.begun is None:
+            return 0.0, 0.0
+        return time.perf_counter() - self.begun[0], time.process_time() - self.begun[1]
 
 
 def read_run(path: Path, verb: str) -> Mapping[str, Any]:

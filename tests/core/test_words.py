@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from polybit.core.affine import Grid, fake_quantize_tokens
 from polybit.core.plan import Plan
 from polybit.core.precision import Precision, parse_widths
+from polybit.core.records import Run
 from polybit.core.runtime import MACHINE, PolybitError, atomic_path, write_json
 
 
@@ -94,3 +96,17 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
         raise RuntimeError("killed")
     assert target.read_text() == '{\n "x": 1\n}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_run_written_amid_its_work_has_the_seconds_so_far():
+    """As the run.json of a checkpoint is; before and after nothing is added, and twice timed is the sum."""
+    run = Run("verb", {})
+    assert run.to_json()["seconds"] == 0
+    with run.timed():
+        time.sleep(0.02)
+        assert 0.02 <= run.to_json()["seconds"] < 5
+    first = run.seconds
+    assert 0.02 <= first < 5 and run.to_json()["seconds"] == round(first, 3)
+    with run.timed():
+        time.sleep(0.02)
+    assert run.seconds >= first + 0.02
