@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from polybit.compress.blocks import VisitedBlock
 from polybit.compress.recipe import NARROW
-from polybit.compress.refine import LEARNING, Teacher, taught
+from polybit.compress.refine import LEARNING, taught
 from polybit.compress.stats import collect
 from polybit.core.affine import QWeight
 from polybit.core.memory import keeping_freed
@@ -17,8 +18,8 @@ from polybit.core.records import LayerStats
 from polybit.core.runtime import Advance, progress
 from polybit.nn.convert import Target
 from polybit.quant.lower_bits import lower_bits
-from polybit.quant.nested_steps import REACH, Values, train_nested
-from polybit.quant.rounding import LAST, Tuning, batch_order
+from polybit.quant.nested_steps import REACH, train_nested
+from polybit.quant.rounding import LAST, Loss, Tuning, batch_order
 from polybit.quant.steps import KeptState, untold
 
 NESTED = Tuning(steps=260, lr=0.007, inside=0.4)
@@ -46,26 +47,17 @@ def finish_nested(
     Narrow widths (up to NARROW) take turns with the loss of one width; each has latent weights of its own, whose codes
     stay inside the cells of the narrower ones (quant/nested_steps.py). What wide widths read beyond is then chosen for
     the least output error of every layer. Memory: recipe.finish_bytes a weight.
-    kept: where the state lies between two runs of the same; progress is shown. Returns the start where the widths did
-    not get better on the calibration windows, in the mean of their relative losses, or one of them much worse.
+    kept: where the state lies between two runs of the same; progress is shown. Returns the codes of the largest of
+    REACHES at which the widths got better on the calibration windows, in the mean of their relative losses and none
+    of them much worse; the start where there is none.
     """
-    narrow, wide = [b for b in sorted(widths) if b <= NARROW], [b for b in widths if b > NARROW]
-    if not narrow:
-        return dict(start)  # wide widths are as good as their layers' optimum
     halves = [part for ids_BT in batches for part in ids_BT.split(ROWS)]
     teacher, weights, start = taught(model, halves, targets, start)
-    order = batch_order(len(halves), tuning)
-
-    def objective(values: Values, step: int) -> Tensor:
-        return teacher.distance(values(narrow[step % len(narrow)]), order[step])
-
+    stats = lambda: collect(model, batches, teacher.whole.targets)  # noqa: E731
+    losses = lambda codes: sampled(codes, widths, teacher.divergence, len(halves))  # noqa: E731
+    learnt = Nested(start, weights, tuple(widths), teacher.distance, losses, stats)
     with progress(LEARNING, tuning.steps + LAST) as told, keeping_freed():
-        learned = train_nested(start, weights, objective, narrow, tuning, kept=kept, told=told)
-        stats = collect(model, batches, teacher.whole.targets) if wide else {}
-        codes = lambda reach: settled(learned(reach), weights, stats, narrow[-1], wide)  # noqa: E731
-        found = first_better(start, codes, lambda codes: divergences(codes, widths, teacher), INAUDIBLE)
-        told(LAST)
-    return found
+        return learnt.codes(INAUDIBLE, len(halves), tuning, kept=kept, told=told)
 
 
 def refine_nested_block(
@@ -81,45 +73,60 @@ def refine_nested_block(
 
     stats: of the block's layers; told: hears of the steps, and of what follows them as LAST more.
     """
-    narrow, wide = [b for b in sorted(widths) if b <= NARROW], [b for b in widths if b > NARROW]
-    if not narrow:
-        return dict(start)
-    order = batch_order(block.batches, tuning)
 
     def loss(weights: Mapping[str, Tensor], index: int) -> Tensor:
         return (block.forward(weights, index) - block.wanted(index)).square().mean()
 
-    @torch.no_grad()
-    def losses(codes: Mapping[str, QWeight]) -> dict[int, float]:
-        sample = range(0, block.batches, max(1, block.batches // SAMPLE))
-        dense = {b: {name: q.dequantize(min(b, q.bits)) for name, q in codes.items()} for b in widths}
-        return {b: sum(float(loss(dense[b], i)) for i in sample) for b in widths}
+    losses = lambda codes: sampled(codes, widths, loss, block.batches)  # noqa: E731
+    learnt = Nested(start, block.weights(), tuple(widths), loss, losses, lambda: stats)
+    return learnt.codes(None, block.batches, tuning, told=told)
 
-    weights = block.weights()
-    objective = lambda values, step: loss(values(narrow[step % len(narrow)]), order[step])  # noqa: E731
-    learned = train_nested(start, weights, objective, narrow, tuning, told=told)
-    codes = lambda reach: settled(learned(reach), weights, stats, narrow[-1], wide)  # noqa: E731
-    found = first_better(start, codes, losses, SLIGHT * losses(start)[narrow[-1]])
-    told(LAST)
-    return found
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """Nested codes that are to be learned, whatever their loss.
+
+    loss(weights, i): of the weights seen at one width, on batch i · losses(codes): of every width, to compare two codes
+    · stats(): of the layers, asked for where wide widths are settled
+    """
+
+    start: Mapping[str, QWeight]
+    weights: Mapping[str, Tensor]
+    widths: tuple[int, ...]
+    loss: Loss
+    losses: Callable[[Mapping[str, QWeight]], dict[int, float]]
+    stats: Callable[[], Mapping[str, LayerStats]]
+
+    def codes(
+        self, least: float | None, batches: int, tuning: Tuning, *, kept: KeptState | None = None, told: Advance
+    ) -> dict[str, QWeight]:
+        """Gradient steps, narrow widths in turns; then the bits behind them.
+
+        least: differences of losses below it do not count; None: SLIGHT of what the widest narrow width loses
+        """
+        narrow, wide = [b for b in sorted(self.widths) if b <= NARROW], [b for b in self.widths if b > NARROW]
+        if not narrow:
+            return dict(self.start)  # wide widths are as good as their layers' optimum
+        order = batch_order(batches, tuning)
+        objective = lambda values, step: self.loss(values(narrow[step % len(narrow)]), order[step])  # noqa: E731
+        learned = train_nested(self.start, self.weights, objective, narrow, tuning, kept=kept, told=told)
+        stats = self.stats() if wide else {}
+        before = self.losses(self.start)
+        least = SLIGHT * before[narrow[-1]] if least is None else least
+        codes = lambda reach: settled(learned(reach), self.weights, stats, narrow[-1], wide)  # noqa: E731
+        found = first_better(codes, lambda codes: better(before, self.losses(codes), least))
+        told(LAST)
+        return dict(self.start) if found is None else found
 
 
 def first_better(
-    start: Mapping[str, QWeight],
-    codes: Callable[[float], dict[str, QWeight]],
-    losses: Callable[[Mapping[str, QWeight]], dict[int, float]],
-    least: float,
-) -> dict[str, QWeight]:
-    """The learned codes of the largest reach that are better than the start, or the start.
+    codes: Callable[[float], dict[str, QWeight]], good: Callable[[Mapping[str, QWeight]], bool]
+) -> dict[str, QWeight] | None:
+    """The codes of the largest reach that are good, if any are.
 
     What wide widths pay grows with the square of the reach, what narrow ones gain hardly does.
     """
-    before = losses(start)
-    for reach in REACHES:
-        found = codes(reach)
-        if better(before, losses(found), least):
-            return found
-    return dict(start)
+    return next((found for found in map(codes, REACHES) if good(found)), None)
 
 
 def settled(
@@ -145,11 +152,11 @@ def better(before: Mapping[int, float], after: Mapping[int, float], least: float
 
 
 @torch.no_grad()
-def divergences(codes: Mapping[str, QWeight], widths: Sequence[int], teacher: Teacher) -> dict[int, float]:
-    """Mean KL of every width over a few batches, nats per token."""
-    sample = range(0, len(teacher.batches), max(1, len(teacher.batches) // SAMPLE))
+def sampled(codes: Mapping[str, QWeight], widths: Sequence[int], loss: Loss, batches: int) -> dict[int, float]:
+    """Mean loss of every width over a few batches."""
+    sample = range(0, batches, max(1, batches // SAMPLE))
     found = {}
     for width in widths:
         dense = {name: q.dequantize(min(width, q.bits)) for name, q in codes.items()}
-        found[width] = sum(float(teacher.divergence(dense, i)) for i in sample) / len(sample)
+        found[width] = sum(float(loss(dense, i)) for i in sample) / len(sample)
     return found

@@ -31,8 +31,6 @@ import torch
 from torch import Tensor
 
 FOLLOW = 3.0  # times a width's gradient that narrower widths' latent weights get although their bits did not decide
-
-
 PIECE = 1 << 17  # values
 
 

@@ -10,7 +10,7 @@ from polybit.compress import refine_nested
 from polybit.compress.loop import compress
 from polybit.compress.recipe import choose
 from polybit.compress.refine import taught
-from polybit.compress.refine_nested import REACHES, better, divergences, finish_nested, first_better
+from polybit.compress.refine_nested import REACHES, better, finish_nested, first_better, sampled
 from polybit.core.affine import Grid
 from polybit.nn.convert import targets
 from polybit.quant.nested import nested
@@ -37,7 +37,7 @@ def rough(widths=WIDTHS, **kwargs):
 
 
 def lost(model, every, codes, widths=WIDTHS):
-    return divergences(codes, widths, taught(model, text(), every, codes)[0])
+    return sampled(codes, widths, taught(model, text(), every, codes)[0].divergence, 2)
 
 
 @pytest.mark.parametrize("ends", [False, True])
@@ -72,9 +72,8 @@ def test_the_start_comes_back_where_no_reach_is_better(monkeypatch):
 def test_the_largest_reach_that_is_better_is_taken():
     """Of three the first is worse than the start; after the second none is asked for."""
     asked = []
-    losses = {"start": 1.0, REACHES[0]: 2.0, REACHES[1]: 0.5}
-    codes = lambda reach: asked.append(reach) or {"at": reach}  # noqa: E731
-    found = first_better({"at": "start"}, codes, lambda codes: {4: losses[codes["at"]]}, 0.0)
+    good = {REACHES[0]: False, REACHES[1]: True}
+    found = first_better(lambda reach: asked.append(reach) or {"at": reach}, lambda codes: good[codes["at"]])
     assert found == {"at": REACHES[1]} and asked == list(REACHES[:2])
 
 
