@@ -27,7 +27,13 @@ from polybit.speed.machine import PLAIN_BLOCK_SECONDS, recall
 
 def plan(model: str, options: PlanOptions) -> Run:
     """Say what quantizing MODEL would give and cost. Reads its configuration only, no weights."""
-    recipe = choose(options.chosen_method(), options.stored_widths(), options.group_size, asymmetric=options.asymmetric)
+    recipe = choose(
+        options.chosen_method(),
+        options.stored_widths(),
+        options.group_size,
+        asymmetric=options.asymmetric,
+        effort=options.effort,
+    )
     run = Run("plan", {"model": model, **plain(options)})
     with run.timed():
         with (start := Stopwatch()):  # libraries are loaded here, as in a run

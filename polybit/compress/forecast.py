@@ -6,7 +6,7 @@ import hashlib
 import resource
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from polybit.compress.loop import (
     visited,
 )
 from polybit.compress.recipe import Recipe
+from polybit.compress.refine_nested import ROWS
 from polybit.compress.text import BATCH
 from polybit.core.affine import Grid, QWeight
 from polybit.core.memory import return_large
@@ -115,13 +116,10 @@ class TimedBlock:
 
 
 def time_block(source: LentModel, targets: Sequence[Target], batches: Sequence[Tensor], recipe: Recipe) -> TimedBlock:
-    """Quantize the first decoder block of a model as `compress_in_place` does, and let it go.
-
-    Learned rounding of one width is tried by a few steps; that of nested codes is not.
-    """
+    """Quantize the first decoder block of a model as `compress_in_place` does, and let it go; of learned rounding a few
+    steps."""
     return_large()
-    learns = foretold(recipe)
-    recipe = replace(recipe, block_steps=0, finish_steps=0)
+    learns, recipe = recipe, replace(recipe, block_steps=0, finish_steps=0)
     codes, passes, kept = Stopwatch(), Stopwatch(), Stopwatch()
     steps = None
 
@@ -134,27 +132,37 @@ def time_block(source: LentModel, targets: Sequence[Target], batches: Sequence[T
     by_name = {target.name: target for target in targets}
     for parameter in source.model.parameters():
         parameter.requires_grad_(False)
-    walk = visited(source.model, targets, batches, recipe, source, None)
-    with closing(walk), TemporaryDirectory() as folder:  # type: ignore[type-var]
-        name, block = next(walk)
-        assert block is not None
+    with first_block(source, targets, batches, recipe) as block, TemporaryDirectory() as folder:
         tried = shortened(block)
         with passes:
             found = block_codes(block, recipe, quantize=quantize)
             block.finish(handed_on(found, recipe))
-        if learns:
-            steps = time_steps(block, found, vocabulary_of(source))
         with kept:
             for key, q in found.items():
                 relative_errors(rows_of_target(source.model, by_name[key], source), q, recipe)
             with closing(Workspace(Path(folder) / "block", {})) as store:
-                store.write(name, found)
-    return TimedBlock(name, tried, codes.seconds, minus(passes.seconds, codes.seconds), kept.seconds, steps)
+                store.write(block.name, found)
+    if learns.block_steps or learns.finish_steps:
+        with first_block(source, targets, [batches[0][: rows_of_step(learns)]], recipe) as block:
+            steps = time_steps(block, found, vocabulary_of(source), learns)
+    return TimedBlock(block.name, tried, codes.seconds, minus(passes.seconds, codes.seconds), kept.seconds, steps)
 
 
-def foretold(recipe: Recipe) -> bool:
-    """Whether there is learned rounding whose time can be told."""
-    return bool(recipe.block_steps or recipe.finish_steps) and not recipe.is_nested
+@contextmanager
+def first_block(
+    source: LentModel, targets: Sequence[Target], batches: Sequence[Tensor], recipe: Recipe
+) -> Iterator[VisitedBlock]:
+    """The first decoder block and the text on its way to it, while its weights are lent."""
+    walk = visited(source.model, targets, batches, recipe, source, None)
+    with closing(walk):  # type: ignore[type-var]
+        _, block = next(walk)
+        assert block is not None
+        yield block
+
+
+def rows_of_step(recipe: Recipe) -> int:
+    """Windows that a step of learned rounding reads."""
+    return ROWS if recipe.is_nested and recipe.finish_steps else BATCH
 
 
 def vocabulary_of(source: LentModel) -> int:
@@ -189,8 +197,8 @@ def foretell_seconds(
     """Seconds (wall and CPU) that `quantize` will take, from one timed block of drawn weights.
 
     held: the ends that become codes · windows, length: of calibration text · start: what loading libraries took. Not in
-    it: text the model writes itself, learned rounding of nested codes, measuring the result. learning_bytes: what
-    learning over the whole model takes beside its float weights.
+    it: text the model writes itself, measuring the result. learning_bytes: what learning over the whole model takes
+    beside its float weights.
     """
     inside = [t for t in targets if t.kind not in ("embedding", "head")]
     given = -(-windows // BATCH)
@@ -211,7 +219,8 @@ def foretell_seconds(
         "ends": times(rounding_of_ends(recipe), sum(t.size for t in held) / ENDS_TRIED),
     }
     if timed.steps is not None:
-        parts["learning"] = learning_seconds(timed.steps, recipe, blocks=weights, batches=given)
+        read = -(-windows // rows_of_step(recipe))
+        parts["learning"] = learning_seconds(timed.steps, recipe, blocks=weights, batches=read)
     wall, cpu = (sum(each[i] for each in parts.values()) for i in (0, 1))
     return {
         "block": timed.name,
@@ -220,10 +229,9 @@ def foretell_seconds(
         "cpu_seconds": cpu,
         "parts": {name: {"seconds": each[0], "cpu_seconds": each[1]} for name, each in parts.items()},
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "learned_rounding": bool(recipe.block_steps or recipe.finish_steps),
         "learning_bytes": 0
         if timed.steps is None
-        else learning_bytes(timed.steps, recipe, weights=sum(t.size for t in targets), blocks=weights, batches=given),
+        else learning_bytes(timed.steps, recipe, weights=sum(t.size for t in targets), blocks=weights, batches=read),
     }
 
 

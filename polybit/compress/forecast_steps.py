@@ -1,9 +1,13 @@
-"""What learned rounding will take, told from a few gradient steps of one block and of a slice of the head."""
+"""What learned rounding will take, told from a few gradient steps of one block and of a slice of the head.
+
+Steps of nested codes are told from one turn of their narrow widths, and what follows them from one block as well: its
+statistics, and the bits behind the narrow widths.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,11 +18,13 @@ from torch.nn.functional import log_softmax
 from polybit.compress.blocks import VisitedBlock
 from polybit.compress.recipe import Recipe
 from polybit.compress.refine import BLOCK, TEACHER_BYTES
+from polybit.compress.refine_nested import SAMPLE, settled
 from polybit.core.affine import QWeight
 from polybit.core.memory import keeping_freed
+from polybit.quant.nested_steps import REACH, Values, train_nested
 from polybit.quant.rounding import LAST, Tuning, train
 
-STEPS = 3  # that are tried; the first one lays things out and is not counted
+TURN = 2  # steps of one width that are tried; of nested codes one step of every narrow width
 SLICE = 4096  # tokens of the vocabulary that are tried
 STATES, LOGITS = 9, 4  # hidden states the teacher keeps of a batch, and tensors as large as the logits at one time
 
@@ -27,19 +33,22 @@ Seconds = tuple[float, float]  # wall, CPU
 
 @dataclass(frozen=True, slots=True)
 class TimedSteps:
-    """One batch of calibration text, seconds (wall, CPU) and bytes.
+    """One batch of text as a step reads it, seconds (wall, CPU) and bytes.
 
-    step: a gradient step of the block · forward: the float block · head: a gradient step of what follows the blocks,
+    forward: the float block · step: a gradient step of the block · head: a gradient step of what follows the blocks,
     its teacher among it · held: bytes a block keeps for the way back · hidden, logits: bytes of a hidden state and of
-    the logits
+    the logits · stats, settled: of nested codes, the statistics of the block's layers, and their bits that wide widths
+    read beyond the narrow ones
     """
 
-    step: Seconds
     forward: Seconds
+    step: Seconds
     head: Seconds
     held: int
     hidden: int
     logits: int
+    stats: Seconds = (0.0, 0.0)
+    settled: Seconds = (0.0, 0.0)
 
 
 def now() -> Seconds:
@@ -47,13 +56,14 @@ def now() -> Seconds:
     return time.perf_counter(), time.process_time()
 
 
-def time_steps(block: VisitedBlock, start: Mapping[str, QWeight], vocabulary: int) -> TimedSteps:
+def time_steps(block: VisitedBlock, start: Mapping[str, QWeight], vocabulary: int, recipe: Recipe) -> TimedSteps:
     """A few steps of learned rounding on the first batch of a block; nothing is kept of them."""
     weights, laps = block.weights(), [now()]
     with torch.no_grad():
         wanted = block.forward({}, 0)
     laps.append(now())
-    forward = (laps[1][0] - laps[0][0], laps[1][1] - laps[0][1])
+    narrow = sorted(recipe.learned_widths)
+    turn = len(narrow) if recipe.is_nested else TURN
     taken: list[Seconds] = []
 
     def told(amount: float, *, found: bool = False) -> None:
@@ -62,15 +72,49 @@ def time_steps(block: VisitedBlock, start: Mapping[str, QWeight], vocabulary: in
     def loss(weights: Mapping[str, Tensor], _step: int) -> Tensor:
         return (block.forward(weights, 0) - wanted).square().mean()
 
+    def loss_of_one(values: Values, step: int) -> Tensor:
+        return loss(values(narrow[step % turn]), step)
+
+    more: dict[str, Seconds] = {}
     with saved_bytes() as saved, keeping_freed():
-        train(start, weights, loss, Tuning(steps=STEPS, lr=BLOCK.lr, scale_lr=BLOCK.scale_lr), told=told)
-    first, last = taken[1], taken[-1]  # taken[0] is the start
-    step = ((last[0] - first[0]) / (STEPS - 1), (last[1] - first[1]) / (STEPS - 1))
+        tuning = Tuning(steps=turn + 1, lr=BLOCK.lr, scale_lr=BLOCK.scale_lr, inside=BLOCK.inside)
+        if recipe.is_nested:
+            learned = train_nested(start, weights, loss_of_one, narrow, tuning, told=told)(REACH)
+            more = time_settling(block, learned, narrow[-1], [b for b in recipe.widths if b > narrow[-1]])
+        else:
+            train(start, weights, loss, tuning, told=told)
+    first, last = taken[1], taken[turn + 1]  # taken[0] is the start, and the first step lays things out
+    step = ((last[0] - first[0]) / turn, (last[1] - first[1]) / turn)
     tokens, hidden = wanted.shape[0] * wanted.shape[1], wanted.shape[-1]
     head = time_head(wanted, vocabulary)
     # what a step of the finish keeps beside it, latents, gradients and moments, is counted by the weight
-    held = max(saved.bytes // STEPS - sum(4 * w.numel() for w in weights.values()), 0)
-    return TimedSteps(step, forward, head, held, 4 * tokens * hidden, 4 * tokens * vocabulary)
+    held = max(saved.bytes // (turn + 1) - sum(4 * w.numel() for w in weights.values()), 0)
+    return TimedSteps(
+        between(laps),
+        step=step,
+        head=head,
+        held=held,
+        hidden=4 * tokens * hidden,
+        logits=4 * tokens * vocabulary,
+        **more,
+    )
+
+
+def time_settling(
+    block: VisitedBlock, codes: Mapping[str, QWeight], held: int, wide: Sequence[int]
+) -> dict[str, Seconds]:
+    """The statistics of one batch of a block, and its bits behind the leading `held`, for the wide widths."""
+    laps = [now()]
+    stats = block.stats() if wide else {}
+    laps.append(now())
+    settled(codes, block.weights(), stats, held, wide)
+    laps.append(now())
+    return {"stats": between(laps[:2]), "settled": between(laps[1:])}
+
+
+def between(laps: Sequence[Seconds]) -> Seconds:
+    """From the first to the last."""
+    return laps[-1][0] - laps[0][0], laps[-1][1] - laps[0][1]
 
 
 def time_head(like_BTD: Tensor, vocabulary: int) -> Seconds:
@@ -116,17 +160,22 @@ def saved_bytes() -> Iterator[Saved]:
 
 
 def learning_seconds(timed: TimedSteps, recipe: Recipe, *, blocks: float, batches: int) -> Seconds:
-    """Of all gradient steps of a recipe; nested codes, whose steps are of another kind, are not foretold.
+    """Of all gradient steps of a recipe, and of what follows them.
 
-    blocks: how many times the weights of the tried one there are · batches: of calibration text
+    blocks: how many times the weights of the tried one there are · batches: of calibration text, as steps read it
     """
+    steps = recipe.finish_steps or recipe.block_steps
 
     def total(which: int) -> float:
-        step, forward, head = timed.step[which], timed.forward[which], timed.head[which]
-        if recipe.finish_steps:
-            passes = min(batches, recipe.finish_steps)
-            return (recipe.finish_steps + LAST) * (blocks * step + head) + passes * (blocks * forward + head / 3)
-        return blocks * ((recipe.block_steps + LAST) * step + 2 * batches * forward)
+        head = timed.head[which] if recipe.finish_steps else 0.0
+        step = blocks * timed.step[which] + head
+        passed = blocks * timed.forward[which] + head / 3  # there is no way back
+        passes = min(batches, steps) if recipe.finish_steps else 2 * batches  # of the float model; of both paths
+        if not recipe.is_nested:
+            return (steps + LAST) * step + passes * passed
+        compared = 2 * len(recipe.widths) * min(SAMPLE, batches)  # before, and at one reach
+        settling = blocks * (batches * timed.stats[which] + timed.settled[which])
+        return steps * step + (passes + compared) * passed + settling
 
     return total(0), total(1)
 

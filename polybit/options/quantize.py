@@ -43,6 +43,8 @@ class CodeOptions:
     """Windows of calibration text."""
     window: int | None = None
     """Tokens per window (default: 256 or 512 by the model's context)."""
+    effort: Effort = "normal"
+    """fast = no learned rounding; best = also for nested files, whose narrow widths gain much; a tenth of the speed."""
     include_embeddings: bool = False
     """Quantize the token embedding and the output head as all other layers, at every width."""
     ends: int | None = None
@@ -107,8 +109,6 @@ class QuantizeOptions(CodeOptions, WorkerOptions):
     mix: str | None = None
     """Mixture of texts to calibrate on, FILE=SHARE,FILE=SHARE, or the .json of polybit mix (instead of
     --calibration)."""
-    effort: Effort = "normal"
-    """fast = no learned rounding; best = also for nested files, whose narrow widths gain much; a tenth of the speed."""
     rotate: bool = False
     """Turn the residual stream and the heads by Hadamard matrices folded into the weights (Llama, Mistral, Qwen2,
     Qwen3): the float model says the same, and large channels are spread over all, for narrow activations as in w4a4.

@@ -81,12 +81,11 @@ def expected_time(found: Mapping[str, Any]) -> str:
     """How long it will take, and what of it."""
     parts = {name: row["seconds"] for name, row in found["parts"].items()}
     learning = parts.get("learning")
-    more = ", and learned rounding" if found["learned_rounding"] and learning is None else ""
     learnt = "" if learning is None else f", {learning:.0f} s for learned rounding"
     return (
         f"time: about {found['seconds']:.0f} s with a text that is given ({found['cpu_seconds']:.0f} CPU seconds), of "
         f"it {parts['codes']:.0f} s for codes, {parts['passes']:.0f} s for passes of the text{learnt}: one of about "
-        f"{found['blocks']:.0f} blocks was tried with random weights; text the model writes itself, measuring{more} "
+        f"{found['blocks']:.0f} blocks was tried with random weights; text the model writes itself and measuring "
         "come on top"
     )
 
