@@ -27,7 +27,7 @@ from polybit.hub.gguf_file import is_gguf
 from polybit.hub.lent import LentModel, open_lent
 from polybit.hub.lent_checkpoint import open_lent_checkpoint
 from polybit.hub.lm import LocalLM
-from polybit.hub.load import TOKENIZER_FILES, fetch, guarded, load_config, load_tokenizer, quantization_of
+from polybit.hub.load import checkpoint_tokenizer, guarded, load_config, load_tokenizer, quantization_of
 from polybit.hub.models import resolve
 from polybit.measure.passage import States, WholePassage
 from polybit.nn.convert import Target, targets
@@ -128,9 +128,7 @@ def open_blockwise(name: str, options: EvalOptions) -> BlockwiseLM | None:
     memory = allowed // STATES_SHARE
     if quantization_of(name, trust_remote_code=trust) == METHOD:
         checkpoint = open_lent_checkpoint(name, trust_remote_code=trust)
-        path = Path(name) if Path(name).is_dir() else fetch(name)
-        has_none = not any((path / file).is_file() for file in TOKENIZER_FILES)
-        tokenizer = None if has_none else load_tokenizer(name, trust_remote_code=trust)
+        tokenizer = checkpoint_tokenizer(name, trust_remote_code=trust)
         guarded(checkpoint.model, tokenizer)
         return BlockwiseLM(checkpoint, tokenizer, checkpoint.targets, memory)
     lent = open_lent(name, trust_remote_code=trust)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from polybit.compress.plan_files import read_plan
 from polybit.compress.sizes import warn_of_width
 from polybit.compress.text import window_length
-from polybit.core.memory import fits
+from polybit.core.memory import fits, return_large
 from polybit.core.plan import Plan
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.records import RUN_FILE, Run, read_run
@@ -27,8 +29,9 @@ from polybit.export.weights import Material
 from polybit.hub.dense import plain_model
 from polybit.hub.directory import absolute, check_output, staged_directory
 from polybit.hub.files import read_json
+from polybit.hub.lent_checkpoint import open_lent_checkpoint
 from polybit.hub.lm import LocalLM
-from polybit.hub.load import load_quantized, quantization_of
+from polybit.hub.load import checkpoint_tokenizer, load_quantized, quantization_of
 from polybit.hub.models import own_name, resolve
 from polybit.hub.peft import load_peft
 from polybit.hub.push import check_repo, push
@@ -79,7 +82,7 @@ def material_of(model: str, options: ExportOptions) -> Material:
     """The checkpoint at the precision that was asked for."""
     if quantization_of(resolve(model), trust_remote_code=options.trust_remote_code) is None:
         raise PolybitError(f"{model} is a float model: quantize it first, with `polybit quantize {model} --out DIR`")
-    loaded, tokenizer = load_quantized(resolve(model), trust_remote_code=options.trust_remote_code)
+    loaded, tokenizer, lend = opened(resolve(model), options)
     if options.precision is not None:
         path = Path(options.precision)
         if path.suffix == ".json":
@@ -93,7 +96,17 @@ def material_of(model: str, options: ExportOptions) -> Material:
         if adapters:
             raise PolybitError(f"preset {options.precision} has an adapter of its own: leave --adapter out")
         adapters = load_peft(options.adapter)
-    return Material.of(loaded, DTYPES[options.float_type], adapters, tokenizer, exact=options.exact)
+    return Material.of(loaded, DTYPES[options.float_type], adapters, tokenizer, exact=options.exact, lend=lend)
+
+
+def opened(path: str, options: ExportOptions) -> tuple[nn.Module, Any, Callable[[str], AbstractContextManager[None]]]:
+    """A checkpoint, its tokenizer, and what lends its tensors a layer at a time; whole where it is to run on a text."""
+    trust = options.trust_remote_code
+    if options.imatrix:
+        return *load_quantized(path, trust_remote_code=trust), nullcontext
+    return_large()
+    lent = open_lent_checkpoint(path, trust_remote_code=trust)
+    return lent.model, checkpoint_tokenizer(path, trust_remote_code=trust), lent.lend
 
 
 def check_weights_only(plan: Plan) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from polybit.core.runtime import write_json
 from polybit.export.weights import Material
+from polybit.hub.pieces import Place, raw, read_places, write_pieces
 
 PART_BYTES = 4 << 30
 ROWS = 1024  # rows packed at a time
@@ -39,29 +39,40 @@ def unpack_bits(words: Tensor, bits: int, columns: int) -> Tensor:
 
 
 class WeightFiles:
-    """`model.safetensors`, or `model-00001-of-0000N.safetensors` and their index, written as tensors come."""
+    """`model.safetensors`, or `model-00001-of-0000N.safetensors` and their index, written as tensors come.
+
+    What waits for its part to be full lies on the disk.
+    """
 
     def __init__(self, stage: Path, part_bytes: int = PART_BYTES, metadata: dict[str, str] | None = None) -> None:
         self.stage, self.part_bytes = stage, part_bytes
         self.metadata = metadata or {"format": "pt"}
-        self.waiting: dict[str, Tensor] = {}
+        self.waiting: dict[str, Place] = {}
         self.filled = self.total = 0
         self.parts: list[list[str]] = []
+
+    @property
+    def body(self) -> Path:
+        """Where the values of the next part wait."""
+        return self.stage / f"body-{len(self.parts)}"
 
     def add(self, name: str, tensor: Tensor) -> None:
         """One more tensor."""
         size = tensor.numel() * tensor.element_size()
         if self.waiting and self.filled + size > self.part_bytes:
             self.flush()
-        self.waiting[name] = tensor.detach().cpu().contiguous()
+        with self.body.open("ab") as handle:
+            handle.write(raw(tensor))
+        self.waiting[name] = Place(self.body, tensor.dtype, tuple(tensor.shape), self.filled)
         self.filled += size
         self.total += size
 
     def flush(self) -> None:
         """Write what waits."""
-        from safetensors.torch import save_file
-
-        save_file(self.waiting, self.stage / f"part-{len(self.parts)}", metadata=self.metadata)
+        shapes = {n: torch.empty(place.shape, dtype=place.dtype, device="meta") for n, place in self.waiting.items()}
+        part = self.stage / f"part-{len(self.parts)}"
+        write_pieces(part, shapes, lambda name: self.waiting[name].pieces(), self.metadata)
+        self.body.unlink(missing_ok=True)
         self.parts.append(list(self.waiting))
         self.waiting, self.filled = {}, 0
 
@@ -81,31 +92,17 @@ class WeightFiles:
         )
 
 
-def read_tensors(stage: Path, names: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the safetensors files of a directory, or those named."""
-    from safetensors import safe_open
-
-    for path in sorted(stage.glob("model*.safetensors")):
-        with safe_open(str(path), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                if names is None or name in names:
-                    yield name, opened.get_tensor(name)
-
-
 class TensorFiles:
     """The tensors of a directory of safetensors by name, each read when it is asked for."""
 
     def __init__(self, stage: Path) -> None:
-        from safetensors import safe_open
-
-        self.opened = [safe_open(str(path), framework="pt") for path in sorted(stage.glob("model*.safetensors"))]
-        self.where = {name: opened for opened in self.opened for name in opened.keys()}  # noqa: SIM118
+        self.places = read_places(sorted(stage.glob("model*.safetensors"))) or {}
 
     def __contains__(self, name: str) -> bool:
-        return name in self.where
+        return name in self.places
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.where[name].get_tensor(name)
+        return self.places[name][...]
 
 
 def plain_config(material: Material) -> dict[str, Any]:
@@ -128,9 +125,3 @@ def write_config(material: Material, stage: Path, **more: Any) -> None:
     generation: Any = getattr(material.model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(stage)
-
-
-def half_bias(material: Material, name: str) -> Tensor | None:
-    """The bias of a layer in the float type that is written."""
-    bias = getattr(material.layers[name], "bias", None)
-    return None if bias is None else bias.detach().to(material.dtype)

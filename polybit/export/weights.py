@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,7 +60,8 @@ class Material:
 
     layers: its quantized layers by name · adapters: low-rank parts to be folded into layers · dtype: float type of
     scales and of weights without codes · held: layer -> what an exporter wrote of it, filled while it writes · exact:
-    a layer of which `dtype` moves a weight to another code has 32 bits instead.
+    a layer of which `dtype` moves a weight to another code has 32 bits instead · lend: what makes the tensors below a
+    path be there, where the model is a skeleton.
     """
 
     model: nn.Module
@@ -69,6 +71,7 @@ class Material:
     tokenizer: Any = None
     held: dict[str, str] = field(default_factory=dict)
     exact: bool = False
+    lend: Callable[[str], AbstractContextManager[None]] = nullcontext
 
     @classmethod
     def of(
@@ -79,6 +82,7 @@ class Material:
         tokenizer: Any = None,
         *,
         exact: bool = False,
+        lend: Callable[[str], AbstractContextManager[None]] = nullcontext,
     ):
         """A model as it is switched now."""
         layers = stored_layers(model)
@@ -86,19 +90,21 @@ class Material:
             shape = (lora.up_OR.shape[0], lora.down_RI.shape[1])
             if name not in layers or layers[name].fields.shape != shape:
                 raise PolybitError(f"the adapter is for {name!r:.120} of shape {shape}, which this model has not")
-        return cls(model, dtype, layers, adapters or {}, tokenizer, exact=exact)
+        return cls(model, dtype, layers, adapters or {}, tokenizer, exact=exact, lend=lend)
 
     def floats(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that is no part of a quantized weight, by its name in the model, in the type that is written."""
         codes = {f"{name}.{leaf}" for name, layer in self.layers.items() for leaf in layer.fields.tensors()}
-        for name, tensor in stored_tensors(self.model):
-            if name not in codes:
-                yield name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        for name in [name for name, _ in stored_tensors(self.model) if name not in codes]:
+            owner, _, leaf = name.rpartition(".")
+            with self.lend(name):
+                tensor = getattr(self.model.get_submodule(owner), leaf).detach()
+            yield name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def decoded(self, name: str) -> Tensor:
         """A quantized weight in float32 [O, I] as it is read, with its adapter folded in."""
-        layer = self.layers[name]
-        weight_OI = layer.decode()
+        with self.lend(name):
+            weight_OI = self.layers[name].decode()
         lora = self.adapters.get(name)
         if lora is None:
             return weight_OI
@@ -107,7 +113,8 @@ class Material:
     def read(self, name: str) -> ReadWeight:
         """A quantized weight as codes, steps and zero points; without column scales and adapters."""
         layer = self.layers[name]
-        q = unpack(layer.planes)
+        with self.lend(name):
+            q = unpack(layer.planes)
         reading = layer.reading
         read_G = q.read_widths(reading if isinstance(reading, int) else torch.tensor(reading))
         stored_G = q.stored_widths()
@@ -127,7 +134,8 @@ class Material:
         """The step of every weight of a layer, [O, I]: what a difference is measured in."""
         weight = self.read(name)
         step_OI = expand_groups(weight.step_OG.float().abs(), weight.codes_OI.shape[1], weight.group_size)
-        scale = self.layers[name].planes.column_scale
+        with self.lend(name):
+            scale = self.layers[name].planes.column_scale
         return step_OI if scale is None else step_OI * scale.float().abs()
 
     def fit(self, name: str, exporter: Exporter, label: str) -> ReadWeight | None:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from polybit.core.records import Rotation
+from polybit.core.runtime import PolybitError
 from polybit.hub.checkpoint import Description, weight_files
-from polybit.hub.files import read_json
-from polybit.hub.lent import LentModel, compute_buffers
+from polybit.hub.files import read_headers, read_json
+from polybit.hub.lent import LentModel, add_generation, compute_buffers
 from polybit.hub.load import fetch
 from polybit.hub.peft import read_adapters
 from polybit.hub.pieces import Place, read_places
-from polybit.hub.plugin import validate_once
+from polybit.hub.plugin import check_names, validate_once
 from polybit.hub.skeleton import load_skeleton
 from polybit.kernels.prepared import Holder
 from polybit.nn.board import board_of
@@ -54,6 +55,11 @@ def open_lent_checkpoint(name: str, *, trust_remote_code: bool = False) -> LentC
     model = load_skeleton(str(path), dtype=torch.float32, trust_remote_code=trust_remote_code)
     compute_buffers(model)
     known = {target.name: target for target in targets(model, include_embeddings=True)}
+    for layer in description.layers:
+        if layer not in known:
+            raise PolybitError(
+                f"{name} quantizes {layer!r:.120}, which {type(model).__name__} does not have: make it again"
+            )
     with torch.device("meta"):
         install(model, {layer: (known[layer], fields, None) for layer, fields in description.layers.items()})
     model.config.quantization_config = declared  # type: ignore[union-attr]
@@ -62,5 +68,8 @@ def open_lent_checkpoint(name: str, *, trust_remote_code: bool = False) -> LentC
     if "rotation" in description.notes:
         board_of(model).rotation = Rotation.from_json(description.notes["rotation"])
     multiply_by(model)
-    places = read_places(weight_files(path, description)) or {}
+    add_generation(model, str(path))
+    files = weight_files(path, description)
+    check_names(model, read_headers(files))
+    places = read_places(files) or {}
     return LentCheckpoint(name, model.eval(), places, list(known.values()))

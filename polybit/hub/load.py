@@ -77,9 +77,16 @@ def load_quantized(
     plugin.validate_once(path)
     plugin.register()
     model = open_model(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
-    has_none = not any((path / file).is_file() for file in TOKENIZER_FILES)
-    tokenizer = None if has_none else load_tokenizer(str(path), trust_remote_code=trust_remote_code)
+    tokenizer = checkpoint_tokenizer(str(path), trust_remote_code=trust_remote_code)
     return guarded(model, tokenizer), tokenizer
+
+
+def checkpoint_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a polybit checkpoint, None when none was saved."""
+    path = Path(name) if Path(name).is_dir() else fetch(name)
+    if not any((path / file).is_file() for file in TOKENIZER_FILES):
+        return None
+    return load_tokenizer(str(path), trust_remote_code=trust_remote_code)
 
 
 def fetch(name: str) -> Path:

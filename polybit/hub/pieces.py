@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from polybit.core.runtime import PolybitError
-from polybit.hub.files import read_headers
+from polybit.hub.files import Entry, double, read_entries
 
 PIECE = 1 << 22  # bytes read at once
 DTYPES = {  # spelling of safetensors, in the order in which it sorts a file's tensors, widest first
     "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
+    "U32": torch.uint32,
     "I32": torch.int32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -86,20 +87,16 @@ def read_places(paths: Iterable[Path]) -> dict[str, Place] | None:
 
     Raises PolybitError for files that are damaged.
     """
-    paths = list(paths)
-    read_headers(paths)  # refuses what is torn, overlapping or double
-    found = {}
+    found: dict[str, tuple[Path, Entry]] = {}
     for path in paths:
-        with path.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            entries = json.loads(handle.read(length))
-        entries.pop("__metadata__", None)
-        for name, entry in entries.items():
-            if entry["dtype"] not in DTYPES:
-                return None
-            start = 8 + length + entry["data_offsets"][0]
-            found[name] = Place(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
-    return found
+        entries, _ = read_entries(path)
+        twice = sorted(found.keys() & entries.keys())
+        if twice:
+            raise double(path, twice[0])
+        found |= {name: (path, entry) for name, entry in entries.items()}
+    if any(entry.dtype not in DTYPES for _, entry in found.values()):
+        return None
+    return {name: Place(path, DTYPES[e.dtype], e.shape, e.start) for name, (path, e) in found.items()}
 
 
 def write_pieces(path: Path, shapes: Mapping[str, Tensor], pieces: Pieces, metadata: Mapping[str, str]) -> None:

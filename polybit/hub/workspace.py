@@ -20,7 +20,7 @@ from polybit.core.affine import QWeight
 from polybit.core.planes import Planes, pack, unpack
 from polybit.core.runtime import PolybitError, atomic_path, warn, write_json
 from polybit.hub.directory import absolute, disk_errors, output_lock
-from polybit.hub.files import read_json
+from polybit.hub.files import read_entries, read_json
 from polybit.hub.pieces import Place, read_places
 from polybit.nn.fields import Fields, tensors_of
 
@@ -81,22 +81,18 @@ class Workspace:
 
     def read(self, block: str) -> dict[str, QWeight] | None:
         """The weights of a finished block, None when it is not finished."""
-        from safetensors import SafetensorError, safe_open
-
         path = self.file(block)
         if not path.is_file():
             return None
         try:
-            with safe_open(str(path), framework="pt") as opened:
-                entries = json.loads((opened.metadata() or {})["layers"])
-                fields = {name: Fields.from_json(name, entry) for name, entry in entries.items()}
-                return {
-                    name: unpack(
-                        numbers.planes({leaf: opened.get_tensor(f"{name}.{leaf}") for leaf in numbers.tensors()})
-                    )
-                    for name, numbers in fields.items()
-                }
-        except (SafetensorError, OSError, ValueError, KeyError, PolybitError) as error:
+            noted = json.loads(read_entries(path)[1]["layers"])
+            places = read_places([path]) or {}
+            fields = {name: Fields.from_json(name, entry) for name, entry in noted.items()}
+            return {
+                name: unpack(numbers.planes({leaf: places[f"{name}.{leaf}"][...] for leaf in numbers.tensors()}))
+                for name, numbers in fields.items()
+            }
+        except (OSError, ValueError, KeyError, PolybitError) as error:
             raise PolybitError(
                 f"{path} of an interrupted run cannot be read ({error!s:.100}): start again with --restart"
             ) from error
