@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from polybit.evals.compare import compare as compare_models
 from polybit.export.check import compare
 from polybit.export.fused import check_fused
 from polybit.export.imatrix import write_importance
-from polybit.export.weights import Material
+from polybit.export.weights import Lend, Material, there
 from polybit.hub.dense import plain_model
 from polybit.hub.directory import absolute, check_output, staged_directory
 from polybit.hub.files import read_json
@@ -99,11 +98,11 @@ def material_of(model: str, options: ExportOptions) -> Material:
     return Material.of(loaded, DTYPES[options.float_type], adapters, tokenizer, exact=options.exact, lend=lend)
 
 
-def opened(path: str, options: ExportOptions) -> tuple[nn.Module, Any, Callable[[str], AbstractContextManager[None]]]:
+def opened(path: str, options: ExportOptions) -> tuple[nn.Module, Any, Lend]:
     """A checkpoint, its tokenizer, and what lends its tensors a layer at a time; whole where it is to run on a text."""
     trust = options.trust_remote_code
     if options.imatrix:
-        return *load_quantized(path, trust_remote_code=trust), nullcontext
+        return *load_quantized(path, trust_remote_code=trust), there
     return_large()
     lent = open_lent_checkpoint(path, trust_remote_code=trust)
     return lent.model, checkpoint_tokenizer(path, trust_remote_code=trust), lent.lend

@@ -19,6 +19,13 @@ from polybit.nn.adapters import Lora
 from polybit.nn.linear import QuantWeight
 from polybit.nn.switch import stored_layers
 
+Lend = Callable[[str], AbstractContextManager[None]]  # path -> while inside, the tensors below it are there
+
+
+def there(_path: str) -> AbstractContextManager[None]:
+    """Of a model that is in memory."""
+    return nullcontext()
+
 
 @dataclass(frozen=True, slots=True)
 class ReadWeight:
@@ -71,7 +78,7 @@ class Material:
     tokenizer: Any = None
     held: dict[str, str] = field(default_factory=dict)
     exact: bool = False
-    lend: Callable[[str], AbstractContextManager[None]] = nullcontext
+    lend: Lend = there
 
     @classmethod
     def of(
@@ -82,7 +89,7 @@ class Material:
         tokenizer: Any = None,
         *,
         exact: bool = False,
-        lend: Callable[[str], AbstractContextManager[None]] = nullcontext,
+        lend: Lend = there,
     ):
         """A model as it is switched now."""
         layers = stored_layers(model)

@@ -23,9 +23,9 @@ from polybit.core.records import LayerStats
 from polybit.core.runtime import atomic_path, track
 from polybit.hub.workers import ALONE, Where, spread
 from polybit.hub.workspace import Workspace
-from polybit.measure.block_files import KeptCodes, packed, unpacked
+from polybit.measure.block_files import CODES_BYTES, KeptCodes, packed, unpacked
 from polybit.measure.probe import ProbeText
-from polybit.measure.quantizing import Quantizing
+from polybit.measure.quantizing import Decoded, Quantizing
 from polybit.measure.signals import Signal, gather
 from polybit.measure.table import SIGNALS, HarmSignal
 from polybit.nn.convert import Target
@@ -119,7 +119,9 @@ def measured(
         "kept_at": str(store.path),
         "measured_now": len(missing),
     }
-    return MeasuredSignals(gather(readings, {t.name: t.size for t in task.targets}), KeptCodes(files), cost)
+    most = None if room is None else room.limit
+    bank = KeptCodes(files) if most is None else KeptCodes(files, min(most, CODES_BYTES))
+    return MeasuredSignals(gather(readings, {t.name: t.size for t in task.targets}), bank, cost)
 
 
 def measure(
@@ -161,10 +163,10 @@ def run(
     """(block, its file) of the blocks, measured here; `blocks` is asked when the walk comes to one."""
     codes: dict[str, dict[int, QWeight]] = {}
 
-    def candidates(target: Target, weight_OI: Tensor, stats: LayerStats | None) -> dict[int, Tensor]:
+    def candidates(target: Target, weight_OI: Tensor, stats: LayerStats | None) -> Decoded:
         found = task.quantizing.codes(weight_OI, stats)
         codes[target.name] = {width: q.to("cpu") for width, q in found.items()}
-        return {width: q.dequantize() for width, q in found.items()}
+        return Decoded(found)
 
     began = time.process_time()
     readings = task.signal(

@@ -49,7 +49,8 @@ class PlanLoss:
     """Reads plans on probes with a bank of codes; the codes of a layer do not depend on the other layers' widths.
 
     Memory: the hidden states of all probes twice (with a `room` only as much of them as it allows), one block's dense
-    weights, the float model's distributions at the counted tokens up to REFERENCE_BYTES, and what the bank holds.
+    weights, the float model's distributions at the counted tokens up to REFERENCE_BYTES or the limit of the room, and
+    what the bank holds.
     source: what lends the model its weights
     """
 
@@ -68,7 +69,8 @@ class PlanLoss:
         self.passage = WholePassage(model, batches, targets, source=source, room=room)
         self.as_float: States | None = None  # made at the first reading: there may be none here, but in workers
         self.kept: dict[int, Tensor] = {}
-        self.left = REFERENCE_BYTES
+        most = None if room is None else room.limit
+        self.left = REFERENCE_BYTES if most is None else min(most, REFERENCE_BYTES)
 
     def __call__(self, widths: Mapping[str, int]) -> dict[str, PlanReading]:
         """Readings by probe; layers that are not named keep their float weights."""

@@ -13,6 +13,9 @@ from torch.nn.functional import log_softmax
 from polybit.core.runtime import PolybitError
 from polybit.data.batches import buckets, pad
 
+ROWS = 64  # tokens whose distributions are compared at once
+LOGITS = 1 << 27  # numbers in the logits of one batch, of which about four such tensors are there at once
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeText:
@@ -92,7 +95,8 @@ def read_losses(now_NV: Tensor, float_NV: Tensor, ids_BT: Tensor, counted_BT: Te
     marks_Bt = counted_BT[:, 1:].to(now_NV.device)
     row_N = torch.arange(len(marks_Bt), device=now_NV.device)[:, None].expand_as(marks_Bt)[marks_Bt]
     target_N = ids_BT[:, 1:].to(now_NV.device)[marks_Bt]
-    kl_N = (float_NV.exp() * (float_NV - now_NV)).sum(-1)
+    parts = zip(float_NV.split(ROWS), now_NV.split(ROWS), strict=True)  # so that no third matrix of that size is made
+    kl_N = torch.cat([(float_nV.exp() * (float_nV - now_nV)).sum(-1) for float_nV, now_nV in parts])
     nll_N = -now_NV.gather(1, target_N[:, None])[:, 0]
     zero_B = torch.zeros(len(marks_Bt), dtype=torch.float64)
     return Losses(

@@ -14,7 +14,7 @@ from polybit.core.runtime import PolybitError
 from polybit.data.answers import encode_task, read_task
 from polybit.data.table import EMBEDDED
 from polybit.hub.lm import longest_input
-from polybit.measure.probe import ProbeText, answer_probe, text_probe
+from polybit.measure.probe import LOGITS, ProbeText, answer_probe, text_probe
 
 HELD_OUT = 16  # windows, and items of each task, that are kept for the proof
 
@@ -42,10 +42,12 @@ def general_probe(
         held_out=HELD_OUT,
         embedded=embedded,
     )
+    words = getattr(model.config.get_text_config(), "vocab_size", 1)
+    batch = max(1, min(text.BATCH, LOGITS // (length * words)))
     label = text.text_name(EMBEDDED if source == text.AUTO and embedded else part.source)
     return ProbePair(
-        text_probe(label, part.windows_NT[:samples], batch=text.BATCH),
-        text_probe(label, part.held_out_MT, batch=text.BATCH),
+        text_probe(label, part.windows_NT[:samples], batch=batch),
+        text_probe(label, part.held_out_MT, batch=batch),
         tuple(text.batches(part.windows_NT, text.BATCH)),
     )
 

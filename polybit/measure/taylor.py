@@ -154,19 +154,15 @@ def back_through(
 ) -> BlockReading:
     """Estimates for these layers of a block; the gradients in `draws` move from its output to its input, in place."""
     with torch.no_grad():
-        errors = {}
-        for target in asked:
-            weight_OI = target.weight_OI(block.model)
-            found = candidates(target, weight_OI, stats.get(target.name))
-            errors[target.name] = {width: tried_OI - weight_OI for width, tried_OI in found.items()}
+        tried = {t.name: candidates(t, t.weight_OI(block.model), stats.get(t.name)) for t in asked}
     reading = BlockReading(block.index)
     at = 0
     for probe in probes:
-        kl: dict[str, dict[int, list[Tensor]]] = {n: {w: [] for w in row} for n, row in errors.items()}
+        kl: dict[str, dict[int, list[Tensor]]] = {n: {w: [] for w in row} for n, row in tried.items()}
         for ids_BT in probe.ids:
-            sums = {n: {w: torch.zeros(len(ids_BT), dtype=torch.float64) for w in row} for n, row in errors.items()}
+            sums = {n: {w: torch.zeros(len(ids_BT), dtype=torch.float64) for w in row} for n, row in tried.items()}
             for gradients in draws:
-                gradients[at] = step_back(block, at, gradients[at], errors, sums)
+                gradients[at] = step_back(block, at, gradients[at], tried, sums)
             for name, row in sums.items():
                 for width, sum_B in row.items():
                     kl[name][width].append(sum_B / (2 * len(draws)))
@@ -183,15 +179,16 @@ def step_back(
     block: VisitedBlock,
     index: int,
     gradient_BTD: Tensor,
-    errors: Mapping[str, Mapping[int, Tensor]],
+    tried: Mapping[str, Mapping[int, Tensor]],
     sums: Mapping[str, Mapping[int, Tensor]],
 ) -> Tensor:
     """Carry the gradient of batch `index` through the block, adding (g_t' E x_t)^2 of every layer and row to `sums`."""
+    weights = {target.name: target for target in block.targets}
     inputs: dict[str, Tensor] = {}
     gives: dict[str, Tensor] = {}
     handles = []
     for target in block.targets:
-        if target.name in errors:
+        if target.name in tried:
 
             def note(_module: nn.Module, args: Any, output: Tensor, name: str = target.name) -> None:
                 inputs[name], gives[name] = args[0].detach(), output
@@ -209,8 +206,10 @@ def step_back(
     for name, gradient in zip(gives, found[1:], strict=True):
         if gradient is None:
             continue
-        for width, error_OI in errors[name].items():
-            pushed = torch.nn.functional.linear(inputs[name].float(), error_OI.to(inputs[name].device))
+        weight_OI = weights[name].weight_OI(block.model).detach()
+        for width, tried_OI in tried[name].items():
+            error_OI = (tried_OI - weight_OI).to(inputs[name].device)
+            pushed = torch.nn.functional.linear(inputs[name].float(), error_OI)
             effect = (pushed * gradient.float()).sum(-1)
             sums[name][width].add_(effect.reshape(len(hidden_BTD), -1).square().sum(1).double().cpu())
     return found[0]
