@@ -20,6 +20,12 @@ OWN_PAGES, TRIMMED = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc
 MOST_KEPT, MOST_UNUSED = 32 << 20, 1 << 30  # bytes: the largest piece glibc lets one keep, and what may lie unused
 LARGE_SHARE = 64  # one part in so many of what a run may take is given back as soon as it is freed
 
+SHELL_LIMITS = {resource.RLIMIT_AS: "VmSize:", resource.RLIMIT_DATA: "VmData:"}  # limit -> what counts against it
+GROUPS = {2: "sys/fs/cgroup", 1: "sys/fs/cgroup/memory"}  # version of control groups -> where they are
+LIMIT_FILES = {2: ("memory.max", "memory.high"), 1: ("memory.limit_in_bytes",)}
+USED_FILES = {2: "memory.current", 1: "memory.usage_in_bytes"}
+STATS = {2: ("",), 1: ("total_",)}  # how memory.stat spells numbers of a group and those below it
+
 
 class Kept:
     """Bytes of the smallest piece that is given back at once."""
@@ -85,35 +91,72 @@ def keeping_freed() -> Iterator[None]:
 def most_bytes() -> int:
     """Memory this process may ever have: the machine's, or less where a container or a limit of the shell says so."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    limits += [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    limits += [number(Path("/sys/fs/cgroup/memory.max")), number(Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))]
+    limits += [resource.getrlimit(kind)[0] for kind in SHELL_LIMITS]
+    limits += [limit for limit, _ in container_limits()]
     return min(limit for limit in limits if limit > 0)
 
 
 def free_bytes() -> int:
     """Memory that can be had now without anything being pushed out."""
-    found = most_bytes()
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found = min(found, int(line.split()[1]) * 1024)
+    found = [most_bytes()]
+    available = named_numbers(Path("/proc/meminfo")).get("MemAvailable:")
+    found += [] if available is None else [available * 1024]
+    taken = named_numbers(Path("/proc/self/status"))
+    for kind, name in SHELL_LIMITS.items():
+        limit = resource.getrlimit(kind)[0]
+        found += [limit - taken.get(name, 0) * 1024] if limit > 0 else []
+    found += [limit - used for limit, used in container_limits()]
+    return max(0, min(found))
+
+
+def container_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
+    """(bytes allowed, bytes taken) of every control group this process is in that has a limit, those above it too.
+
+    Pages of files count as free: they are given back when memory is asked for. root: the file system's.
+    """
+    lines = [line.split(":", 2) for line in text_of(root / "proc/self/cgroup").splitlines() if line.count(":") > 1]
+    found = []
+    for version, top in GROUPS.items():
+        mine = "".join(
+            path for _, names, path in lines if ("memory" in names.split(",") if version == 1 else not names)
+        )
+        path = Path(mine.lstrip("/"))  # a container may see its own as / or as one that is not there
+        for folder in dict.fromkeys(root / top / part for part in (path, *path.parents, Path())):
+            limits = [number(folder / name) for name in LIMIT_FILES[version]]
+            used = number(folder / USED_FILES[version])
+            stats = named_numbers(folder / "memory.stat")
+            files = sum(
+                stats.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive") for prefix in STATS[version]
+            )
+            found += [(limit, max(0, used - files)) for limit in limits if limit > 0]
     return found
 
 
 def allowed_bytes(gigabytes: float | None) -> int:
     """Bytes a run keeps to: as many as it was given, or half of what there may ever be."""
-    return most_bytes() // 2 if gigabytes is None else int(gigabytes * 1e9)
+    return most_bytes() // 2 if gigabytes is None else min(int(gigabytes * 1e9), most_bytes())
 
 
 def fits(size: int, gigabytes: float | None) -> bool:
-    """Whether `size` bytes may be had at once: within what the run was given, else within what is free."""
-    return size <= (FREE_SHARE * free_bytes() if gigabytes is None else gigabytes * 1e9)
+    """Whether `size` bytes may be had at once: within what is free, a share of it where the run was given nothing."""
+    return size <= (FREE_SHARE * free_bytes() if gigabytes is None else min(gigabytes * 1e9, free_bytes()))
+
+
+def named_numbers(path: Path) -> dict[str, int]:
+    """First number behind each name of a file with a name a line."""
+    rows = (line.split() for line in text_of(path).splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+def text_of(path: Path) -> str:
+    """What a file of the system says, nothing where it cannot be read."""
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""
 
 
 def number(path: Path) -> int:
     """The number in a file of the system, -1 where there is none."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return -1
+    said = text_of(path).strip()
+    return int(said) if said.isdigit() else -1
