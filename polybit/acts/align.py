@@ -20,7 +20,7 @@ from polybit.core.plan import Plan
 from polybit.core.planes import unpack
 from polybit.core.records import LayerStats, Run
 from polybit.core.runtime import PolybitError, warn
-from polybit.hub.checkpoint import save, verify
+from polybit.hub.checkpoint import save
 from polybit.hub.directory import check_output
 from polybit.hub.load import load_float, load_quantized
 from polybit.hub.models import device_of, own_name
@@ -172,7 +172,7 @@ def align_with(
             parent.ends.into_checkpoint(frozen, widths.plain, widths.named)
         if world.first():
             more: dict[str, Any] = {"widths": widths.stored, "notes": notes, "overwrite": options.overwrite}
-            verify(save(frozen, options.out, tokenizer=tokenizer, **more), frozen)
+            save(frozen, options.out, tokenizer=tokenizer, verified=True, **more)
         world.wait()
         store.discard()
     finally:

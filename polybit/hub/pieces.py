@@ -71,14 +71,20 @@ def read_values(path: Path, start: int, count: int, dtype: torch.dtype) -> Tenso
     values = torch.empty(count, dtype=dtype)
     if not count:
         return values
-    with path.open("rb", buffering=0) as handle:
-        handle.seek(start)
-        view = raw(values)
-        while view:
-            got = handle.readinto(view)
-            if not got:
-                raise PolybitError(f"{path} ends before its tensors do: it is incomplete, fetch or make it again")
-            view = view[got:]
+    try:
+        with path.open("rb", buffering=0) as handle:
+            handle.seek(start)
+            view = raw(values)
+            while view:
+                got = handle.readinto(view)
+                if not got:
+                    raise PolybitError(f"{path} ends before its tensors do: it is incomplete, fetch or make it again")
+                view = view[got:]
+    except OSError as error:
+        raise PolybitError(
+            f"{path} cannot be read any more ({error.strerror or error}): put it back or mend its disk, and run the "
+            "same command again; nothing finished is lost"
+        ) from error
     return values
 
 

@@ -11,7 +11,7 @@ import pytest
 from polybit.core.runtime import PolybitError
 from polybit.export.table import EXPORTERS
 from polybit.hub.directory import check_manifest
-from tests.export.checkpoints import checkpoint
+from tests.export.checkpoints import checkpoint, float_llama
 
 CODE = """
 import sys, time, pathlib
@@ -61,6 +61,25 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(PolybitError, match="disk or quota is full"):
         export(str(fixed), ExportOptions(to="mlx", out=tmp_path / "out", windows=0))
     assert {path.name for path in tmp_path.iterdir()} == {"fixed"}
+
+
+@pytest.mark.parametrize("to", ["mlx", "dense"])
+def test_layers_that_are_lent_are_exported_as_those_in_memory(to, tmp_path, monkeypatch):
+    from polybit.acts import export as act
+    from polybit.export import files
+    from polybit.hub.load import load_quantized
+    from polybit.options.export import ExportOptions
+
+    nested = checkpoint(tmp_path / "nested", model=float_llama(tie_word_embeddings=False), ends=True)
+    monkeypatch.setattr(files, "PART_BYTES", 1 << 16)
+    numbers = [act.export(str(nested), ExportOptions(to=to, out=tmp_path / "lent", windows=0)).numbers]
+    monkeypatch.setattr(act, "opened", lambda path, _: (*load_quantized(path), act.there))
+    numbers.append(act.export(str(nested), ExportOptions(to=to, out=tmp_path / "whole", windows=0)).numbers)
+    one, other = ({p.name: p.read_bytes() for p in (tmp_path / n).glob("*.safetensors*")} for n in ("lent", "whole"))
+    assert one == other and one
+    assert [{k: v for k, v in row.items() if k not in ("bytes", "files")} for row in numbers[:1]] == [
+        {k: v for k, v in numbers[1].items() if k not in ("bytes", "files")}
+    ]
 
 
 def test_a_difference_that_memory_cannot_measure_is_said(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from polybit.core.plan import ColumnWidths, Plan
 from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError
-from polybit.hub import directory, tiny
+from polybit.hub import checkpoint, directory, tiny
 from polybit.hub.checkpoint import describe, save, validate, verify
 from polybit.hub.directory import absolute, exchange, files_of, output_lock, publish, replaced, restore, staging
 from polybit.hub.load import load, load_tokenizer
@@ -153,6 +153,16 @@ def test_paths_that_cannot_be_written(tmp_path):
     for path in ("file", "file/below", "loop", "n" * 300, "/proc/none"):
         with pytest.raises(PolybitError, match="choose"):
             save(model, tmp_path / path)
+
+
+def test_what_reads_back_otherwise_never_takes_the_name(tmp_path, monkeypatch):
+    model = quantized("llama")
+    path = save(model, tmp_path / "out", verified=True)
+    before = (path / directory.MANIFEST).read_bytes()
+    monkeypatch.setattr(checkpoint, "same_pieces", lambda *_: False)
+    with pytest.raises(PolybitError, match="disk may be failing"):
+        save(model, tmp_path / "out", notes={"x": 1}, verified=True, overwrite=True)
+    assert (path / directory.MANIFEST).read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_odd_but_legal_paths_work(tmp_path):
