@@ -42,6 +42,7 @@ from polybit.hub.tiny import path as tinychat
 SHAPES = {
     "10m": Shape(256, 6, 704, 4000, 4, 2),
     "100m": Shape(768, 12, 2048, 16000, 12, 4),
+    "200m": Shape(1024, 16, 2816, 8000, 16, 4),
     "500m": Shape(1024, 36, 2816, 8000, 16, 4),
     "300m": Shape(1024, 20, 2816, 32000, 16, 4),
     "300m-4": Shape(1024, 4, 2816, 128256, 16, 4),  # as many weights, most of them at the ends
@@ -49,6 +50,7 @@ SHAPES = {
     "3b-2": Shape(3072, 2, 8192, 128256, 24, 8),  # two blocks of it
 }
 SHARD_BYTES = 1 << 28
+LINUX = sys.platform.startswith("linux")  # where private memory is limited
 AGAIN = {"README.md", "run.json"}  # hold seconds; everything else is compared
 
 

@@ -179,8 +179,6 @@ def save(
     Raises PolybitError for an output that cannot be written, a full disk, or a weight that is not finite.
     """
     tensors = dict(stored_tensors(model))
-    if pieces is None:
-        check_finite(tensors)
     groups = split_shards(tensors, shard_bytes)
     description = describe(model, weights=SINGLE if len(groups) == 1 else INDEX, widths=widths, notes=notes)
     check = partial(verify, model=model, pieces=pieces) if verified else None
@@ -232,17 +230,12 @@ def write_weights(
     stage: Path, groups: list[list[str]], tensors: Mapping[str, Tensor], pieces: Pieces | None = None
 ) -> None:
     """The safetensors files, and their index when there are several."""
-    from safetensors.torch import save_file
-
     table: dict[str, str] = {}
     for number, names in enumerate(groups, 1):
         file = SINGLE if len(groups) == 1 else f"polybit-{number:05d}-of-{len(groups):05d}.safetensors"
-        if pieces is not None:
-            shapes = {name: tensors[name] for name in names}
-            write_pieces(stage / file, shapes, checked(pieces, check_finite), {"format": "pt"})
-        else:
-            part = {name: tensors[name].cpu().contiguous() for name in names}
-            save_file(part, stage / file, metadata={"format": "pt"})
+        shapes = {name: tensors[name] for name in names}
+        values = pieces or (lambda name: iter([tensors[name].cpu()]))
+        write_pieces(stage / file, shapes, checked(values, check_finite), {"format": "pt"})
         table |= dict.fromkeys(names, file)
     if len(groups) > 1:
         total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -18,10 +18,11 @@ from torch import Tensor
 import polybit
 from polybit.core.affine import QWeight
 from polybit.core.planes import Planes, pack, unpack
-from polybit.core.runtime import PolybitError, atomic_path, warn, write_json
+from polybit.core.runtime import PolybitError, warn, write_json
 from polybit.hub.directory import absolute, disk_errors, output_lock
 from polybit.hub.files import read_entries, read_json
 from polybit.hub.pieces import Place, read_places
+from polybit.hub.tensors import write_tensors
 from polybit.nn.fields import Fields, tensors_of
 
 FINGERPRINT = "fingerprint.json"
@@ -71,12 +72,9 @@ class Workspace:
 
     def write_planes(self, block: str, packed: Mapping[str, Planes]) -> None:
         """Keep weights that are packed already."""
-        from safetensors.torch import save_file
-
-        tensors = {f"{name}.{leaf}": t.contiguous() for name, p in packed.items() for leaf, t in tensors_of(p).items()}
+        tensors = {f"{name}.{leaf}": t for name, p in packed.items() for leaf, t in tensors_of(p).items()}
         numbers = {name: Fields.of(planes).to_json() for name, planes in packed.items()}
-        with disk_errors(self.path), atomic_path(self.file(block)) as staged:
-            save_file(tensors, staged, metadata={"layers": json.dumps(numbers, allow_nan=False)})
+        write_tensors(self.file(block), tensors, notes={"layers": json.dumps(numbers, allow_nan=False)})
         self.state(block).clear()
 
     def read(self, block: str) -> dict[str, QWeight] | None:
@@ -133,11 +131,8 @@ class StateFile:
 
     def write(self, state: Mapping[str, Tensor]) -> None:
         """Keep a state in the place of the last one; a disk without room for it costs the state, not the run."""
-        from safetensors.torch import save_file
-
         try:
-            with disk_errors(self.path), atomic_path(self.path) as staged:
-                save_file({name: tensor.contiguous() for name, tensor in state.items()}, staged)
+            write_tensors(self.path, state)
         except PolybitError as error:
             warn(f"progress was not kept, an interrupted run begins learned rounding anew: {error}")
 
