@@ -65,7 +65,7 @@ def allocate(model: str, options: AllocateOptions) -> Run:
 
 def solved(name: str, options: AllocateOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the plan's document, the run's numbers)."""
-    float_source = open_fitting(name, options)
+    float_source = open_fitting(name, options, models=Where(options.workers, options.ray).models)
     model = float_source.model.requires_grad_(False)
     chosen = measurable(model, name)
     total = sum(target.size for target in chosen)

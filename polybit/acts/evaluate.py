@@ -91,14 +91,13 @@ def both(target: str, named: str, options: EvalOptions, blockwise: bool) -> tupl
 
 
 def too_large(target: str, options: EvalOptions) -> bool:
-    """Whether both models together do not fit into memory; never said of a GPU's."""
+    """Whether both models together, of each worker too, do not fit into memory; never said of a GPU's."""
     if device_of(options.device).type != "cpu":
         return False
     trust = options.trust_remote_code
     named = options.reference or noted_base(target, trust_remote_code=trust) or target
-    return not fits(
-        sum(loaded_bytes(resolve(name), trust_remote_code=trust) for name in (target, named)), options.memory
-    )
+    both = sum(loaded_bytes(resolve(name), trust_remote_code=trust) for name in (target, named))
+    return not fits(both * Where(options.workers, options.ray).models, options.memory)
 
 
 def opened(name: str, options: EvalOptions, *, blockwise: bool) -> LocalLM:

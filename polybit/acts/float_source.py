@@ -16,7 +16,7 @@ from polybit.compress.source import IN_MEMORY, SourceName, WeightSource
 from polybit.compress.states import Room
 from polybit.compress.text import AUTO, SELF, auto_source
 from polybit.core.memory import allowed_bytes, fits, return_large
-from polybit.core.runtime import PolybitError
+from polybit.core.runtime import PolybitError, warn
 from polybit.hub.gguf_file import is_gguf
 from polybit.hub.lent import LentModel, open_lent
 from polybit.hub.load import fetch, guarded, load_float, load_tokenizer, quantization_of
@@ -108,21 +108,25 @@ def open_float(name: str, options: Loading, *, whole: bool) -> FloatSource:
     return FloatSource(guarded(lent.on(device).model, tokenizer), tokenizer, lent, allowed)
 
 
-def open_fitting(name: str, options: Loading, *, whole_for: str | None = None) -> FloatSource:
+def open_fitting(name: str, options: Loading, *, whole_for: str | None = None, models: int = 1) -> FloatSource:
     """The float model in memory where it fits there, else lent block by block.
 
-    whole_for: what of the options needs it as a whole; then one that does not fit is refused
+    whole_for: what of the options needs it as a whole; then one that does not fit is refused · models: how many copies
+    have to fit, workers each have one
     """
     path = resolve(name)
     size = loaded_bytes(path, trust_remote_code=options.trust_remote_code)
-    if size == 0 or fits(size, options.memory):
+    if size == 0 or fits(size * models, options.memory):
         return open_float(name, options, whole=True)
     if whole_for is not None:
         raise PolybitError(
             f"{whole_for} needs all of {name} in memory, {size / 1e9:.1f} GB, more than may be used: leave it out, or "
             "give more --memory"
         )
-    return open_float(name, options, whole=False)
+    source = open_float(name, options, whole=False)
+    if source.lent is None:
+        warn(f"{name} cannot be read a block at a time: all of it is in memory, {size / 1e9:.1f} GB, more than is free")
+    return source
 
 
 def loaded_bytes(path: str, *, trust_remote_code: bool) -> int:

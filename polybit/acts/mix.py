@@ -58,7 +58,7 @@ def mix(model: str, options: MixOptions) -> Run:
 
 def searched(name: str, options: MixOptions) -> dict[str, Any]:
     """Load, read the texts, search, and verify when asked."""
-    source = open_fitting(name, options)
+    source = open_fitting(name, options, models=Where(options.workers, options.ray).models)
     chosen = targets(source.model)
     writes = any(is_own_text(text, embedded=False) for text in (*options.general, *options.tasks))
     with writer(name, source, options, writes=writes) as author:

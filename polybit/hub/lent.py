@@ -84,6 +84,7 @@ class LentModel:
             if not converted and known in state and tuple(state[known].shape) == places[key].shape:
                 self.copied.add(known)
         self.tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self.files = {path: state_of(path) for path in {place.path for place in places.values()}}
 
     def on(self, device: torch.device) -> LentModel:
         """Lend weights on a device from now on, where a call of the model computes then."""
@@ -171,6 +172,7 @@ class LentModel:
 
     def pieces(self, key: str) -> Iterator[Tensor]:
         """The values of one tensor of the model in order, in float32 where they are floats."""
+        self._check_files()
         key = key if key in self.sources else self.tied.get(key, key)
         if key in self.copied:
             yield from (as_float(piece) for piece in self.places[self.sources[key][0]].pieces())
@@ -198,7 +200,17 @@ class LentModel:
         return_freed()
         return digest.hexdigest()
 
+    def _check_files(self) -> None:
+        """Refuse to go on with files that are not those that were opened."""
+        for path, before in self.files.items():
+            if path.is_file() and state_of(path) != before:
+                raise PolybitError(
+                    f"{path} was changed while it was read: run the command again, with --restart where it is another "
+                    "model now"
+                )
+
     def _load(self, wanted: Callable[[str], bool]) -> None:
+        self._check_files()
         found = {key: self.places[key] for known, keys in self.sources.items() if wanted(known) for key in keys}
         if self.mapping is None:
             for key, place in found.items():
@@ -238,6 +250,12 @@ class LentModel:
             embedding.register_forward_pre_hook(before, with_kwargs=True),
             embedding.register_forward_hook(after, always_call=True),
         ]
+
+
+def state_of(path: Path) -> tuple[int, int]:
+    """What changes with a file: its size, and the time of its last change."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def put(model: nn.Module, key: str, value: Tensor) -> None:

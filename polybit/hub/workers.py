@@ -48,6 +48,11 @@ class Where:
         """Whether this process does it."""
         return self.workers == 1 and self.ray is None
 
+    @property
+    def models(self) -> int:
+        """How many copies of a model are on this machine: that of this process, and those of workers that are here."""
+        return 1 + self.workers if self.ray in (None, "local") and not self.alone else 1
+
 
 ALONE = Where()
 

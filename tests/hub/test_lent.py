@@ -69,3 +69,16 @@ def test_weights_that_are_missing_or_no_numbers_are_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(PolybitError, match=f"does not hold the weight '{lost}'"):
         open_lent(str(tmp_path))
+
+
+def test_files_that_change_while_they_are_read_are_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    lent = open_lent(str(tmp_path))
+    with lent.lend("model.layers.0"):
+        pass
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes() + b" ")
+    with pytest.raises(PolybitError, match="was changed while it was read"), lent.lend("model.layers.0"):
+        pass
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(PolybitError, match="cannot be read any more"):
+        list(lent.pieces("model.norm.weight"))

@@ -183,3 +183,8 @@ def test_only_workers_of_this_machine_have_a_process_to_be_forked_from(monkeypat
 def test_spawned_workers_give_the_same(monkeypatch):
     monkeypatch.setattr(processes, "FORKS", False)
     assert squares([3, 1, 2], Where(2))[0] == [10, 2, 5]
+
+
+def test_copies_of_a_model_on_this_machine_are_those_of_its_workers_and_its_own():
+    copies = {where: where.models for where in (Where(), Where(3), Where(3, "local"), Where(3, "10.0.0.5:6379"))}
+    assert list(copies.values()) == [1, 4, 4, 1]
