@@ -12,7 +12,7 @@ one width are a part, with planes laid out as above over its columns; the parts 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,6 +116,30 @@ class Planes:
         lengths = column_blocks(self.shape[1], self.group_size)
         read_G = read_widths(self, width)
         return rest + -(-self.shape[0] // ROWS) * 64 * sum(b * n for b, n in zip(read_G, lengths, strict=True))
+
+
+def row_parts(p: Planes, weights: int) -> Iterator[tuple[slice, Planes]]:
+    """(rows, the same weight of these rows alone), of about so many weights each; a ragged weight is one part."""
+    rows, columns = p.shape
+    size = rows if p.bits_G is not None else max(1, weights // (columns * ROWS)) * ROWS
+    for start in range(0, rows, size):
+        part = slice(start, min(start + size, rows))
+        if part == slice(0, rows):
+            yield part, p
+            return
+        blocks = slice(start // ROWS, -(-part.stop // ROWS))
+        cut = lambda x, blocks=blocks: x[blocks] if isinstance(x, Tensor) else x  # noqa: E731
+        yield (
+            part,
+            replace(
+                p,
+                planes=p.planes[:, blocks].contiguous(),
+                scale=p.scale[blocks],
+                zero=cut(p.zero),
+                shape=(part.stop - start, columns),
+                ratios={width: replace(table, index=cut(table.index)) for width, table in p.ratios.items()},
+            ),
+        )
 
 
 def column_blocks(columns: int, group_size: int) -> list[int]:

@@ -41,8 +41,9 @@ class Difference:
 
 def moves(material: Material, name: str, weight_OI: Tensor) -> bool:
     """Whether a layer decoded so holds a weight that means another code, or none at all."""
-    steps_OI = (weight_OI - material.decoded(name)).abs() / material.step(name)
-    return not bool((steps_OI < 0.5).all())  # what is not a number is not below
+    parts = material.parts(name)
+    # what is not a number is not below
+    return not all(bool(((weight_OI[rows] - ours_RI).abs() / step_RI < 0.5).all()) for rows, ours_RI, step_RI in parts)
 
 
 def compare(material: Material, decoded: Iterable[tuple[str, Tensor]]) -> Difference:
@@ -51,25 +52,28 @@ def compare(material: Material, decoded: Iterable[tuple[str, Tensor]]) -> Differ
     off = power = 0.0
     for name, weight_OI in decoded:
         waiting.discard(name)
-        ours_OI = material.decoded(name)
-        if weight_OI.shape != ours_OI.shape:
+        if weight_OI.shape != material.layers[name].fields.shape:
             raise PolybitError(f"the export of {name!r:.120} reads back as another matrix: report this as a fault")
-        if not bool(torch.isfinite(weight_OI).all()):
-            raise PolybitError(
-                f"the weights of {name!r:.120} reach {float(ours_OI.abs().max()):.3g}, which scales in "
-                f"{str(material.dtype).removeprefix('torch.')} cannot hold: give another --dtype, or --exact"
-            )
-        apart_OI, step_OI = (weight_OI - ours_OI).abs(), material.step(name)
-        steps_OI = apart_OI / step_OI
-        found.weights += apart_OI.numel()
-        found.differing += int((weight_OI != ours_OI).sum())
-        if moved := int((steps_OI >= 0.5).sum()):
+        moved = 0
+        for rows, ours_RI, step_RI in material.parts(name):
+            theirs_RI = weight_OI[rows]
+            if not bool(torch.isfinite(theirs_RI).all()):
+                raise PolybitError(
+                    f"the weights of {name!r:.120} reach {float(ours_RI.abs().max()):.3g}, which scales in "
+                    f"{str(material.dtype).removeprefix('torch.')} cannot hold: give another --dtype, or --exact"
+                )
+            apart_RI = (theirs_RI - ours_RI).abs()
+            steps_RI = apart_RI / step_RI
+            found.weights += apart_RI.numel()
+            found.differing += int((theirs_RI != ours_RI).sum())
+            moved += int((steps_RI >= 0.5).sum())
+            found.tiny += int(((steps_RI >= 0.5) & (step_RI < SMALLEST)).sum())
+            found.largest = max(found.largest, float(steps_RI.max()))
+            off += float(apart_RI.double().square().sum())
+            power += float(ours_RI.double().square().sum())
+        if moved:
             found.where[name] = moved
         found.moved += moved
-        found.tiny += int(((steps_OI >= 0.5) & (step_OI < SMALLEST)).sum())
-        found.largest = max(found.largest, float(steps_OI.max()))
-        off += float(apart_OI.double().square().sum())
-        power += float(ours_OI.double().square().sum())
     if waiting:
         raise PolybitError(f"the export lacks the layer {min(waiting)!r:.120}: report this as a fault")
     found.relative = sqrt(off / power) if power else 0.0

@@ -63,7 +63,7 @@ def layer(gguf: Any, material: Material, name: str) -> tuple[Any, np.ndarray]:
     weight = material.fit(name, EXPORTERS[NAME], NAME)
     found = None if weight is None else blocks(gguf, weight)
     if found is None:
-        found = floats(gguf, material.decoded(name).to(material.dtype))
+        found = floats(gguf, material.decoded(name, material.dtype))
     if material.exact and moves(material, name, as_floats(gguf, *found)):
         return floats(gguf, material.decoded(name))
     return found

@@ -54,7 +54,7 @@ def decoded_layer(material: Material, name: str, label: str) -> Tensor:
     kind = material.layers[name].kind
     if kind == "experts":
         raise PolybitError(f"{name!r:.120} are fused experts, which --to {label} does not know: use --to dense")
-    weight_OI = material.decoded(name).to(material.dtype)
+    weight_OI = material.decoded(name, material.dtype)
     return weight_OI.T if kind == "conv1d" else weight_OI
 
 

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from polybit.core.affine import expand_groups, tops, zero_points
-from polybit.core.planes import unpack
+from polybit.core.planes import Planes, row_parts, unpack
 from polybit.core.runtime import PolybitError
 from polybit.export.table import Exporter, holders
 from polybit.hub.checkpoint import stored_tensors
+from polybit.kernels.ops import decode
 from polybit.nn.adapters import Lora
 from polybit.nn.linear import QuantWeight
 from polybit.nn.switch import stored_layers
 
+PART = 1 << 22  # weights that are decoded at once
 Lend = Callable[[str], AbstractContextManager[None]]  # path -> while inside, the tensors below it are there
 
 
@@ -108,42 +110,33 @@ class Material:
                 tensor = getattr(self.model.get_submodule(owner), leaf).detach()
             yield name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
-    def decoded(self, name: str) -> Tensor:
-        """A quantized weight in float32 [O, I] as it is read, with its adapter folded in."""
+    def decoded(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A quantized weight [O, I] as it is read, with its adapter folded in."""
+        layer = self.layers[name]
+        weight_OI = torch.empty(layer.rows, layer.columns, dtype=dtype)
+        for rows, part_RI, _ in self.parts(name):
+            weight_OI[rows] = part_RI
+        return weight_OI
+
+    def parts(self, name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, these rows of a quantized weight in float32 as it is read, the step of each of their weights); a step
+        is what a difference is measured in."""
+        layer, lora = self.layers[name], self.adapters.get(name)
         with self.lend(name):
-            weight_OI = self.layers[name].decode()
-        lora = self.adapters.get(name)
-        if lora is None:
-            return weight_OI
-        return weight_OI + lora.up_OR.float() @ lora.down_RI.float() * (lora.alpha / len(lora.down_RI))
+            for rows, planes in row_parts(layer.planes, PART):
+                weight_RI = decode(planes, layer.reading)
+                if lora is not None:
+                    weight_RI += lora.up_OR[rows].float() @ lora.down_RI.float() * (lora.alpha / len(lora.down_RI))
+                read = read_planes(name, layer, planes)
+                step_RI = expand_groups(read.step_OG.float().abs(), layer.columns, read.group_size)
+                scale = planes.column_scale
+                yield rows, weight_RI, step_RI if scale is None else step_RI * scale.float().abs()
 
     def read(self, name: str) -> ReadWeight:
         """A quantized weight as codes, steps and zero points; without column scales and adapters."""
         layer = self.layers[name]
         with self.lend(name):
-            q = unpack(layer.planes)
-        reading = layer.reading
-        read_G = q.read_widths(reading if isinstance(reading, int) else torch.tensor(reading))
-        stored_G = q.stored_widths()
-        shift_G = stored_G - read_G
-        spread = lambda x: expand_groups(x, q.shape[1], q.group_size)  # noqa: E731
-        codes_OI = q.codes_OI >> spread(shift_G[None].to(torch.uint8)).expand(q.shape)
-        unit_OG = (2.0**shift_G).double().expand(q.scale_OG.shape)
-        for width, ratio in q.ratios.items():
-            unit_OG = torch.where((read_G == width) & (shift_G > 0), unit_OG * ratio.double(), unit_OG)
-        offset_OG = tops(stored_G).double() / 2 - zero_points(q.zero, q.bits, q.bits_G).double()
-        zero_OG = (tops(read_G).double() / 2 - offset_OG / unit_OG).expand_as(q.scale_OG)
-        size = q.group_size or q.shape[1]
-        bits = int(read_G.max())
-        return ReadWeight(name, layer.kind, bits, bits, size, codes_OI, q.scale_OG.double() * unit_OG, zero_OG)
-
-    def step(self, name: str) -> Tensor:
-        """The step of every weight of a layer, [O, I]: what a difference is measured in."""
-        weight = self.read(name)
-        step_OI = expand_groups(weight.step_OG.float().abs(), weight.codes_OI.shape[1], weight.group_size)
-        with self.lend(name):
-            scale = self.layers[name].planes.column_scale
-        return step_OI if scale is None else step_OI * scale.float().abs()
+            return read_planes(name, layer, layer.planes)
 
     def fit(self, name: str, exporter: Exporter, label: str) -> ReadWeight | None:
         """A weight in a width and groups that the format holds; None where the format has it decoded.
@@ -190,6 +183,25 @@ class Material:
                 "or use --to dense"
             )
         return None
+
+
+def read_planes(name: str, layer: QuantWeight, planes: Planes) -> ReadWeight:
+    """A layer's weight, or some rows of it, as it is read now."""
+    q = unpack(planes)
+    reading = layer.reading
+    read_G = q.read_widths(reading if isinstance(reading, int) else torch.tensor(reading))
+    stored_G = q.stored_widths()
+    shift_G = stored_G - read_G
+    spread = lambda x: expand_groups(x, q.shape[1], q.group_size)  # noqa: E731
+    codes_OI = q.codes_OI >> spread(shift_G[None].to(torch.uint8)).expand(q.shape)
+    unit_OG = (2.0**shift_G).double().expand(q.scale_OG.shape)
+    for width, ratio in q.ratios.items():
+        unit_OG = torch.where((read_G == width) & (shift_G > 0), unit_OG * ratio.double(), unit_OG)
+    offset_OG = tops(stored_G).double() / 2 - zero_points(q.zero, q.bits, q.bits_G).double()
+    zero_OG = (tops(read_G).double() / 2 - offset_OG / unit_OG).expand_as(q.scale_OG)
+    size = q.group_size or q.shape[1]
+    bits = int(read_G.max())
+    return ReadWeight(name, layer.kind, bits, bits, size, codes_OI, q.scale_OG.double() * unit_OG, zero_OG)
 
 
 def group_within(columns: int, size: int, exporter: Exporter) -> int | None:
