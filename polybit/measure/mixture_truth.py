@@ -67,13 +67,13 @@ class Harms:
                 kl = nll = count = 0.0
                 for ids_BT in batches:
                     counted_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-                    wanted_NV = self.passage.log_probabilities(self.as_float, at, counted_BT)
-                    given_NV = self.passage.log_probabilities(states, at, counted_BT)
-                    kl += float((wanted_NV.exp() * (wanted_NV - given_NV)).sum())
-                    nll += float(
-                        (wanted_NV - given_NV).gather(1, ids_BT[:, 1:].reshape(-1, 1).to(given_NV.device)).sum()
-                    )
-                    count += len(given_NV)
+                    for span in self.passage.spans(at):
+                        wanted_NV = self.passage.log_probabilities(self.as_float, at, counted_BT, span)
+                        given_NV = self.passage.log_probabilities(states, at, counted_BT, span)
+                        kl += float((wanted_NV.exp() * (wanted_NV - given_NV)).sum())
+                        said_N1 = ids_BT[:, span][:, 1:].reshape(-1, 1).to(given_NV.device)
+                        nll += float((wanted_NV - given_NV).gather(1, said_N1).sum())
+                        count += len(given_NV)
                     at += 1
                 found[name] = Harm(kl / count, nll / count)
         self.passage.let_go(states)

@@ -2,7 +2,7 @@
 
     passage = WholePassage(model, batches, targets)
     states = passage.through(lambda block: {"model.layers.0.mlp.up_proj": weight_OI, ...})
-    passage.log_probabilities(states, 0, counted_BT)     # [N, V]
+    passage.log_probabilities(states, 0, counted_BT)     # [N, V]; of a large vocabulary by `spans`
 
 Memory: the hidden states of all batches, one block's weights, and with a source that lends them no more of the model.
 """
@@ -21,9 +21,11 @@ from polybit.compress.source import IN_MEMORY, WeightSource
 from polybit.compress.states import Room, let_go
 from polybit.core.runtime import track
 from polybit.measure.probe import counted_log_probabilities
-from polybit.nn.convert import Target
+from polybit.nn.convert import Target, ends
 
 Weights = Callable[[VisitedBlock], Mapping[str, Tensor]]  # a block's other weights [O, I], by target
+EVERYTHING = slice(None)
+LOGITS = 1 << 25  # numbers in logits that are compared at once, of which there are about five such tensors
 States = Sequence[Tensor]  # [B, T, D] per batch
 
 
@@ -55,6 +57,8 @@ class WholePassage:
         self.model, self.batches, self.targets = model, batches, targets
         self.source, self.room = source, room
         self.path, self.modules = find_blocks(model, targets)
+        head = ends(model)[1]
+        self.words = int(getattr(head, "out_features", 1))
         with self.open():
             self.wraps = answers_with_tuple(model, self.modules[0], batches[0])
 
@@ -81,13 +85,25 @@ class WholePassage:
         with self.source.calls(self.path):
             yield
 
-    def logits(self, states: States, index: int) -> Tensor:
-        """Logits [B, T, V] of batch `index`; to be called inside `open`."""
-        ids_BT = self.batches[index].to(states[index].device)
-        with torch.no_grad(), entered(self.modules, len(self.modules), states[index], self.wraps):
+    def spans(self, index: int) -> Iterator[slice]:
+        """Stretches of the positions of batch `index` whose logits are about LOGITS numbers, at least two positions.
+
+        The last position of one is the first of the next: what it predicts counts there.
+        """
+        rows, length = self.batches[index].shape
+        size = max(1, LOGITS // (rows * self.words))
+        for start in range(0, max(1, length - 1), size):
+            yield slice(start, min(start + size + 1, length))
+
+    def logits(self, states: States, index: int, span: slice = EVERYTHING) -> Tensor:
+        """Logits [B, T, V] of some positions of batch `index`; to be called inside `open`. What follows the blocks sees
+        each position by itself."""
+        hidden_BTD = states[index][:, span]
+        ids_BT = self.batches[index][:, span].to(hidden_BTD.device)
+        with torch.no_grad(), entered(self.modules, len(self.modules), hidden_BTD, self.wraps):
             found: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
         return found
 
-    def log_probabilities(self, states: States, index: int, counted_BT: Tensor) -> Tensor:
-        """Log-probabilities [N, V] in float32 of the counted tokens of batch `index`; to be called inside `open`."""
-        return counted_log_probabilities(self.logits(states, index), counted_BT)
+    def log_probabilities(self, states: States, index: int, counted_BT: Tensor, span: slice = EVERYTHING) -> Tensor:
+        """Log-probabilities [N, V] in float32 of the counted tokens in a span; to be called inside `open`."""
+        return counted_log_probabilities(self.logits(states, index, span), counted_BT[:, span])

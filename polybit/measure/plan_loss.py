@@ -18,7 +18,7 @@ from polybit.compress.states import Room
 from polybit.core.affine import QWeight
 from polybit.measure.block_files import kept_codes
 from polybit.measure.passage import States, Weights, WholePassage, as_they_are
-from polybit.measure.probe import ProbeText, read_losses
+from polybit.measure.probe import Losses, ProbeText, read_losses
 from polybit.nn.convert import Target
 
 Array = NDArray[np.float64]
@@ -68,7 +68,7 @@ class PlanLoss:
         batches = [ids_BT for probe in self.probes for ids_BT in probe.ids]
         self.passage = WholePassage(model, batches, targets, source=source, room=room)
         self.as_float: States | None = None  # made at the first reading: there may be none here, but in workers
-        self.kept: dict[int, Tensor] = {}
+        self.kept: dict[tuple[int, int], Tensor] = {}
         most = None if room is None else room.limit
         self.left = REFERENCE_BYTES if most is None else min(most, REFERENCE_BYTES)
 
@@ -91,27 +91,35 @@ class PlanLoss:
             for probe in self.probes:
                 kl, nll, tokens = [], [], []
                 for ids_BT, counted_BT in zip(probe.ids, probe.counted, strict=True):
-                    float_NV = self.reference(at, counted_BT)
-                    now_NV = self.passage.log_probabilities(states, at, counted_BT)
-                    before = read_losses(float_NV, float_NV, ids_BT, counted_BT)
-                    after = read_losses(now_NV, float_NV, ids_BT, counted_BT)
-                    kl.append(after.kl_B)
-                    nll.append(after.nll_B - before.nll_B)
+                    kl.append(torch.zeros(len(ids_BT), dtype=torch.float64))
+                    nll.append(torch.zeros(len(ids_BT), dtype=torch.float64))
+                    for span in self.passage.spans(at):
+                        change = self.change(states, at, ids_BT, counted_BT, span)
+                        kl[-1] += change.kl_B
+                        nll[-1] += change.nll_B
                     tokens.append(counted_BT[:, 1:].sum(1))
                     at += 1
                 found[probe.name] = PlanReading(*(torch.cat(part).double().numpy() for part in (kl, nll, tokens)))
         self.passage.let_go(states)
         return found
 
-    def reference(self, index: int, counted_BT: Tensor) -> Tensor:
-        """The float model's log-probabilities [N, V] at the counted tokens of one batch."""
-        if index in self.kept:
-            return self.kept[index]
+    def change(self, states: States, index: int, ids_BT: Tensor, counted_BT: Tensor, span: slice) -> Losses:
+        """KL to the float model, and the rise of the loss, of the counted tokens in a span of one batch."""
+        float_NV = self.reference(index, counted_BT, span)
+        now_NV = self.passage.log_probabilities(states, index, counted_BT, span)
+        before = read_losses(float_NV, float_NV, ids_BT[:, span], counted_BT[:, span])
+        after = read_losses(now_NV, float_NV, ids_BT[:, span], counted_BT[:, span])
+        return Losses(after.kl_B, after.nll_B - before.nll_B)
+
+    def reference(self, index: int, counted_BT: Tensor, span: slice) -> Tensor:
+        """The float model's log-probabilities [N, V] at the counted tokens in a span of one batch."""
+        if (index, span.start) in self.kept:
+            return self.kept[index, span.start]
         assert self.as_float is not None
-        found_NV = self.passage.log_probabilities(self.as_float, index, counted_BT)
+        found_NV = self.passage.log_probabilities(self.as_float, index, counted_BT, span)
         if found_NV.nbytes <= self.left:
             self.left -= found_NV.nbytes
-            self.kept[index] = found_NV
+            self.kept[index, span.start] = found_NV
         return found_NV
 
 

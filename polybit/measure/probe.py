@@ -14,7 +14,7 @@ from polybit.core.runtime import PolybitError
 from polybit.data.batches import buckets, pad
 
 ROWS = 64  # tokens whose distributions are compared at once
-LOGITS = 1 << 27  # numbers in the logits of one batch, of which about four such tensors are there at once
+LOGITS = 1 << 26  # numbers in the logits of one batch of windows, of which about four such tensors are there at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,23 @@
 
 import copy
 
+import pytest
 import torch
 from torch.nn.functional import log_softmax
 
 from polybit.compress.blocks import as_stored
 from polybit.core.affine import Grid
+from polybit.measure import passage
 from polybit.measure.plan_loss import PlanLoss
 from polybit.quant.rtn import rtn
 from tests.families import tiny_model
 from tests.measure.test_sensitivity import inside, probes
 
 
-def test_equals_a_model_with_these_weights():
+@pytest.mark.parametrize("words", [passage.LOGITS, 300, 1])
+def test_equals_a_model_with_these_weights(words, monkeypatch):
+    """Logits of all positions at once, of a few, of one."""
+    monkeypatch.setattr(passage, "LOGITS", words)
     model = tiny_model("gpt2")
     chosen = inside(model)
     bank = {t.name: {b: rtn(t.weight_OI(model), None, Grid(b, 32), points=3) for b in (2, 4)} for t in chosen}
