@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from polybit.core.affine import Grid, QWeight
 from polybit.core.plan import Plan
 from polybit.data.chat import encode_prompt
-from polybit.data.text import has_chat_template, read_corpus, read_documents, token_stream, windows
+from polybit.data.stream import token_stream
+from polybit.data.text import has_chat_template, read_corpus, read_documents, windows
 from polybit.evals import tasks
 from polybit.hub.lm import LocalLM
 from polybit.hub.load import load_float

@@ -9,7 +9,8 @@ from typing import Any
 from polybit.acts.study_answers import Exam, Told, examined, split_prompts
 from polybit.acts.study_kept import kept
 from polybit.data.chat import encode_prompt, read_prompts
-from polybit.data.text import has_chat_template, read_corpus, token_stream, windows
+from polybit.data.stream import token_stream
+from polybit.data.text import has_chat_template, read_corpus, windows
 from polybit.evals.choices import choice_sets
 from polybit.hub.lm import LocalLM
 from polybit.hub.models import is_embedded, open_model

@@ -11,8 +11,9 @@ from typing import Any
 from polybit.core.runtime import PolybitError
 from polybit.data.chat import encode_conversation
 from polybit.data.rows import read_rows
+from polybit.data.stream import encode
 from polybit.data.table import EMBEDDED_TASKS, HUB_TASKS
-from polybit.data.text import encode, has_chat_template
+from polybit.data.text import has_chat_template
 from polybit.data.turns import CHAT_KEYS, PAIR_KEYS, Messages, asked_of, plain_text, read_messages
 
 LEAST = 8  # items below which a ranking of layers is guesswork

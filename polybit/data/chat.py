@@ -8,7 +8,8 @@ from typing import Any
 
 from polybit.core.runtime import PolybitError
 from polybit.data.files import NAMED, Row, form_of, read_file
-from polybit.data.text import encode, has_chat_template, in_template
+from polybit.data.stream import encode
+from polybit.data.text import has_chat_template, in_template
 from polybit.data.turns import CHAT_KEYS, Messages, asked_of, plain_text, read_messages
 
 Prompt = str | Messages

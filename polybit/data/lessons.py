@@ -15,8 +15,9 @@ from polybit.core.runtime import PolybitError
 from polybit.data.batches import pad
 from polybit.data.chat import encode_conversation, encode_prompt
 from polybit.data.files import read_utf8
+from polybit.data.stream import encode, token_stream
 from polybit.data.table import EMBEDDED_SETS
-from polybit.data.text import encode, has_chat_template, read_corpus, read_raw, token_stream
+from polybit.data.text import has_chat_template, read_corpus, read_raw
 from polybit.data.text import windows as cut_windows
 from polybit.data.turns import Messages, plain_text
 

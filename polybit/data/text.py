@@ -24,6 +24,7 @@ from polybit.data.files import (
     saved_rows,
     whole,
 )
+from polybit.data.stream import token_stream
 from polybit.data.table import EMBEDDED_SETS, HUB_SETS
 from polybit.data.turns import Messages, document_of, plain_text
 
@@ -101,18 +102,6 @@ def in_template(tokenizer: Any, messages: Messages, **options: Any) -> str:
             f"The model's chat template cannot write a conversation of {roles} ({reason_of(error)}); "
             "leave such conversations out, or give plain text."
         ) from error
-
-
-def token_stream(tokenizer: Any, documents: Sequence[str], *, separator: str = "\n") -> Tensor:
-    """Tokenize all documents as ONE stream, int64 [T]; line by line would inflate perplexity by a fifth."""
-    return encode(tokenizer, separator.join(documents))
-
-
-def encode(tokenizer: Any, text: str) -> Tensor:
-    """Token ids of a text as int64 [T], nothing added before or after."""
-    # verbose=False: a long stream is meant to be longer than the model's window
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
 
 
 def windows(ids: Tensor, length: int, *, bos: int | None, count: int | None = None, seed: int | None = None) -> Tensor:

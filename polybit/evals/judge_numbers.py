@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from polybit.data.text import encode
+from polybit.data.stream import encode
 from polybit.evals import fidelity
 from polybit.evals import judge as judged
 from polybit.evals.conversation import fit, history

@@ -14,7 +14,7 @@ from polybit.core.precision import FLOAT
 from polybit.core.runtime import PolybitError, progress, track
 from polybit.data.batches import buckets, pad, same_context
 from polybit.data.chat import Prompt, encode_prompt
-from polybit.data.text import encode
+from polybit.data.stream import encode
 from polybit.hub.cache import keep_packed, logits_in_blocks, reads_in_blocks
 from polybit.hub.growing import with_room
 from polybit.hub.halves import in_halves

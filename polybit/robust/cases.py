@@ -13,7 +13,8 @@ from polybit.core.runtime import PolybitError
 from polybit.data.chat import Prompt, encode_conversation, encode_prompt
 from polybit.data.spans import filler, too_long
 from polybit.data.squad import Answer, Asked
-from polybit.data.text import encode, has_chat_template
+from polybit.data.stream import encode
+from polybit.data.text import has_chat_template
 
 Place = Literal["suffix", "swap"]  # PLACES in robust/table.py says what they are
 

@@ -21,7 +21,8 @@ from polybit.core.precision import Precision
 from polybit.core.runtime import PolybitError, sha256_file, track, warn, write_json
 from polybit.data.chat import Prompt, encode_prompt
 from polybit.data.prompts import gather_prompts
-from polybit.data.text import encode, has_chat_template
+from polybit.data.stream import encode
+from polybit.data.text import has_chat_template
 from polybit.hub.directory import MANIFEST, check_output, output_lock, staged_directory
 from polybit.hub.endpoint import Continue, Endpoint, Reply, ReplyCache, ask
 from polybit.hub.lm import LocalLM, longest_input

@@ -8,15 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polybit.core.runtime import PolybitError
-from polybit.data.text import (
-    collapse,
-    duplicate_warning,
-    read_corpus,
-    read_documents,
-    read_windows,
-    token_stream,
-    windows,
-)
+from polybit.data.stream import token_stream
+from polybit.data.text import collapse, duplicate_warning, read_corpus, read_documents, read_windows, windows
 from tests.evals.tiny import tokenizer
 
 
