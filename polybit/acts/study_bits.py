@@ -19,8 +19,6 @@ from polybit.options.checks import names_of, plain, seeds_of
 from polybit.options.quantize import QuantizeOptions
 from polybit.options.study import StudyOptions
 
-PLANNED = "gptq"  # how a plan becomes codes: as its sensitivities were read
-
 
 def answers(model: str, options: StudyOptions) -> dict[str, Any]:
     """Everything the page says, each part from its own file when it is there."""
@@ -29,15 +27,15 @@ def answers(model: str, options: StudyOptions) -> dict[str, Any]:
     spent = kept(out / "allocate.json", lambda: planned(model, options))
     measured: dict[str, Told] = {"float": floats}
     pairs: dict[str, tuple[str, str]] = {}
-    ours = f"plan {options.budget:g}"
     for seed in seeds_of(options.seeds):
         end = f" seed {seed}" if seed else ""
-        for method in ("", *names_of(options.uniform)):
-            label = (f"{method} w{options.uniform_bits}" if method else ours) + end
+        ours = {f"plan {options.budget:g} {method}{end}": method for method in names_of(options.planned_by)}
+        even = {f"{method} w{options.uniform_bits}{end}": method for method in names_of(options.uniform)}
+        for label, method in (ours | even).items():
             path = out / "measured" / f"{label.replace(' ', '-')}.json"
-            measured[label] = kept(path, partial(measure, model, method, seed, label, exam, options))
-            if method:
-                pairs[f"{ours}{end} against {label}"] = (ours + end, label)
+            made_by = partial(measure, model, method, seed, label, exam, options, planned=label in ours)
+            measured[label] = kept(path, made_by)
+        pairs |= {f"{one} against {other}": (one, other) for one in ours for other in even}
     return {
         "model": model,
         "config": plain(options),
@@ -64,14 +62,17 @@ def planned(model: str, options: StudyOptions) -> dict[str, Any]:
     return allocate(model, how).numbers
 
 
-def measure(model: str, method: str, seed: int, label: str, exam: Exam, options: StudyOptions) -> Told:
-    """Quantize evenly by a method, or by the plan where none is named, and examine."""
+def measure(
+    model: str, method: str, seed: int, label: str, exam: Exam, options: StudyOptions, *, planned: bool
+) -> Told:
+    """Quantize by a method, as planned or evenly, and examine. What is planned is calibrated on the mixture, if any."""
     out = options.out / "quantized" / label.replace(" ", "-")
-    which: dict[str, Any] = {"bits": options.uniform_bits, "method": method}
-    if not method:
-        which = {"plan": options.out / "plan.json", "method": PLANNED, "asymmetric": False}
-    how = options.told("calibration", "samples", "window", "group_size", "trust_remote_code")
-    made(out, lambda: quantize(model, QuantizeOptions(out=out, ends=16, measure=False, seed=seed, **which, **how)))
+    which: dict[str, Any] = {"bits": options.uniform_bits, "calibration": options.calibration}
+    if planned:
+        which = {"plan": options.out / "plan.json", "asymmetric": False}
+        which |= {"mix": options.mix} if options.mix else {"calibration": options.calibration}
+    how = options.told("samples", "window", "group_size", "trust_remote_code") | {"method": method, "seed": seed}
+    made(out, lambda: quantize(model, QuantizeOptions(out=out, ends=16, measure=False, **which, **how)))
     lm = LocalLM(*open_model(str(out), trust_remote_code=options.trust_remote_code))
-    with lm.at(f"w{options.uniform_bits}" if method else None):
+    with lm.at(None if planned else f"w{options.uniform_bits}"):
         return {"bits": stored_bits_per_weight(lm.model), **examined(lm, exam, label)}

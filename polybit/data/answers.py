@@ -14,7 +14,7 @@ from polybit.data.rows import read_rows
 from polybit.data.stream import encode
 from polybit.data.table import EMBEDDED_TASKS, HUB_TASKS
 from polybit.data.text import has_chat_template
-from polybit.data.turns import CHAT_KEYS, PAIR_KEYS, Messages, asked_of, plain_text, read_messages
+from polybit.data.turns import CHAT_KEYS, PAIR_KEYS, Messages, asked_of, first_answer, plain_text, read_messages
 
 LEAST = 8  # items below which a ranking of layers is guesswork
 FORMS = (
@@ -103,11 +103,7 @@ def from_messages(messages: Messages, where: str) -> Exchange:
 
 def from_squad(context: str, row: dict[str, Any], where: str) -> Exchange:
     """A passage and a question about it; the first of SQuAD's answers."""
-    given = row.get("answers", row.get("answer"))
-    texts = given.get("text") if isinstance(given, dict) else given
-    first = texts[0] if isinstance(texts, list) and texts else texts
-    answer = first.get("text") if isinstance(first, dict) else first
-    return pair(f"{context}\n{row['question']}", answer, where)
+    return pair(f"{context}\n{row['question']}", first_answer(row), where)
 
 
 def read_articles(value: dict[str, Any], where: str) -> list[Exchange]:

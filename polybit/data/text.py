@@ -26,7 +26,7 @@ from polybit.data.files import (
 )
 from polybit.data.stream import token_stream
 from polybit.data.table import EMBEDDED_SETS, HUB_SETS
-from polybit.data.turns import Messages, document_of, plain_text
+from polybit.data.turns import Messages, documents_of, plain_text
 
 Render = Callable[[Messages], str]
 
@@ -180,12 +180,12 @@ def _read_source(name: str, path: Path) -> list[str | Messages]:
     if name in HUB_SETS:
         return _read_dataset(*HUB_SETS[name])
     if path.is_dir() and is_saved(path):
-        return documents_of(whole([*numbered(saved_rows(path, limit=HUB_DOCUMENTS), "Row", name)]))
+        return documents_in(whole([*numbered(saved_rows(path, limit=HUB_DOCUMENTS), "Row", name)]))
     if path.is_dir():
         raise PolybitError(f"Text {name!r} is a directory; give {NAMED}.")
     if path.exists():
         rows = read_file(path)
-        return _split_text(rows[0][1]) if form_of(path) == "text" else documents_of(rows)
+        return _split_text(rows[0][1]) if form_of(path) == "text" else documents_in(rows)
     identifier = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?::([\w.-]+))?", name)
     if identifier and form_of(path) is None and not path.parent.is_dir():
         dataset, config, split = identifier.groups()
@@ -196,9 +196,9 @@ def _read_source(name: str, path: Path) -> list[str | Messages]:
     )
 
 
-def documents_of(rows: Iterable[Row]) -> list[str | Messages]:
-    """What each row holds to read."""
-    return [document_of(row, where) for where, row in rows]
+def documents_in(rows: Iterable[Row]) -> list[str | Messages]:
+    """What the rows hold to read."""
+    return [document for where, row in rows for document in documents_of(row, where)]
 
 
 def _split_text(text: str) -> list[str | Messages]:
@@ -207,4 +207,4 @@ def _split_text(text: str) -> list[str | Messages]:
 
 def _read_dataset(dataset: str, config: str | None, split: str) -> list[str | Messages]:
     rows = dataset_rows(dataset, config, split, limit=HUB_DOCUMENTS)
-    return documents_of(whole([(f"A row of {dataset!r}", row) for row in rows]))
+    return documents_in(whole([(f"A row of {dataset!r}", row) for row in rows]))

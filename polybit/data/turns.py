@@ -48,6 +48,43 @@ KEPT = ("tool_calls", "tool_call_id", "name")
 FORMS = 'use {"text"}, {"messages": [{"role", "content"}]} or a pair such as {"prompt", "response"}'
 
 
+def documents_of(row: Any, where: str) -> list[str | Messages]:
+    """What one row of a file or of a dataset holds to read: one document, or of an article of SQuAD one for each
+    passage."""
+    if not isinstance(row, Mapping):
+        return [document_of(row, where)]
+    if isinstance(row.get("paragraphs"), list):
+        passages = [passage for passage in row["paragraphs"] if isinstance(passage, Mapping)]
+        return [passage_talk(passage.get("context"), passage.get("qas"), where) for passage in passages]
+    if "context" in row and "question" in row:
+        return [passage_talk(row["context"], [row], where)]
+    return [document_of(row, where)]
+
+
+def passage_talk(context: Any, questions: Any, where: str) -> Messages:
+    """A passage, the questions about it that have an answer there, and the first answer of each, as one conversation:
+    the passage is read once."""
+    if not isinstance(context, str) or not isinstance(questions, list):
+        raise PolybitError(f"{where} has a passage without 'context' or 'qas'; {FORMS}.")
+    talk: Messages = []
+    for row in questions:
+        answer = None if not isinstance(row, Mapping) or row.get("is_impossible") else first_answer(row)
+        if answer is not None:
+            asked = str(row.get("question", "")).strip()
+            talk.append({"role": "user", "content": asked if talk else f"{context}\n{asked}"})
+            talk.append({"role": "assistant", "content": answer})
+    return talk or [{"role": "user", "content": context}]
+
+
+def first_answer(row: Mapping[str, Any]) -> str | None:
+    """The first of SQuAD's answers, in the official file or flat; None where there is none in words."""
+    given = row.get("answers", row.get("answer"))
+    texts = given.get("text") if isinstance(given, Mapping) else given
+    first = texts[0] if isinstance(texts, list) and texts else texts
+    answer = first.get("text") if isinstance(first, Mapping) else first
+    return answer if isinstance(answer, str) and answer.strip() else None
+
+
 def document_of(row: Any, where: str) -> str | Messages:
     """One row of a file or of a dataset: plain text, or messages."""
     if isinstance(row, str):

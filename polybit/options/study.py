@@ -156,14 +156,19 @@ class BitsOptions:
     """Quantizer the needs are read with, as in polybit allocate --method; rtn is faster."""
     task_items: int = 32
     """Questions of each task to read needs on."""
+    planned_by: str = "gptq"
+    """Quantizers that make codes of the plan, with commas."""
+    mix: str | None = None
+    """Mixture of texts the plan's codes are calibrated on, as in polybit quantize (default: --calibration)."""
     uniform: str = "rtn,hqq,gptq,awq"
     """Quantizers of even bits, with commas."""
     uniform_bits: int = 4
     """Their width."""
 
     def __post_init__(self) -> None:
-        for name in names_of(self.uniform):
-            pick({one: QUANTIZERS[one] for one in FIXED}, name, "--uniform")
+        for flag, names in (("--uniform", self.uniform), ("--planned-by", self.planned_by)):
+            for name in names_of(names):
+                pick({one: QUANTIZERS[one] for one in FIXED}, name, flag)
         check_width("w", self.uniform_bits)
         at_least(self, task_items=1)
 

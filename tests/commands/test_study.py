@@ -62,9 +62,12 @@ def test_conversation_and_bits_on_the_embedded_model(tmp_path, capsys):
     assert times == {path: path.stat().st_mtime_ns for path in times}, "a finished part is not done again"
 
     main(["study", "tinychat", "--question", "bits", "--out", str(bits), *exam, "--train-prompts", "2", "--uniform",
-          "rtn", "--budget", "3.4", "--task-items", "4"])  # fmt: skip
+          "rtn", "--budget", "3.4", "--task-items", "4", "--planned-by", "rtn,gptq",
+          "--mix", "embedded=1"])  # fmt: skip
     facts = json.loads((bits / "study.json").read_text())
-    assert set(facts["rows"]) == {"float", "plan 3.4", "rtn w4"} and facts["rows"]["plan 3.4"]["bits"] <= 3.4
+    assert set(facts["rows"]) == {"float", "plan 3.4 rtn", "plan 3.4 gptq", "rtn w4"}
+    assert set(facts["against"]) == {"plan 3.4 rtn against rtn w4", "plan 3.4 gptq against rtn w4"}
+    assert facts["rows"]["plan 3.4 gptq"]["bits"] <= 3.4
     assert "Precision inversion: " in (bits / "study.html").read_text()
     capsys.readouterr()
 
@@ -146,6 +149,7 @@ def test_the_verdict_on_conversation_follows_the_intervals():
         (["--question", "conversation", "--starts", "awq", "--quantizers", "rtn"], "'awq'"),
         (["--aligned-bits", "2"], "is not among --bits"),
         (["--uniform", "magic"], "'magic'"),
+        (["--planned-by", "nested"], "'nested'"),
         (["--arms", "joint"], "lacks cdt"),
         (["--arms", "cdt,magic"], "'magic'"),
         (["--presets", "A=w8"], "needs two or more"),

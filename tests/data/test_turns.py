@@ -6,7 +6,7 @@ import pytest
 
 from polybit.core.runtime import PolybitError
 from polybit.data.text import has_chat_template, read_corpus, renderer
-from polybit.data.turns import document_of, plain_text, read_messages
+from polybit.data.turns import document_of, documents_of, plain_text, read_messages
 from tests.evals.tiny import tokenizer
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -17,6 +17,29 @@ TOOLS = [
     {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
     {"role": "assistant", "content": "It is sunny."},
 ]
+
+
+QAS = [
+    {"id": "a", "question": " Who?", "answers": [{"text": "Ann", "answer_start": 0}, {"text": "A", "answer_start": 0}]},
+    {"id": "b", "question": "Why?", "is_impossible": True, "answers": []},
+    {"id": "c", "question": "What?", "answers": [{"text": "tea", "answer_start": 9}]},
+]
+
+
+def test_a_passage_is_read_once_with_the_questions_it_answers():
+    talk = [
+        {"role": "user", "content": "Ann made tea.\nWho?"},
+        {"role": "assistant", "content": "Ann"},
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": "tea"},
+    ]
+    article = {"title": "Tea", "paragraphs": [{"context": "Ann made tea.", "qas": QAS}, {"context": "No.", "qas": []}]}
+    assert documents_of(article, "Entry 1") == [talk, [{"role": "user", "content": "No."}]]
+    flat = {"context": "Ann made tea.", "question": "Who?", "answers": {"text": ["Ann"], "answer_start": [0]}}
+    assert documents_of(flat, "Row 1") == [talk[:2]]
+    assert documents_of({"text": "plain"}, "Row 1") == ["plain"]
+    with pytest.raises(PolybitError, match="Entry 1 has a passage without 'context'"):
+        documents_of({"paragraphs": [{"qas": QAS}]}, "Entry 1")
 
 
 @pytest.mark.parametrize(
