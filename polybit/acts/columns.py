@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +15,13 @@ from polybit.allocate.columns import Split, base_width, block_lengths, ranked_of
 from polybit.compress import text
 from polybit.compress.loop import Codes, compress
 from polybit.compress.mix_files import gather_either, read_mix
-from polybit.compress.plan_files import check_document, check_plan, read_plan, write_plan
+from polybit.compress.plan_files import check_document, check_plan, counts_zero_points, read_plan, write_plan
 from polybit.compress.recipe import choose
-from polybit.compress.sorting import sort_model
+from polybit.compress.sorting import saved_after, sort_model
 from polybit.core.plan import LEAST_GROUP, ColumnWidths, Plan, largest_width
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
+from polybit.hub.directory import check_output
 from polybit.hub.models import is_embedded
 from polybit.measure.mixture_truth import Harms
 from polybit.nn.convert import Target, targets
@@ -33,15 +35,21 @@ def columns(model: str, options: ColumnsOptions) -> Run:
         raise PolybitError(
             f"--group-size {options.group_size} is too small for widths inside layers: give {LEAST_GROUP} or more"
         )
+    if options.sort is not None:
+        check_output(options.sort)
     run = Run("columns", {"model": model, **plain(options)})
-    with run.timed():
-        plan, run.numbers = searched(model, options)
-    write_plan(options.out, plan)
+    with ExitStack() as kept:
+        with run.timed():
+            plan, run.numbers = searched(model, options, kept)
+        write_plan(options.out, plan, remarks_of(options))
     return run
 
 
-def searched(name: str, options: ColumnsOptions) -> tuple[Plan, dict[str, Any]]:
-    """Load, calibrate, sort when asked, search layer by layer, check on held-out text: (plan, numbers)."""
+def searched(name: str, options: ColumnsOptions, kept: ExitStack) -> tuple[Plan, dict[str, Any]]:
+    """Load, calibrate, sort when asked, search layer by layer, check on held-out text: (plan, numbers).
+
+    kept: takes the sorted model, which appears when it is left: not before the plan for it is written.
+    """
     source = open_fitting(name, options, whole_for="--sort" if options.sort is not None else None)
     model = source.model
     embedded = is_embedded(name)
@@ -62,8 +70,9 @@ def searched(name: str, options: ColumnsOptions) -> tuple[Plan, dict[str, Any]]:
     chosen = [target for target in every if target.name in means]
     model.requires_grad_(False)
     if options.sort is not None:
-        sort_model(model, source.tokenizer, chosen, batches, options.sort)
-    asked = ColumnSearch(options.block, options.group_size, options.search, options.method)
+        sort_model(model, chosen, batches)
+        kept.enter_context(saved_after(model, source.tokenizer, options.sort))
+    asked = ColumnSearch(options.block, options.group_size, options.search, options.method, zero_points(options))
     splits = search_layers(model, chosen, batches, means, asked, **source.where)
     plan = replace(base, columns=column_widths(splits, options.block))
     checked = check_plans(source, chosen, base, plan, gathered, options)
@@ -72,6 +81,18 @@ def searched(name: str, options: ColumnsOptions) -> tuple[Plan, dict[str, Any]]:
         for key, s in splits.items()
     }
     return (plan if checked["kept"] else base), {"layers": layers, **checked}
+
+
+def remarks_of(options: ColumnsOptions) -> dict[str, Any]:
+    """What `quantize` must know beside the plan: the groups it was searched with, the zero points it was told of."""
+    counted = zero_points(options)
+    zero = {} if counted is None else {"zero": "group" if counted else "centre"}
+    return {**zero, "group_size": options.group_size}
+
+
+def zero_points(options: ColumnsOptions) -> bool | None:
+    """Whether the plan that is given counts a zero point per group; None where none is given or it does not say."""
+    return None if options.plan is None else counts_zero_points(options.plan)
 
 
 def starting_plan(options: ColumnsOptions, every: Sequence[Target]) -> tuple[Plan, dict[str, float]]:
@@ -148,7 +169,7 @@ def quantized_by(
         options.method,
         (largest_width(plan),),
         options.group_size,
-        asymmetric=None,
+        asymmetric=zero_points(options),
         effort="fast",
         seed=options.seed,
         plan=plan,

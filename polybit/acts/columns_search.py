@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polybit.allocate.columns import Split, base_width, block_lengths, ranked_offsets, search_ranked, spend
 from polybit.compress.blocks import find_blocks, outside, run_blocks
+from polybit.compress.recipe import zero_of
 from polybit.core.affine import Grid, QWeight
 from polybit.core.plan import ColumnWidths
 from polybit.core.records import LayerStats
@@ -26,17 +27,19 @@ WORTH = 0.97  # an exchange of blocks must lower the layer's loss to this share 
 
 @dataclass(frozen=True, slots=True)
 class ColumnSearch:
-    """How offsets are searched: columns of a block, weights that share a scale, "ranked" or "spend", the quantizer."""
+    """How offsets are searched: columns of a block, weights that share a scale, "ranked" or "spend", the quantizer,
+    whether every group stores a zero point (None: as the quantizer does)."""
 
     block: int
     group_size: int
     how: str = "ranked"
     method: str = "gptq"
+    asymmetric: bool | None = None
 
     def codes(self, rows_RI: Tensor, stats: LayerStats, base: int, widths: Sequence[int]) -> QWeight:
         """Some rows of a layer with a width per block, quantized without descent where the method has any."""
         part = QUANTIZERS[self.method]
-        plain = Grid(base, self.group_size, part.zero)
+        plain = Grid(base, self.group_size, zero_of(part, self.asymmetric))
         offsets = tuple(b - base for b in widths)
         widths_G = ColumnWidths(self.block, offsets).group_widths(base, rows_RI.shape[1], self.group_size)
         knobs = knobs_of(self.method, descent_sweeps=0)

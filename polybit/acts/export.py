@@ -85,7 +85,7 @@ def material_of(model: str, options: ExportOptions) -> Material:
     if options.precision is not None:
         path = Path(options.precision)
         if path.suffix == ".json":
-            use(loaded, read_plan(path))
+            use(loaded, read_plan(path, "--precision"))
         else:
             use(loaded, options.precision)
             warn_of_width(loaded, options.precision)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -31,7 +29,7 @@ from polybit.core.affine import QWeight
 from polybit.core.memory import fits
 from polybit.core.precision import FLOAT
 from polybit.core.records import RUN_FILE, Run
-from polybit.core.runtime import PolybitError, atomic_path, warn, write_json
+from polybit.core.runtime import PolybitError, atomic_path, json_text, warn
 from polybit.evals.compare import EvalMaterial, compare
 from polybit.hub.checkpoint import save
 from polybit.hub.directory import check_output, output_lock
@@ -86,7 +84,7 @@ def recipe_for(options: QuantizeOptions) -> Recipe:
 
 
 def build(name: str, options: QuantizeOptions, recipe: Recipe, run: Run) -> dict[str, Any]:
-    """Load, calibrate, quantize block by block, save, verify, measure; returns the numbers of the run."""
+    """Load, calibrate, quantize block by block, save, measure; returns the numbers of the run."""
     source = open_float(name, options, whole=options.rotate)
     untied = options.rotate and rotate(source.model, Rotation(options.seed))
     chosen, recipe = chosen_targets(name, source.model, options, recipe)
@@ -107,24 +105,27 @@ def build(name: str, options: QuantizeOptions, recipe: Recipe, run: Run) -> dict
         if source.lent is None:
             model.to("cpu")  # from where it is written
         pieces = source.pieces(store)
+        numbers: dict[str, Any] = {
+            "widths": list(recipe.widths),
+            **described(model, recipe.presets, errors=errors, left_in_float=leftovers),
+            **rotation_numbers(model, untied),
+            **expert_numbers(experts),
+            "streamed": source.lent is not None,
+        }
         notes = {"base_model": own_name(name), "recipe": recipe.to_json(), "text": text.source}
         more: dict[str, Any] = {"widths": recipe.widths, "notes": notes, "overwrite": options.overwrite}
-        saved = save(model, options.out, tokenizer=source.tokenizer, pieces=pieces, verified=True, **more)
+        card = card_files(name, run, numbers, options)
+        more |= {"pieces": pieces, "files": card, "verified": True}
+        saved = save(model, options.out, tokenizer=source.tokenizer, **more)
         store.discard()
     finally:
         store.close()
-    numbers = {
-        "widths": list(recipe.widths),
-        **described(model, recipe.presets, errors=errors, left_in_float=leftovers),
-        **rotation_numbers(model, untied),
-        **expert_numbers(experts),
-        "streamed": source.lent is not None,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
     if options.measure and may_measure(name, source, size, options):
         quantized = model if source.lent is None else load_quantized(saved)[0]
         numbers["measured"] = measured(name, quantized, source.tokenizer, text, recipe, options)
-    write_card(saved, name, run, numbers, options)
+    for file, content in card_files(name, run, numbers, options).items():
+        with atomic_path(saved / file) as staged:
+            staged.write_text(content, encoding="utf-8")
     return numbers
 
 
@@ -263,10 +264,9 @@ def measured(
     )
 
 
-def write_card(saved: Path, name: str, run: Run, numbers: Mapping[str, Any], options: QuantizeOptions) -> None:
+def card_files(name: str, run: Run, numbers: dict[str, Any], options: QuantizeOptions) -> dict[str, str]:
     """The model card, and the run beside it; both may change without making the checkpoint another one."""
+    numbers["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     command = command_line("quantize", name, options, leave_out=("overwrite", "restart", "workers", "ray"))
     record = {**run.to_json(), "numbers": numbers, "command": command}
-    with atomic_path(saved / "README.md") as staged:
-        staged.write_text(model_card(name, record), encoding="utf-8")
-    write_json(saved / RUN_FILE, record)
+    return {"README.md": model_card(name, record), RUN_FILE: json_text(record)}

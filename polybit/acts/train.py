@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from polybit.acts.train_heads import HEADS
 from polybit.acts.train_start import Pupil
 from polybit.compress.plan_files import read_presets
 from polybit.compress.sizes import quantized_layers
+from polybit.core.journal import Journal
 from polybit.core.plan import Plan
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError
-from polybit.hub.checkpoint import save
-from polybit.hub.directory import ADAPTERS, check_output
+from polybit.hub.checkpoint import save, verify
+from polybit.hub.directory import ADAPTERS, MANIFEST, check_output
 from polybit.hub.models import device_of
+from polybit.hub.workspace import Workspace
 from polybit.nn.adapters import plug
 from polybit.options.checks import plain
 from polybit.options.train import TrainOptions
@@ -54,7 +57,7 @@ def trained(model: str, options: TrainOptions) -> Run:
     unfit = [name for name in presets if Path(name).name != name or name in (".", "..")]
     if unfit and options.adapter != "none":
         raise PolybitError(f"--presets names {unfit[0]!r:.60}, after which a folder is called: use no / in it")
-    check_output(options.out, overwrite=options.overwrite)
+    check_places(options, list(presets))
     with run.timed():
         if LESSON_OBJECTIVES[options.method].alone:
             run.numbers = each_alone(model, options, presets)
@@ -63,21 +66,56 @@ def trained(model: str, options: TrainOptions) -> Run:
     return run
 
 
+def check_places(options: TrainOptions, presets: Sequence[str]) -> None:
+    """Refuse outputs that cannot or must not be written, unless an interrupted run left them."""
+    if not has_folders(options, presets) or (options.out / MANIFEST).is_file():
+        check_output(options.out, overwrite=options.overwrite)
+        return
+    places = [options.out / preset for preset in presets]
+    begun = [finished_file(options), *map(Workspace.place, (options.out, *places))]
+    if not any(path.exists() for path in begun):
+        for place in places:
+            check_output(place, overwrite=options.overwrite)
+
+
+def has_folders(options: TrainOptions, presets: Sequence[str]) -> bool:
+    """Whether the output is a folder with a checkpoint for each preset."""
+    return LESSON_OBJECTIVES[options.method].alone or (options.adapter == "nested" and len(presets) > 1)
+
+
+def finished_file(options: TrainOptions) -> Path:
+    """Where the numbers of presets that are trained alone are kept until all are."""
+    return options.out.with_name(f"{options.out.name}.finished")
+
+
 def each_alone(model: str, options: TrainOptions, presets: Mapping[str, Plan]) -> dict[str, Any]:
-    """A run and a checkpoint for each preset."""
+    """A run and a checkpoint for each preset; those that an interrupted run has finished are not trained again."""
     found: dict[str, Any] = {"presets": {}, "saved": [], "training_seconds": 0.0, "kept": {}}
+    decides = {"model": model, **flags_of(options), "presets": {name: plan.to_json() for name, plan in presets.items()}}
+    journal = Journal(finished_file(options), decides, restart=options.restart)
+    keep = journal.put if world.first() else journal.done.__setitem__
     for preset, plan in presets.items():
-        numbers = one_run(model, options, {preset: plan}, options.out / preset)
+        place = options.out / preset
+        if preset not in journal.done or not place.is_dir():
+            one_run(model, options, {preset: plan}, place, partial(keep, preset))
+        numbers = journal.done[preset]
         found["presets"] |= numbers["presets"]
-        found["saved"] += numbers["saved"]
+        found["saved"].append(str(place))
         found["training_seconds"] += numbers["training_seconds"]
         found["kept"][preset] = numbers["kept"]
+    if world.first():
+        journal.remove()
     return found
 
 
-def one_run(model: str, options: TrainOptions, presets: Mapping[str, Plan], out: Path) -> dict[str, Any]:
-    """Load, train, freeze, save; the numbers of the run."""
-    check_output(out, overwrite=options.overwrite)
+def one_run(
+    model: str,
+    options: TrainOptions,
+    presets: Mapping[str, Plan],
+    out: Path,
+    note: Callable[[dict[str, Any]], object] = lambda numbers: None,
+) -> dict[str, Any]:
+    """Load, train, freeze, save; the numbers of the run, which `note` hears before the workspace goes."""
     head = HEADS[options.head]
     pupil = head.pupil(model, options, presets)
     reading = head.reading(pupil, options)
@@ -98,22 +136,23 @@ def one_run(model: str, options: TrainOptions, presets: Mapping[str, Plan], out:
             outcome = head.run(pupil, reading, objective, store.path / "run", course(options), schedule)
             after = head.measure(pupil, reading)
             pupil.model.cpu()
-            saved = save_all(pupil, out, options) if world.first() else []
+            numbers = {
+                "presets": {
+                    name: {"plan": plan.to_json(), "start": before[name], "end": after[name]}
+                    for name, plan in pupil.plans.items()
+                },
+                "float": before["float"],
+                **reading.counts,
+                "kept": outcome.kept,
+                "training_seconds": round(outcome.seconds, 2),
+            }
+            numbers["saved"] = save_all(pupil, out, options) if world.first() else []
+            note(numbers)
             world.wait()
             store.discard()
         finally:
             store.close()
-    return {
-        "presets": {
-            name: {"plan": plan.to_json(), "start": before[name], "end": after[name]}
-            for name, plan in pupil.plans.items()
-        },
-        "float": before["float"],
-        **reading.counts,
-        "kept": outcome.kept,
-        "training_seconds": round(outcome.seconds, 2),
-        "saved": saved,
-    }
+    return numbers
 
 
 def course(options: TrainOptions) -> Course:
@@ -132,8 +171,16 @@ def course(options: TrainOptions) -> Course:
 
 def fingerprint(options: TrainOptions, pupil: Pupil) -> dict[str, Any]:
     """All that decides the result, so that a resumed run cannot mix two."""
-    flags = {name: value for name, value in plain(options).items() if name not in WITHOUT_EFFECT}
-    return {"model": pupil.digest, **flags, "presets": {name: plan.to_json() for name, plan in pupil.plans.items()}}
+    return {
+        "model": pupil.digest,
+        **flags_of(options),
+        "presets": {name: plan.to_json() for name, plan in pupil.plans.items()},
+    }
+
+
+def flags_of(options: TrainOptions) -> dict[str, Any]:
+    """The options that have an effect on the result."""
+    return {name: value for name, value in plain(options).items() if name not in WITHOUT_EFFECT}
 
 
 def save_all(pupil: Pupil, out: Path, options: TrainOptions) -> list[str]:
@@ -145,7 +192,8 @@ def save_all(pupil: Pupil, out: Path, options: TrainOptions) -> list[str]:
         stored = max(layer.bits for layer in quantized_layers(frozen).values())
         widths = tuple(width for width in wanted if width <= stored) or (stored,)
         more: dict[str, Any] = {"widths": widths, "notes": notes, "overwrite": options.overwrite}
-        save(frozen, path, tokenizer=pupil.tokenizer, verified=True, **more)
+        if not (path.is_dir() and not options.overwrite and saved_before(frozen, path)):
+            save(frozen, path, tokenizer=pupil.tokenizer, verified=True, **more)
         return str(path)  # as it was given
 
     model, layers = pupil.model, latent_layers(pupil.model)
@@ -157,3 +205,12 @@ def save_all(pupil: Pupil, out: Path, options: TrainOptions) -> list[str]:
     frozen = freeze(model)
     plug(frozen, {name: {preset: loras[preset][name] for preset in loras} for name in layers} if loras else {})
     return [one(frozen, out), *(str(out / ADAPTERS / preset) for preset in loras)]
+
+
+def saved_before(frozen: nn.Module, path: Path) -> bool:
+    """Whether a killed run has saved just this there, before it came to the next preset."""
+    try:
+        verify(path, frozen)
+    except PolybitError:
+        return False
+    return True

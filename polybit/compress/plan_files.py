@@ -21,22 +21,23 @@ from polybit.nn.convert import Target
 from polybit.nn.switch import panel, set_presets
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path, flag: str = "--plan") -> Plan:
     """The Plan of a JSON file: {"default", "layers", "columns"}, or any object that holds one under "plan".
 
     `polybit allocate` may thus write further remarks beside the plan. A malformed one is refused with its key.
+    flag: what named the file, for errors
     """
     if not path.is_file():
-        raise PolybitError(f"--plan {path}: there is no such file; give the JSON file of a plan")
+        raise PolybitError(f"{flag} {path}: there is no such file; give the JSON file of a plan")
     try:
         value = json.loads(read_utf8(path))
     except (ValueError, RecursionError) as error:
-        raise PolybitError(f"--plan {path} cannot be read as JSON ({error}): mend it at that place") from None
+        raise PolybitError(f"{flag} {path} cannot be read as JSON ({error}): mend it at that place") from None
     inner = value.get("plan", value) if isinstance(value, Mapping) else value
     try:
         return Plan.from_json(inner)
     except PolybitError as error:
-        raise PolybitError(f"--plan {path}: {error}") from None
+        raise PolybitError(f"{flag} {path}: {error}") from None
 
 
 def counts_zero_points(path: Path) -> bool | None:
@@ -54,7 +55,7 @@ def read_presets(text: str) -> dict[str, Plan]:
         name, value = name.strip(), value.strip() or name.strip()
         if name in found:
             raise PolybitError(f"--presets names {name!r:.60} twice: give every preset a name of its own")
-        found[name] = read_plan(Path(value)) if value.endswith(".json") else Plan.uniform(value)
+        found[name] = read_plan(Path(value), "--presets") if value.endswith(".json") else Plan.uniform(value)
     if not found:
         raise PolybitError("--presets is empty: give names and precisions, as in A=w8a8,B=w4a4")
     return found

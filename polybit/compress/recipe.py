@@ -136,11 +136,22 @@ def choose(
     if widths is None:
         assert plan is not None
         widths = (largest_width(plan),)
-    zero: ZeroKind = part.zero if asymmetric is None else "group" if asymmetric else "centre"
     efforts = get_args(Effort)
     allowed = part.learned is not None and efforts.index(effort) >= efforts.index(part.learned.effort)
     steps = part.learned.steps if part.learned and allowed else 0
-    return Recipe(method, Grid(max(widths), group_size, zero), tuple(widths), finish_steps=steps, seed=seed, plan=plan)
+    return Recipe(
+        method,
+        Grid(max(widths), group_size, zero_of(part, asymmetric)),
+        tuple(widths),
+        finish_steps=steps,
+        seed=seed,
+        plan=plan,
+    )
+
+
+def zero_of(part: Quantizer, asymmetric: bool | None) -> ZeroKind:
+    """The kind of zero of a quantizer's codes; asymmetric: as in `choose`."""
+    return part.zero if asymmetric is None else "group" if asymmetric else "centre"
 
 
 def within_memory(recipe: Recipe, weights: int) -> Recipe:

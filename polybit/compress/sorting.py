@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,15 @@ from torch import Tensor
 
 from polybit.compress.stats import collect
 from polybit.core.runtime import PolybitError
-from polybit.hub.directory import check_output, staged_directory
+from polybit.hub.directory import staged_directory
 from polybit.hub.quiet import quiet
 from polybit.nn.convert import Target
 from polybit.nn.sorting import feed_forwards, sort_units
 from polybit.quant.salience import column_salience
 
 
-def sort_model(model: Any, tokenizer: Any, chosen: Sequence[Target], batches: Sequence[Tensor], out: Path) -> None:
-    """Sort hidden units by salience, most salient first, make sure that the function stayed, and save the model."""
-    check_output(out, overwrite=False)
+def sort_model(model: Any, chosen: Sequence[Target], batches: Sequence[Tensor]) -> None:
+    """Sort hidden units in place by salience, most salient first, and make sure that the function stayed."""
     found = feed_forwards(chosen)
     if not found:
         raise PolybitError("--sort finds no feed-forward it can sort in this model: leave --sort out")
@@ -37,7 +37,13 @@ def sort_model(model: Any, tokenizer: Any, chosen: Sequence[Target], batches: Se
             f"--sort changed the model's logits by {gap:.1e} of their size, so its feed-forwards are of another kind "
             "than their names say: leave --sort out"
         )
+
+
+@contextmanager
+def saved_after(model: Any, tokenizer: Any, out: Path) -> Iterator[None]:
+    """Save a model that appears at `out` when the context is left, so that a run that stops in it can be repeated."""
     with staged_directory(out, overwrite=False) as stage:
         with quiet():
             model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
+        yield

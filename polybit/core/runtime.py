@@ -106,11 +106,16 @@ def fsync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; NaN and infinity are refused, because JSON has no word for them."""
+def json_text(value: Any) -> str:
+    """JSON as our files hold it; NaN and infinity are refused, because JSON has no word for them."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "replace").decode()  # half a character becomes "?"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
     with atomic_path(path) as staged:
-        staged.write_bytes(text.encode("utf-8", "replace"))  # half a character becomes "?"
+        staged.write_text(json_text(value), encoding="utf-8")
 
 
 def sha256_file(path: Path) -> str:

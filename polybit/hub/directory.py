@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from polybit.core.records import RUN_FILE
 from polybit.core.runtime import PolybitError, fsync_directory, nearest, sha256_file, write_json
 from polybit.hub.files import read_json
 
 MANIFEST = "manifest.json"
-FREE = ("README.md", MANIFEST)  # files that may change without making the artefact another one
+FREE = ("README.md", RUN_FILE, MANIFEST)  # files that may change without making the artefact another one
 CUT_SHORT = re.compile(r"^\d+ requested and \d+ written|unexpected pos \d+ vs \d+")  # numpy's and torch's full disk
 LONGEST_NAME = 200  # characters of a file's name, of which file systems spell 255 bytes
 TEMPLATES = "additional_chat_templates"  # the one folder a tokenizer may write

@@ -41,7 +41,7 @@ class Workspace:
 
     def __init__(self, out: str | Path, fingerprint: Mapping[str, Any], *, restart: bool = False) -> None:
         self.out = absolute(Path(out))
-        self.path = self.out.with_name(f"{self.out.name}.partial")
+        self.path = Workspace.place(self.out)
         wanted = json.loads(json.dumps({"polybit": polybit.__version__, **fingerprint}, allow_nan=False))
         held = ExitStack()
         held.enter_context(output_lock(self.out))
@@ -60,6 +60,11 @@ class Workspace:
             held.close()
             raise
         self.close = weakref.finalize(self, held.close)
+
+    @staticmethod
+    def place(out: Path) -> Path:
+        """Where the work of an output is kept."""
+        return out.with_name(f"{out.name}.partial")
 
     def file(self, block: str) -> Path:
         """Where a block is kept; its name is reduced to what every file system can spell."""
@@ -145,8 +150,7 @@ class Visit:
     """The workspace of a run as its other processes see it, while the first one holds it."""
 
     def __init__(self, out: str | Path) -> None:
-        out = absolute(Path(out))
-        self.path = out.with_name(f"{out.name}.partial")
+        self.path = Workspace.place(absolute(Path(out)))
 
     def discard(self) -> None:
         """Left to the first process."""

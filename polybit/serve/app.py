@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.routing import APIRoute
 from sse_starlette import EventSourceResponse
 from sse_starlette.sse import AppStatus
 from starlette.concurrency import run_in_threadpool
@@ -189,6 +190,8 @@ def make_app(state: ServerState, *, origins: tuple[str, ...] = (), root: str = "
     add_errors(app)
     add_models(app, state)
     add_answers(app, state)
+    for route in [each for each in app.routes if isinstance(each, APIRoute) and each.methods == {"GET"}]:
+        app.head(route.path, include_in_schema=False)(route.endpoint)  # as load balancers ask
     app.add_middleware(Guard, state=state)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])

@@ -1,6 +1,7 @@
 """Plans of widths inside layers: searched, written for people, edited, refused with one sentence, made into files."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from polybit.acts.columns_search import ColumnSearch, search_layer
 from polybit.cli import main
 from polybit.compress.loop import quantize_layer
-from polybit.compress.plan_files import check_plan, fixed_preset, read_plan, write_plan
+from polybit.compress.plan_files import check_plan, fixed_preset, read_plan, read_presets, write_plan
 from polybit.compress.recipe import Recipe
 from polybit.core.affine import Grid
 from polybit.core.plan import ColumnWidths, Plan
@@ -57,6 +58,13 @@ def test_a_plan_is_written_for_people(tmp_path):
     assert read_plan(path) == PLAN and json.loads(path.read_text())["bits"] == 3.5
 
 
+def test_a_refused_file_is_named_by_its_flag(tmp_path):
+    with pytest.raises(PolybitError, match=r"^--presets none.json: there is no such file"):
+        read_presets("A=none.json")
+    with pytest.raises(PolybitError, match=r"^--precision none.json: there is no such file"):
+        read_plan(tmp_path.joinpath("none.json").relative_to(tmp_path), "--precision")
+
+
 def test_codes_follow_the_plan():
     recipe = Recipe("gptq", Grid(5, 32, "group"), (5,), plan=PLAN)
     weight_OI, seen = loud_half()
@@ -99,10 +107,13 @@ def test_fixed_files_are_read_in_full():
         (["--plan", "broken.json", "--block", "64"], "mend it"),
         (["--plan", "short.json", "--block", "64"], "leaves out 20 layer(s)"),
         (["--plan", "other.json", "--block", "64"], "does not have"),
+        (["--bits", "3", "--block", "64", "--sort", "here"], "exists already"),
     ],
 )
 def test_mistakes_are_one_sentence(tiny_llama, tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "file").touch()
     (tmp_path / "short.json").write_text('{"bits": 3.5, "plan": {"layers": {"model.layers.0.mlp.up_proj": "w3"}}}')
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "list.json").write_text('{"layers": [1]}')
@@ -112,6 +123,20 @@ def test_mistakes_are_one_sentence(tiny_llama, tmp_path, monkeypatch, capsys, fl
     assert caught.value.code not in (0, None)
     error = " ".join(capsys.readouterr().err.split())
     assert words in error and not (tmp_path / "o.json").exists()
+
+
+def test_the_zero_points_of_a_plan_stay(tiny_llama, tmp_path, monkeypatch, capsys):
+    """What allocate counted per group is searched with, said in the new plan, and stored by quantize."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--samples", "2", "--window", "16", "--group-size", "32", "--method", "rtn"]
+    bits = {}
+    for zero in ("group", "centre"):
+        Path(f"{zero}.json").write_text(json.dumps({"plan": {"default": "w3"}, "zero": zero}))
+        search = ["--plan", f"{zero}.json", "--block", "32", "--out", "o.json", "--json", "run.json", *flags]
+        main(["columns", str(tiny_llama), *search])
+        assert json.loads(Path("o.json").read_text())["zero"] == zero
+        bits[zero] = json.loads(Path("run.json").read_text())["numbers"]["without"]["bits_per_weight"]
+    assert bits["group"] > bits["centre"] + 0.05
 
 
 def test_search_sort_and_quantize(tiny_llama, tmp_path, monkeypatch, capsys):

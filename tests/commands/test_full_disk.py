@@ -6,7 +6,9 @@ from contextlib import redirect_stderr
 import pytest
 
 from polybit.cli import main
-from tests.commands.test_killed import content, room, verb_words  # noqa: F401 - room is a fixture
+from tests.commands.killed_verbs import VERBS as RUNS
+from tests.commands.killed_verbs import content
+from tests.commands.test_killed import room  # noqa: F401 - a fixture
 from tests.killed import forked
 
 pytestmark = pytest.mark.slow
@@ -41,8 +43,8 @@ def said(work, heard):
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_full_disk_is_one_sentence_wherever_it_fills_up(verb, room, disk, tmp_path):  # noqa: F811
     place, give = disk
-    out = place / f"out{'.html' if verb == 'report' else ''}"
-    work = lambda: main(verb_words(verb, room, out))  # noqa: E731
+    out = RUNS[verb].out(place)
+    work = lambda: main(RUNS[verb].command(room, place))  # noqa: E731
     assert forked(work) == 0
     whole = content(out)
     used = sum(path.stat().st_blocks * 512 for path in place.rglob("*") if path.is_file())

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from polybit.cli import main
+from polybit.hub.directory import check_manifest
 from polybit.hub.workspace import Workspace
 
 FAST = ["--samples", "8", "--window", "32", "--calibration", "embedded", "--no-measure"]
@@ -159,6 +160,30 @@ def test_a_weight_that_is_not_finite_is_named(broken_llama, tmp_path, capsys):
         main(["quantize", str(broken_llama(poison)), "--out", str(tmp_path / "o"), "--bits", "4", *FAST])
     assert "model.layers.1.mlp.up_proj" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_a_check_or_a_measurement_that_fails_costs_no_work(tiny_llama, tmp_path, monkeypatch, capsys):
+    """Memory that ends after the codes are made: the same command goes on from them, or the checkpoint is there."""
+    out = tmp_path / "out"
+    told = ["--out", str(out), "--bits", "4", "--method", "rtn", "--samples", "4", "--window", "32"]
+    command = ["quantize", str(tiny_llama), *told, "--calibration", "embedded"]
+
+    def failing(*_, **__):
+        raise RuntimeError("can't allocate memory")
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr("polybit.hub.checkpoint.verify", failing)
+        main(command)
+    assert not out.exists() and list((tmp_path / "out.partial").glob("*.safetensors"))
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr("polybit.compress.loop.quantize_layer", failing)  # every block is finished
+        patched.setattr("polybit.acts.quantize.compare", failing)
+        main(command)
+    said = capsys.readouterr().err
+    assert "memory is used up" in said
+    check_manifest(out)
+    assert "sizes" in json.loads((out / "run.json").read_text())["numbers"] and (out / "README.md").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 @pytest.mark.slow

@@ -539,12 +539,16 @@ def test_loading_and_failing():
         reply = web.post("/v1/messages", json=BODIES["/v1/messages"])
         assert reply.status_code == 503 and reply.json()["error"]["type"] == "overloaded_error"
         assert web.get("/").status_code == web.get("/metrics").status_code == 200
+        asked = web.head("/health")  # as load balancers ask
+        assert asked.status_code == 503 and asked.content == b""
         state.failed = "no such file"
         assert web.get("/health").json() == {"status": "error", "message": "no such file"}
 
 
 def test_health(web):
     assert web.get("/health").json() == {"status": "ok"}
+    for path in ("/health", "/v1/health", "/", "/v1/models", "/metrics"):
+        assert web.head(path).status_code == 200 and web.head(path).content == b""
     wrong = web.put("/v1/chat/completions")
     assert wrong.status_code == 405 and wrong.json()["error"]["message"] and wrong.headers["allow"] == "POST"
     assert web.get("/nothing").status_code == 404 and web.get("/nothing").json()["error"]["type"] == "not_found_error"
