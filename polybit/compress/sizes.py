@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from polybit.core.affine import group_lengths
-from polybit.core.plan import Plan
+from polybit.core.plan import PLAN, Plan
 from polybit.core.planes import Planes, read_widths
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import warn
@@ -67,7 +67,10 @@ def stored_widths(model) -> tuple[int, ...] | None:
 
 
 def plain_widths(model) -> tuple[int, ...]:
-    """Stored widths that every quantized layer has, widest first; () for a float model and a file made by a plan."""
+    """Stored widths that every quantized layer has, widest first; () for a float model and a file made by a plan, also
+    one whose layers are alike."""
+    if PLAN in presets_of(model) and len(stored_widths(model) or ()) == 1:
+        return ()
     least = min((layer.bits for layer in quantized_layers(model).values()), default=0)
     return tuple(b for b in stored_widths(model) or () if b <= least)
 

@@ -123,7 +123,10 @@ class AlignOptions(WorkerOptions, ProcessOptions):
         """The precisions asked for, widest first, a plan last; only weights can be aligned."""
         found = {}
         for name in names_of(self.precision):
-            precision = Precision(w=1) if name == PLAN else Precision.parse(name)
+            if name == PLAN:
+                found[name] = 0
+                continue
+            precision = Precision.parse(name)
             if precision.w == FLOAT or precision != Precision(w=precision.w):
                 raise PolybitError(
                     f"--precision {name} cannot be aligned: give weight widths w2 to w8, as in w3 or w4,w3, or plan "

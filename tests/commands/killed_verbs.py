@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import LlamaForCausalLM
+
 from polybit.cli import main
 from polybit.export.table import EXPORTERS
 from polybit.hub.directory import MANIFEST, check_manifest
@@ -62,12 +64,14 @@ class Room:
 
     @property
     def long(self) -> Path:
-        """The tiny model as one that reads longer texts."""
+        """One block of the tiny model, that reads longer texts."""
 
         def make(out: Path) -> None:
+            model = LlamaForCausalLM.from_pretrained(self.llama)
+            model.model.layers = model.model.layers[:1]
+            model.config.num_hidden_layers, model.config.max_position_embeddings = 1, 512
             shutil.copytree(self.llama, out)
-            told = json.loads((out / "config.json").read_text()) | {"max_position_embeddings": 512}
-            (out / "config.json").write_text(json.dumps(told))
+            model.save_pretrained(out)
 
         return self.made("long", make)
 
@@ -242,7 +246,7 @@ VERBS: dict[str, Verb] = {
     ),
     "study": studying(
         "switchable", "--presets", "A=w8a8,B=w3a4", "--arms", "cdt", "--steps", "2", "--rows", "8", "--length", "96",
-        "--group-size", "16", "--items", "2", "--attack-items", "2", "--evaluations", "1",
+        "--group-size", "16", "--items", "1", "--attack-items", "1", "--evaluations", "0",
     ),
     "study conversation": studying(
         "conversation", "--train-prompts", "4", "--steps", "2", "--bits", "2", "--aligned-bits", "2", "--quantizers",
@@ -291,7 +295,8 @@ def content(path: Path, *, timed: bool = False) -> Any:
         return json.loads(json.dumps(found), parse_float=lambda _: 0, parse_int=lambda _: 0) if timed else found
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in text.splitlines()]
-    assert text.endswith({".html": "</html>\n", ".svg": "</svg>\n", ".md": "\n"}[path.suffix]), f"{path} is cut short"
+    ends = {".html": "</html>", ".svg": "</svg>", ".md": ""}
+    assert text.rstrip().endswith(ends[path.suffix]), f"{path} is cut short"
     return path.suffix
 
 

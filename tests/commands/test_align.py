@@ -236,20 +236,29 @@ def test_a_nested_file_aligns_its_narrow_widths_by_default(nested, made, tmp_pat
     assert set(shared["presets"]) == {"w4", "w3", "w2"}
 
 
-@pytest.mark.parametrize("ends", ["16", "8"])
-def test_a_file_made_by_a_plan_is_aligned_at_its_plan(ends, tiny_llama, made, tmp_path, capsys):
-    """Every layer at its own width; the ends, where they have codes, keep theirs."""
-    layers = {"model.layers.0.self_attn.q_proj": "w4", "model.layers.1.mlp.down_proj": "w3"}
-    (tmp_path / "plan.json").write_text(json.dumps({"default": "w2", "layers": layers}))
-    flags = ["--plan", str(tmp_path / "plan.json"), "--group-size", "16", "--ends", ends, "--no-measure"]
+BY_LAYER = {
+    "default": "w2", "layers": {"model.layers.0.self_attn.q_proj": "w4", "model.layers.1.mlp.down_proj": "w3"},
+}  # fmt: skip
+INSIDE = {"default": "w3", "columns": {"model.layers.0.mlp.up_proj": {"block": 32, "offsets": [0, -1]}}}
+
+
+@pytest.mark.parametrize(("ends", "plan", "widths"), [("16", BY_LAYER, {4, 3, 2}), ("8", INSIDE, {8, 3})])
+def test_a_file_made_by_a_plan_is_aligned_at_its_plan(ends, plan, widths, tiny_llama, made, tmp_path, capsys):
+    """Every layer at its own width, blocks of columns at theirs; the ends, where they have codes, keep theirs."""
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    size = "32" if "columns" in plan else "16"
+    flags = ["--plan", str(tmp_path / "plan.json"), "--group-size", size, "--ends", ends, "--no-measure"]
     main(["quantize", str(tiny_llama), "--out", str(tmp_path / "q"), "--method", "rtn", *flags])
-    numbers = aligned(tmp_path / "q", made, tmp_path / "out", "--learning-rate", "2e-3", "--held-out", "4")
+    more = ["--precision", "plan", "--learning-rate", "2e-3", "--held-out", "4"]
+    numbers = aligned(tmp_path / "q", made, tmp_path / "out", *more)
     assert list(numbers["presets"]) == ["plan"]
     assert numbers["presets"]["plan"]["after"]["kl"] <= numbers["presets"]["plan"]["before"]["kl"]
     before, after = (load(path)[0] for path in (tmp_path / "q", tmp_path / "out"))
     assert list(presets(before)) == list(presets(after)) == ["plan"]
     read = [{name: layer.width for name, layer in panel(use(m, "plan")).layers.items()} for m in (before, after)]
-    assert read[0] == read[1] and set(read[0].values()) == {int(ends), 4, 3, 2} - {16}
+    assert read[0] == read[1] and set(read[0].values()) == widths
+    inside = [{n: layer.planes.bits_G for n, layer in panel(m).layers.items()} for m in (before, after)]
+    assert inside[0] == inside[1] and any(inside[0].values()) == ("columns" in plan)
     assert "does not hold w3" in refused(
         capsys, "align", tmp_path / "q", "--pairs", made, "--precision", "w3", "--out", tmp_path / "three"
     )
