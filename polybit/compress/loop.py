@@ -259,7 +259,7 @@ def block_codes(
 
 def settled_bytes(room: Room | None) -> int:
     """How much of what settled layers gave may be kept; with a room for hidden states a part of its size."""
-    return SETTLED if room is None or room.limit is None else min(SETTLED, room.limit // 4)
+    return SETTLED if room is None or room.limit is None else min(SETTLED, room.limit // 8)
 
 
 def quantize_layer(weight_OI: Tensor, stats: LayerStats | None, recipe: Recipe, grid: Grid | None = None) -> QWeight:

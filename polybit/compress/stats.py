@@ -34,7 +34,7 @@ class CallSums:
     def of(cls, x: Tensor) -> CallSums:
         """The sums of one input, any leading dimensions."""
         x_TI = x.detach().reshape(-1, x.shape[-1]).float()
-        return cls(outer_product(x_TI), x_TI.abs().sum(0), x_TI.shape[0])
+        return cls(outer_product(x_TI), torch.linalg.vector_norm(x_TI, 1, 0), x_TI.shape[0])
 
 
 def outer_product(x_TI: Tensor) -> Tensor:
@@ -96,6 +96,10 @@ class LatestInput:
             self.x, self.version, self.found = x, version, CallSums.of(x)
         return self.found
 
+    def forget(self) -> None:
+        """Let go of it: nothing that comes can be the same."""
+        self.x = self.found = None
+
 
 class Enough(Exception):
     """Raised inside a forward once every watched layer was called, where the caller needs nothing further."""
@@ -122,6 +126,7 @@ def watch(model: nn.Module, targets: Iterable[Target], *, stop: bool = False) ->
         called.add(name)
         if stop and len(called) == len(grams):
             called.clear()
+            latest.forget()
             raise Enough
 
     with ExitStack() as stack:
