@@ -32,6 +32,7 @@ from polybit.measure.plan_score import PlanScore, ReadPlans
 from polybit.measure.probe import ProbeText
 from polybit.measure.probe_texts import ProbePair, check_names, general_probe, task_probe
 from polybit.measure.quantizing import Quantizing, knobs_of, measurable
+from polybit.measure.table import SIGNALS
 from polybit.nn.convert import Target, targets
 from polybit.options.allocate import AUTO_MIX, AllocateOptions, read_pin
 from polybit.options.checks import plain
@@ -94,6 +95,7 @@ def solved(name: str, options: AllocateOptions) -> tuple[dict[str, Any], dict[st
         judge = PlanScore(reader(readers), found.bank, general=labels[0], tasks=labels[1], beta=options.beta)
         free, budgets = choices_of(bits, table, {}), options.budgets
         proved = prove(plan, free, choices, groups, total, judge, budgets=budgets, seed=options.seed)
+    losses = SIGNALS[options.sensitivity].losses
     document = {
         "made_for": {"model": own_name(name), "layers": len(chosen), "weights": total},
         "bits_per_weight": round(bits_of(plan, choices) / total, 4),
@@ -107,11 +109,11 @@ def solved(name: str, options: AllocateOptions) -> tuple[dict[str, Any], dict[st
         "bits_per_weight": bits_of(plan, choices) / total,
         "group_size": options.group_size,
         "zero": quantizing.zero,
-        "layers": layer_rows(chosen, plan, groups, found.signals),
+        "layers": layer_rows(chosen, plan, groups, found.signals, losses),
         "layers_by_width": {str(w): n for w, n in sorted(Counter(plan.values()).items())},
         "tasks": labels[1],
         "general": labels[0],
-        "agreement": agreements(found.signals, *labels, seed=options.seed),
+        "agreement": agreements(found.signals, *labels, losses=losses, seed=options.seed),
         "cost": found.cost,
         "refinement": steps,
         "proof": proved.beside,

@@ -11,6 +11,7 @@ from polybit.evals.scoring import bootstrap
 from polybit.measure.plan_loss import PlanReading
 from polybit.measure.plan_score import PlanScore
 from polybit.measure.signals import Signal, agreement
+from polybit.measure.table import Loss
 from polybit.nn.convert import Target
 
 RANKED = 3  # width at which layers are ranked, where it was measured
@@ -73,10 +74,11 @@ def layer_rows(
     plan: Mapping[str, int],
     groups: Sequence[Sequence[str]],
     signals: Mapping[str, Signal],
+    losses: Sequence[Loss],
 ) -> dict[str, Any]:
-    """Per layer: shape, width, group, and its sensitivities with intervals."""
+    """Per layer: shape, width, group, and its sensitivities with intervals, by the losses that were read."""
     owner = {name: number for number, group in enumerate(groups) for name in group}
-    tables = {probe: {loss: signal.estimates(loss) for loss in ("kl", "nll")} for probe, signal in signals.items()}
+    tables = {probe: {loss: signal.estimates(loss) for loss in losses} for probe, signal in signals.items()}
     return {
         t.name: {
             "shape": [t.rows, t.columns],
@@ -92,15 +94,20 @@ def layer_rows(
 
 
 def agreements(
-    signals: Mapping[str, Signal], general: Sequence[str], tasks: Sequence[str], *, seed: int
+    signals: Mapping[str, Signal],
+    general: Sequence[str],
+    tasks: Sequence[str],
+    *,
+    losses: Sequence[Loss],
+    seed: int,
 ) -> dict[str, Any]:
-    """How alike general text and each task rank the layers, by KL and by the loss itself."""
+    """How alike general text and each task rank the layers, by the losses that were read."""
     result = {}
     for one, other in ((signals[g], signals[t]) for g in general for t in tasks):
         if len(one.names) < 2:
             continue
         width = RANKED if RANKED in one.widths else one.widths[0]
-        for loss in ("kl", "nll"):
+        for loss in losses:
             label = f"of {one.probe} and {other.probe} by {loss} at {width} bits"
             result[label] = agreement(one, other, width=width, loss=loss, seed=seed)
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from polybit.core.records import CostTable, Estimate
 from polybit.core.runtime import PolybitError
 from polybit.measure.sensitivity import BlockReading
+from polybit.measure.table import Loss
 
 Array = NDArray[np.float64]
-Loss = Literal["kl", "nll"]
+
 RESAMPLES, SPLITS, TAIL = 1000, 100, 2.5  # bootstrap draws, random halvings, per cent left out on each side
 
 

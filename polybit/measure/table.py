@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # the table is read where no torch is loaded
     from polybit.nn.convert import Target
 
 
+Loss = Literal["kl", "nll"]
+
+
 @dataclass(frozen=True, slots=True)
 class HarmSignal:
     """One way to read what quantizing each layer alone does to the model.
@@ -23,7 +26,8 @@ class HarmSignal:
     Call it as `(model, probes, targets, candidates, *, calibration, only, seed, source, room) -> BlockReading of every
     block`, sums over counted tokens in `unit`; layers of blocks that are not in `only`, which is asked when the walk
     comes to a block, cost no candidates. function: dotted path of that function · summary: half a sentence for `--help`
-    · backwards: blocks come from the last to the first · drawn: it draws something, so the seed decides its numbers.
+    · backwards: blocks come from the last to the first · drawn: it draws something, so the seed decides its numbers ·
+    losses: what it reads, kl or nll; what it does not read it gives the kl of.
     """
 
     function: str
@@ -31,6 +35,7 @@ class HarmSignal:
     backwards: bool = False
     drawn: bool = False
     unit: str = "nats"
+    losses: tuple[Loss, ...] = ("kl", "nll")
 
     def __call__(
         self,
@@ -57,6 +62,7 @@ SIGNALS: dict[str, HarmSignal] = {
         "estimate from backward passes, cheaper",
         backwards=True,
         drawn=True,
+        losses=("kl",),
     ),
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from polybit.core.parts import described
+from polybit.core.parts import described, listed
 from polybit.core.precision import check_width, parse_widths
 from polybit.core.runtime import PolybitError
 from polybit.measure.table import SIGNALS
@@ -92,6 +92,13 @@ class AllocateOptions(WorkerOptions, LoadingOptions):
         parse_widths(self.widths)
         if not math.isfinite(self.bits) or self.bits <= 0:
             raise PolybitError(f"--bits {self.bits} is not possible: give bits per weight such as 3.5")
+        if self.signal not in SIGNALS[self.sensitivity].losses:
+            able = listed([name for name, part in SIGNALS.items() if self.signal in part.losses])
+            reads = listed(SIGNALS[self.sensitivity].losses)
+            raise PolybitError(
+                f"--signal {self.signal} is not read by --sensitivity {self.sensitivity}, which reads {reads}: "
+                f"choose --sensitivity {able}, or leave --signal out"
+            )
         if not 0 <= self.beta <= 1:
             raise PolybitError(f"--beta {self.beta} is not possible: give 0 (general text only) to 1 (tasks only)")
         at_least(self, samples=1, items=1, calibration_samples=1, refine=0, front=0)

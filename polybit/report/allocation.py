@@ -113,12 +113,13 @@ def sections(numbers: Json, mixture: Json | None) -> list[dict[str, Any]]:
     uniform = [(row["bits"], row["score"]) for row in numbers["proof"]["rows"][1:]]
     front = [(row["bits"], row["score"]) for row in numbers["front"]]
     ours = numbers["proof"]["rows"][0]
+    losses = list(next(iter(next(iter(layers.values()))["sensitivity"].values())))
     parts = [
         {"title": "Where the bits go", "text": MAP_TEXT, "figures": [bit_map(layers)]},
         {
             "title": "Sensitivities",
             "text": agreement_text(numbers["agreement"]),
-            "figures": [sensitivities(layers, loss) for loss in ("kl", "nll")],
+            "figures": [sensitivities(layers, loss) for loss in losses],
         },
         {
             "title": "Loss against bits",

@@ -43,7 +43,8 @@ def illusion(facts: Json) -> list[str]:
         if not taus or min(taus) < RELIABLE:
             found.append(f"{name}: not decided, because a ranking hardly agrees with itself.")
         elif one["tau"]["low"] > 0:
-            found.append(f"{name}: they rank layers alike, tau {estimate(one['tau'], 1, 2)}; no illusion.")
+            alike = "alike" if one["tau"]["high"] >= min(taus) else "alike in part, each more like itself"
+            found.append(f"{name}: they rank layers {alike}, tau {estimate(one['tau'], 1, 2)}; no illusion.")
         else:
             found.append(f"{name}: no agreement is shown, tau {estimate(one['tau'], 1, 2)}.")
     return found or ["No task was given (--tasks)."]

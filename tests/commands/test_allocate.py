@@ -140,6 +140,17 @@ def test_gradients_are_an_estimate_of_the_same(tiny_llama, texts, tmp_path):
     _, cheap = run(tiny_llama, texts, tmp_path, "--sensitivity", "gradient")
     _, exact = run(tiny_llama, texts, tmp_path)
     assert cheap["numbers"]["layers"].keys() == exact["numbers"]["layers"].keys()
+    read = [{label.split(" by ")[1][:3] for label in found["numbers"]["agreement"]} for found in (cheap, exact)]
+    assert read == [{"kl "}, {"kl ", "nll"}], "a gradient estimates no rise of the loss"
+
+
+def test_a_loss_that_is_not_read_is_refused(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["allocate", "tinychat", "--bits", "3", "--sensitivity", "gradient", "--signal", "nll"])
+    assert error.value.code == 2
+    assert "--signal nll is not read by --sensitivity gradient, which reads kl: choose --sensitivity exact" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_the_mixture_is_searched_on_the_way(tiny_llama, texts, tmp_path, capsys):
