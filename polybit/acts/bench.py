@@ -13,7 +13,7 @@ from torch import Tensor
 from polybit.compress.ends import end_targets, hold_ends
 from polybit.compress.sizes import default_presets, quantized_layers
 from polybit.core.records import Run
-from polybit.core.runtime import PolybitError
+from polybit.core.runtime import PolybitError, warn
 from polybit.hub.load import load, load_float
 from polybit.hub.models import resolve
 from polybit.hub.random_model import Shape, random_float, random_quantized, skeleton
@@ -54,7 +54,11 @@ def linear(options: BenchOptions) -> dict[str, Any]:
     numbers = on(*options.matrix(), options.batch, widths, arithmetics, options.rounds, peers=options.peers)
     if options.device == "cpu" and options.batch == 1:
         constants = products.constants(numbers, widths, arithmetics[0])
-        numbers |= {"constants": asdict(constants), "constants_file": str(keep(constants))}
+        numbers["constants"] = asdict(constants)
+        try:
+            numbers["constants_file"] = str(keep(constants))
+        except OSError as error:
+            warn(f"the speed of this machine is not kept for polybit plan, its cache cannot be written: {error}")
     return numbers
 
 

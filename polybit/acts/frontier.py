@@ -14,6 +14,7 @@ from polybit.core.precision import Precision
 from polybit.core.records import Run
 from polybit.core.runtime import PolybitError, atomic_path, track, write_json
 from polybit.data.text import read_windows
+from polybit.hub.directory import output_lock
 from polybit.hub.load import load_float
 from polybit.hub.models import open_model, resolve
 from polybit.measure.choice_kl import ChoiceMeter
@@ -32,9 +33,10 @@ def frontier(checkpoint: str, options: FrontierOptions) -> Run:
     frontier; whole choices are then measured, crossed and changed, because harms of layers do not simply add up.
     """
     run = Run("frontier", {"checkpoint": checkpoint, **plain(options)})
-    with run.timed():
-        run.numbers = searched(checkpoint, options)
-    written(run, options)
+    with output_lock(options.out):
+        with run.timed():
+            run.numbers = searched(checkpoint, options)
+        written(run, options)
     return run
 
 

@@ -22,7 +22,7 @@ from polybit.evals.token_flip import answer_batches, measure_tokens
 from polybit.hub.lm import LocalLM
 from polybit.hub.models import open_model, resolve
 from polybit.hub.rows import TokenRows
-from polybit.options.checks import names_of, plain
+from polybit.options.checks import file_can_be_written, names_of, plain
 from polybit.options.route import RouteOptions
 from polybit.serve.gate_fit import fit_gate, read_pair
 from polybit.serve.loading import bytes_read
@@ -51,6 +51,8 @@ def route(model: str, options: RouteOptions) -> Run:
 
 def learnt(directory: Path, options: RouteOptions) -> dict[str, Any]:
     """Measure, fit, judge and keep; the numbers of the run."""
+    if not options.dry_run:
+        file_can_be_written("the router", directory / ROUTER)
     quantized, reference = open_both(directory, options)
     widths = widths_asked(quantized.model, options)
     prompts, answers = answered(reference, options)

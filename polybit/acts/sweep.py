@@ -13,6 +13,7 @@ from polybit.core.journal import Journal
 from polybit.core.records import Run
 from polybit.core.runtime import atomic_path, track
 from polybit.evals.table import METRICS
+from polybit.hub.directory import output_lock
 from polybit.hub.models import resolve
 from polybit.measure.seeds import over_seeds
 from polybit.options.checks import plain
@@ -29,7 +30,13 @@ def sweep(model: str, options: SweepOptions) -> Run:
     grid.eval_options(model)
     for cell in grid.cells:  # everything is read before anything runs
         recipe_for(cell.options(0, options.out / "cell"))
-    options.out.mkdir(parents=True, exist_ok=True)
+    with output_lock(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+        return swept(model, grid, options)
+
+
+def swept(model: str, grid: SweepGrid, options: SweepOptions) -> Run:
+    """Every combination that is not finished yet, the table of all."""
     fingerprint = {"model": str(Path(resolve(model)).resolve()), "eval": dict(grid.measured)}
     journal = Journal(options.out / "finished.json", fingerprint, restart=options.restart)
     run = Run("sweep", {"model": model, **plain(options)})

@@ -7,19 +7,20 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from polybit.core.runtime import PolybitError, atomic_path
+from polybit.commands.flags import can_be_written
+from polybit.core.runtime import atomic_path
 from polybit.options.attack import AttackOptions
 from polybit.report.robustness import page, terminal_table
 
-Page = Annotated[Path | None, Parameter(help="Write a page with the heat map there.")]
+Page = Annotated[
+    Path | None, Parameter(help="Write a page with the heat map there.", validator=can_be_written("--report"))
+]
 
 
 def attack(
     target: str, /, *, options: Annotated[AttackOptions, Parameter(name="*")] = AttackOptions(), report: Page = None
 ) -> None:
     """Attack TARGET (a polybit directory) at each width, answer at every width, and judge a width drawn per prompt."""
-    if report is not None and report.is_dir():
-        raise PolybitError(f"--report {report} is a directory: give the name of the page, as in attack.html")
     from polybit.acts.attack import attack as act
 
     run = act(target, options)

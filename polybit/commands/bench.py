@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from polybit.commands.flags import Json, keep
+from polybit.commands.flags import Json, can_be_written, keep
 from polybit.core.runtime import atomic_path
 from polybit.options.bench import BenchOptions
 from polybit.report.speed import show, speed_against_bits, written
 
-Chart = Annotated[Path | None, Parameter(help="Write the figure there (SVG).")]
+Chart = Annotated[Path | None, Parameter(help="Write the figure there (SVG).", validator=can_be_written("--chart"))]
 
 
 def bench(

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from polybit.core.runtime import PolybitError, nearest
+from polybit.options.checks import file_can_be_written
 
 if TYPE_CHECKING:  # `polybit VERB --help` loads no torch
     from polybit.core.records import Run
 
 
-def can_be_written(_: Any, path: Path | None) -> None:
-    """Refuse a file that cannot be written before the work is done whose numbers it is to keep."""
-    if path is None:
-        return
-    if nearest(path) == path.absolute() and path.is_dir():
-        raise PolybitError(f"--json {path} is a directory: give the name of a file")
-    folder = nearest(path.parent)
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise PolybitError(f"--json {path} cannot be written, {folder} is read-only or no directory: choose another")
+def can_be_written(flag: str) -> Callable[[Any, Path | None], None]:
+    """Refuses a file that cannot be written before the work is done that it is to keep."""
+    return lambda _, path: file_can_be_written(flag, path)
 
 
-Json = Annotated[Path | None, Parameter(help="Write the run with all its numbers there.", validator=can_be_written)]
+Json = Annotated[
+    Path | None, Parameter(help="Write the run with all its numbers there.", validator=can_be_written("--json"))
+]
 
 
 def keep(run: Run, path: Path | None) -> None:

@@ -7,10 +7,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from polybit.commands.flags import can_be_written
 from polybit.core.runtime import write_json
 from polybit.options.report import ReportOptions
 
-Shown = Annotated[Path | None, Parameter(help="Write what the page shows there too.")]
+Shown = Annotated[
+    Path | None, Parameter(help="Write what the page shows there too.", validator=can_be_written("--json"))
+]
 
 
 def report(

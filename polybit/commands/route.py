@@ -7,10 +7,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from polybit.commands.flags import Json, keep
+from polybit.commands.flags import Json, can_be_written, keep
 from polybit.options.route import RouteOptions
 
-Page = Annotated[Path | None, Parameter(help="Write the cost-quality curve as one HTML page there.")]
+Page = Annotated[
+    Path | None,
+    Parameter(help="Write the cost-quality curve as one HTML page there.", validator=can_be_written("--page")),
+]
 
 
 def route(

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from platform import node
@@ -50,7 +50,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise PolybitError(f"{str(path)!r} is no name of a file: give one to write to")
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
-    staged = path.with_name(f".{path.name}.{MACHINE}.{os.getpid()}.staged")
+    staged = path.with_name(staged_name(path.name))
     try:
         yield staged
         with staged.open("rb") as handle:
@@ -58,10 +58,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
         staged.replace(path)
         fsync_directory(path.parent)
     except BaseException as error:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):  # it cannot be there on a disk that is read-only, or under a name that is too long
+            staged.unlink(missing_ok=True)
         if isinstance(error, OSError) and str(error.filename) in ("None", str(staged)):  # the sentence names the file
             error.filename = str(path)
         raise
+
+
+def check_spelling(path: Path | str) -> None:
+    """Refuse a name whose bytes are no UTF-8: safetensors and tokenizers can open no such file."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise PolybitError(f"{str(path)!a} is no name in UTF-8, which other libraries need: rename it") from None
+
+
+def staged_name(name: str) -> str:
+    """Under which name this process writes a file before it takes its own."""
+    return f".{name}.{MACHINE}.{os.getpid()}.staged"
 
 
 def nearest(path: Path) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from polybit.core.runtime import PolybitError, warn
+from polybit.core.runtime import PolybitError, check_spelling, warn
 
 Form = Literal["text", "lines", "json", "table", "parquet"]
 FORMS: dict[str, Form] = {
@@ -51,6 +51,7 @@ def read_file(path: Path) -> list[Row]:
 
     Raises PolybitError for what cannot be read, naming the line.
     """
+    check_spelling(path)
     form, name = form_of(path), str(path)
     if path.is_dir():
         raise PolybitError(f"{name!r} is a directory; give {NAMED}.")
@@ -69,6 +70,7 @@ def read_file(path: Path) -> list[Row]:
 
 def read_utf8(path: Path) -> str:
     """A file's text with Unix line ends, unpacked where its name says so; whatever is not UTF-8 text is refused."""
+    check_spelling(path)
     opened = PACKED.get(path.suffix.lower(), Path.open)
     try:
         with opened(path, "rb") as handle:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from polybit.core.records import RUN_FILE
-from polybit.core.runtime import PolybitError, fsync_directory, nearest, sha256_file, write_json
+from polybit.core.runtime import PolybitError, check_spelling, fsync_directory, nearest, sha256_file, write_json
 from polybit.hub.files import read_json
 
 MANIFEST = "manifest.json"
@@ -114,11 +114,12 @@ def replaced(out: Path) -> Path:
 
 
 def absolute(path: Path) -> Path:
-    """The path with links followed; a loop of links is refused."""
+    """The path with links followed; a loop of links is refused, and a name that is no UTF-8."""
+    check_spelling(path)
     try:
         return Path(path).expanduser().resolve(strict=False)
-    except (OSError, RuntimeError) as error:
-        raise PolybitError(f"the path {path} cannot be followed ({error!s:.80}): choose another") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PolybitError(f"the path {str(path)!r} cannot be followed ({error!s:.80}): choose another") from None
 
 
 def check_output(out: Path, *, overwrite: bool = False) -> None:

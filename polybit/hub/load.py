@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polybit.core.runtime import PolybitError
+from polybit.core.runtime import PolybitError, check_spelling
 from polybit.hub.checkpoint import METHOD
 from polybit.hub.directory import restore
 from polybit.hub.files import check_sizes, read_headers, read_json, shards_of
@@ -159,6 +159,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
 
 def check_name(name: str) -> None:
     """Refuse what is neither a model directory nor a hub id, before anything is fetched."""
+    check_spelling(name)
     path = Path(name)
     try:
         restore(path)
@@ -226,7 +227,8 @@ def check_architecture(name: str, *, trust_remote_code: bool) -> None:
     if trust_remote_code and getattr(config, "auto_map", None):
         return
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    declared = list(getattr(config, "architectures", None) or [])
+    named = getattr(config, "architectures", None) or []
+    declared = [named] if isinstance(named, str) else list(named)
     allowed = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if known is None or (declared and not allowed & set(declared)):
         kind = declared[0] if declared else config.model_type
@@ -255,9 +257,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         raise PolybitError(f"{name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): {remedy}")
     try:
         with calling_hub(name):
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            entries = tokenizer.vocab_size
     except Exception as error:
         raise PolybitError(f"the tokenizer of {name} could not be loaded ({first_line(error)}): {remedy}") from error
+    if not entries:  # any text would be no tokens
+        raise PolybitError(f"the tokenizer of {name} has an empty vocabulary: {remedy}")
+    return tokenizer
 
 
 def guarded(model: nn.Module, tokenizer: Any) -> nn.Module:
@@ -283,6 +289,6 @@ def refuse_unknown_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def first_line(error: Exception) -> str:
-    """The first line of somebody else's error, short."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+    """How somebody else's error begins, in one line."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:160]}" if said else type(error).__name__

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from polybit.core.nursery import FORKS, begin, environment
+from polybit.core.runtime import PolybitError
 from polybit.hub.crew import Make, Seen, Word, greet, portable, ready
 
 
@@ -41,7 +42,13 @@ class Processes:
         worker, self.number = self.number, self.number + 1
         process = self.context.Process(target=serve, args=(theirs, self.threads), daemon=True)
         with environment({"OMP_NUM_THREADS": str(self.threads), **gpu_of(worker)}):
-            process.start()
+            try:
+                process.start()
+            except (EOFError, OSError) as error:  # the process they are forked from is gone, or none can be made
+                raise PolybitError(
+                    f"no worker can be started ({type(error).__name__}: {error}): free some memory, or leave --workers "
+                    "out"
+                ) from error
         theirs.close()
         self.people[worker] = process, ours
         with suppress(OSError):  # it is dead already, which is heard

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from polybit.hub.load import check_architecture, load_config
+from polybit.core.runtime import PolybitError
+from polybit.hub.load import check_architecture, first_line, load_config
 
 
 def load_skeleton(name_or_path: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:
@@ -22,9 +23,15 @@ def load_skeleton(name_or_path: str, *, dtype: torch.dtype | None = None, trust_
     check_architecture(name_or_path, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the plan is about the float model behind a checkpoint
-    with torch.device("meta"):
-        build: Any = AutoModelForCausalLM.from_config
-        more = {} if dtype is None else {"dtype": dtype}
-        model = build(config, trust_remote_code=trust_remote_code, **more)
-    model.tie_weights()
+    build: Any = AutoModelForCausalLM.from_config
+    more = {} if dtype is None else {"dtype": dtype}
+    try:
+        with torch.device("meta"):
+            model = build(config, trust_remote_code=trust_remote_code, **more)
+        model.tie_weights()
+    except Exception as error:
+        raise PolybitError(
+            f"no model can be built from the configuration of {name_or_path} ({first_line(error)}): it may be damaged, "
+            "or ask for what the installed transformers does not have"
+        ) from error
     return model.eval()

@@ -11,7 +11,7 @@ from polybit.core.parts import described, listed
 from polybit.core.precision import check_width, parse_widths
 from polybit.core.runtime import PolybitError
 from polybit.measure.table import SIGNALS
-from polybit.options.checks import WorkerOptions, at_least
+from polybit.options.checks import WorkerOptions, at_least, file_can_be_written
 from polybit.options.loading import LoadingOptions
 from polybit.quant.table import LAYERWISE, QUANTIZERS
 
@@ -104,9 +104,8 @@ class AllocateOptions(WorkerOptions, LoadingOptions):
         at_least(self, samples=1, items=1, calibration_samples=1, refine=0, front=0)
         for pin in self.pin or ():
             read_pin(pin)
-        for flag, path in (("out", self.out), ("report", self.report)):
-            if path is not None and path.is_dir():
-                raise PolybitError(f"--{flag} {path} is a directory: give the name of a file")
+        file_can_be_written("--out", self.out)
+        file_can_be_written("--report", self.report)
 
     @property
     def budgets(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from polybit.core.parts import described, pick
 from polybit.data.table import EMBEDDED
-from polybit.options.checks import Device, at_least, seeds_of, squad_is_there
+from polybit.options.checks import Device, at_least, file_can_be_written, seeds_of, squad_is_there
 from polybit.robust.table import ATTACKS, PLACES, AttackBudget
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class AttackOptions:
     """Where models run (auto: a GPU where there is one)."""
 
     def __post_init__(self) -> None:
+        file_can_be_written("--json", self.json)
         pick(ATTACKS, self.method, "--method")
         pick(PLACES, self.place, "--place")
         at_least(self, items=1, tokens=1, max_tokens=1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from polybit.core.runtime import PolybitError
+from polybit.core.runtime import PolybitError, check_spelling, nearest, staged_name
 from polybit.data.table import EMBEDDED
 
 Device = Literal["auto", "cpu", "cuda"]
+LONGEST_NAME = 255  # bytes, of a file on every file system of today
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,28 @@ def possible_memory(gigabytes: float | None) -> None:
     """Refuse a --memory that no machine has."""
     if gigabytes is not None and not 0 < gigabytes < 1e6:
         raise PolybitError(f"--memory {gigabytes} is not possible: give gigabytes, such as 4")
+
+
+def file_can_be_written(flag: str, path: Path | None) -> None:
+    """Refuse a file that cannot be written before the work is done that it is to keep."""
+    if path is None:
+        return
+    path = Path(path)  # the library takes text as well
+    if nearest(path) == path.absolute() and path.is_dir():
+        raise PolybitError(f"{flag} {path} is a directory: give the name of a file")
+    if len(os.fsencode(staged_name(path.name))) > LONGEST_NAME:
+        raise PolybitError(f"{flag} {path.name[:40]}... cannot be written, the name is too long: give a shorter one")
+    folder_can_be_written(flag, path.parent, named=path)
+
+
+def folder_can_be_written(flag: str, path: Path, *, named: Path | None = None) -> None:
+    """The same of a folder into which files go; named: what the flag names, if not the folder."""
+    check_spelling(named or path)
+    folder = nearest(path)
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise PolybitError(
+            f"{flag} {named or path} cannot be written, {folder} is read-only or no directory: choose another"
+        )
 
 
 def plain(options: Any) -> dict[str, Any]:

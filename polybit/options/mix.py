@@ -10,7 +10,7 @@ from polybit.core.parts import described
 from polybit.core.precision import check_width
 from polybit.core.runtime import PolybitError
 from polybit.measure.table import CRITERIA
-from polybit.options.checks import WorkerOptions, at_least
+from polybit.options.checks import WorkerOptions, at_least, file_can_be_written
 from polybit.options.loading import LoadingOptions
 from polybit.quant.table import FIXED, QUANTIZERS
 
@@ -69,3 +69,4 @@ class MixOptions(WorkerOptions, LoadingOptions):
         if twice:
             raise PolybitError(f"text {twice[0]!r} is given twice: name each text once, as general or as a task")
         at_least(self, samples=1, seeds=1)
+        file_can_be_written("--json", self.json)

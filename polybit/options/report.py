@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from polybit.core.runtime import PolybitError
+from polybit.options.checks import file_can_be_written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,5 +28,4 @@ class ReportOptions:
         for name in ("eval", "judge", "align", "out"):  # the library takes text as well
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, Path(value))
-        if self.out.is_dir():
-            raise PolybitError(f"--out {self.out} is a directory: give the name of the page, as in report.html")
+        file_can_be_written("--out", self.out)

@@ -1,5 +1,10 @@
 """Odd inputs of every kind end in one sentence; what nobody foresaw too, and its traceback is there when asked for."""
 
+import fcntl
+import json
+import os
+import shutil
+
 import pytest
 
 import polybit.commands.doctor
@@ -60,3 +65,77 @@ def test_what_nobody_foresaw_is_one_sentence_too(monkeypatch, capsys):
     monkeypatch.setenv(cli.TRACEBACK, "1")
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
+
+
+OUTPUTS = [
+    ["plan", "tinychat", "--json"],
+    ["columns", "tinychat", "--bits", "3", "--out"],
+    ["allocate", "tinychat", "--bits", "4", "--out"],
+    ["allocate", "tinychat", "--bits", "4", "--report"],
+    ["mix", "tinychat", "--general", "embedded", "--tasks", "wikitext2", "--json"],
+    ["route", "tinychat", "--prompts", "embedded", "--page"],
+    ["attack", "tinychat", "--json"],
+    ["attack", "tinychat", "--report"],
+    ["bench", "linear", "--chart"],
+    ["report", "somewhere", "--out"],
+    ["report", "somewhere", "--json"],
+]
+
+
+@pytest.mark.parametrize("words", OUTPUTS, ids=lambda words: f"{words[0]} {words[-1]}")
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(words, tmp_path, capsys, monkeypatch):
+    assert "is a directory" in sentence([*words, tmp_path], capsys)
+    assert "too long" in sentence([*words, tmp_path / ("x" * 250)], capsys)
+    assert "no name in UTF-8" in sentence([*words, f"{tmp_path}/caf\udce9"], capsys)
+    monkeypatch.setattr("polybit.options.checks.os.access", lambda *_: False)  # root may write everywhere
+    assert "read-only" in sentence([*words, tmp_path / "new.json"], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_act": "unknown"}, "no model can be built"),
+        ({"vocab_size": -5}, "no model can be built"),
+        ({"rope_scaling": {"type": 5}}, "no model can be built"),
+        ({"hidden_size": "48"}, "hidden_size"),
+        ({"architectures": "BertModel"}, "is a BertModel"),
+    ],
+)
+def test_configurations_of_other_types(changes, said, tiny_llama, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    config = json.loads((model / "config.json").read_text()) | changes
+    (model / "config.json").write_text(json.dumps(config))
+    assert said in sentence(["plan", model], capsys)
+
+
+def test_a_tokenizer_without_entries(tiny_llama, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    told = json.loads((model / "tokenizer.json").read_text())
+    told["added_tokens"], told["model"]["vocab"], told["model"]["merges"] = [], {}, []
+    (model / "tokenizer.json").write_text(json.dumps(told))
+    assert "empty vocabulary" in sentence(["generate", model, "--prompt", "Hi"], capsys)
+
+
+def test_names_that_are_no_utf8(tiny_llama, tmp_path, capsys):
+    model = tmp_path / "caf\udce9"
+    shutil.copytree(tiny_llama, model)
+    assert "no name in UTF-8" in sentence(["plan", model], capsys)
+    assert "no name in UTF-8" in sentence(["quantize", tiny_llama, "--out", tmp_path / "q\udce9"], capsys)
+    text = tmp_path / "t\udce9.txt"
+    text.write_text("words")
+    assert "no name in UTF-8" in sentence(
+        ["quantize", tiny_llama, "--out", tmp_path / "q", "--calibration", text], capsys
+    )
+
+
+@pytest.mark.parametrize("words", [["sweep", "--axis", "bits=3,4"], ["study"], ["frontier"]])
+def test_two_runs_do_not_write_to_one_output(words, tiny_llama, tmp_path, capsys, monkeypatch):
+    """The three that write several files of their own; a lock of another process is one of another descriptor here."""
+    held = os.open(tmp_path / ".out.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    said = sentence([words[0], tiny_llama, "--out", tmp_path / "out", *words[1:]], capsys)
+    os.close(held)
+    assert "another process is writing" in said

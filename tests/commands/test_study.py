@@ -31,6 +31,9 @@ def test_six_answers_on_one_page(tiny_llama, tmp_path, capsys):
     assert page.count("<h2>") == 6 and "<svg" in page
     seals = {path.name: path.stat().st_mtime_ns for path in (out / "predictions").glob("*-*.json")}
     capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["study", str(tiny_llama), *flags, "--length", "97"])
+    assert "whose length was 96 and not 97" in capsys.readouterr().err
     main(["study", str(tiny_llama), *flags])
     assert seals == {path.name: path.stat().st_mtime_ns for path in (out / "predictions").glob("*-*.json")}
     assert "6. What is open?" in capsys.readouterr().out

@@ -180,6 +180,15 @@ def test_only_workers_of_this_machine_have_a_process_to_be_forked_from(monkeypat
 
 
 @pytest.mark.slow
+def test_workers_that_cannot_start_are_one_sentence(monkeypatch):
+    def refused(self):
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr("multiprocessing.context.ForkServerProcess.start", refused)
+    with pytest.raises(PolybitError, match="no worker can be started"), Team(Squarer, (1,), Where(2)) as team:
+        list(team.map([1, 2]))
+
+
 def test_spawned_workers_give_the_same(monkeypatch):
     monkeypatch.setattr(processes, "FORKS", False)
     assert squares([3, 1, 2], Where(2))[0] == [10, 2, 5]
