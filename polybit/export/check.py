@@ -74,6 +74,7 @@ def compare(material: Material, decoded: Iterable[tuple[str, Tensor]]) -> Differ
         if moved:
             found.where[name] = moved
         found.moved += moved
+        del weight_OI, theirs_RI  # before the next one is made
     if waiting:
         raise PolybitError(f"the export lacks the layer {min(waiting)!r:.120}: report this as a fault")
     found.relative = sqrt(off / power) if power else 0.0

@@ -77,8 +77,7 @@ def decode(stage: Path, material: Material) -> Iterator[tuple[str, Tensor]]:
     schemes = list(config["config_groups"].values())
     for name, layer in material.layers.items():
         if f"{name}.weight_packed" not in files:
-            weight = files[f"{name}.weight"].float()
-            yield name, weight.T if layer.kind == "conv1d" else weight
+            yield name, files.decoded(name, layer.kind)
             continue
         own = next(s["weights"] for s in schemes if name in s["targets"] or s["targets"] == ["Linear"])
         bits, columns = own["num_bits"], layer.columns

@@ -104,6 +104,15 @@ class TensorFiles:
     def __getitem__(self, name: str) -> Tensor:
         return self.places[name][...]
 
+    def decoded(self, name: str, kind: str) -> Tensor:
+        """A layer without codes, of a kind of layer, in float32 [O, I]."""
+        place = self.places[f"{name}.weight"]
+        weight, at = torch.empty(place.shape), 0
+        for piece in place.pieces():
+            weight.view(-1)[at : at + piece.numel()] = piece
+            at += piece.numel()
+        return weight.T if kind == "conv1d" else weight
+
 
 def plain_config(material: Material) -> dict[str, Any]:
     """config.json of the model without our own description, with the float type that is written."""

@@ -60,8 +60,7 @@ def decode(stage: Path, material: Material) -> Iterator[tuple[str, Tensor]]:
     bits = config["bits"]
     for name, layer in material.layers.items():
         if f"{name}.qweight" not in files:
-            weight = files[f"{name}.weight"].float()
-            yield name, weight.T if layer.kind == "conv1d" else weight
+            yield name, files.decoded(name, layer.kind)
             continue
         size = config["group_size"] if config["group_size"] > 0 else layer.columns
         codes_OI = unpack_bits(files[f"{name}.qweight"].T.contiguous(), bits, layer.columns).float()

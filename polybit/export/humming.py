@@ -74,8 +74,7 @@ def decode(stage: Path, material: Material) -> Iterator[tuple[str, Tensor]]:
     files, config = TensorFiles(stage), read_json(stage / "config.json")["quantization_config"]
     for name, layer in material.layers.items():
         if f"{name}.weight_scale" not in files:
-            weight = files[f"{name}.weight"].float()
-            yield name, weight.T if layer.kind == "conv1d" else weight
+            yield name, files.decoded(name, layer.kind)
             continue
         changes = (own for key, own in config["dynamic"].items() if key[0] == "+" and re.match(key[2:], name))
         own = {**config, **next(changes, {})}
