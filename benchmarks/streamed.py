@@ -51,6 +51,7 @@ SHAPES = {
 }
 SHARD_BYTES = 1 << 28
 LINUX = sys.platform.startswith("linux")  # where private memory is limited
+TASK = "task.txt"  # a text beside the model for `mix`
 AGAIN = {"README.md", "run.json"}  # hold seconds; everything else is compared
 
 
@@ -63,6 +64,7 @@ def write_model(directory: Path, shape: Shape) -> int:
     for file in tinychat().glob("*"):
         if "token" in file.name or file.name == "chat_template.jinja":
             shutil.copy(file, directory / file.name)
+    (directory / TASK).write_text("\n".join(f"Number {i} is {i * i} in squares, {i + i} in pairs." for i in range(999)))
     tensors = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters()}
     groups, table = split_shards(tensors, SHARD_BYTES), {}
     for number, names in enumerate(groups, 1):
@@ -114,6 +116,17 @@ VERBS = {
         "gradient/*/*.npz",
         "gradient.json",
     ),
+    "mix": Verb(
+        "mix MODEL --general embedded --tasks TASK --samples SAMPLES --window WINDOW --json OUT/mix.json",
+        "",
+        "mix.json",
+    ),
+    "columns": Verb(
+        "columns MODEL --bits 3.5 --calibration embedded --samples SAMPLES --window WINDOW --method METHOD "
+        "--out OUT/columns.json",
+        "",
+        "columns.json",
+    ),
     "eval": Verb(
         "eval OUT/checkpoint --reference MODEL --text embedded-test --windows SAMPLES --window WINDOW --answers 0 "
         "--json OUT/eval.json",
@@ -122,7 +135,7 @@ VERBS = {
     ),
     "export": Verb("export OUT/checkpoint --to compressed-tensors --windows 0 --out OUT/export", "", "export"),
 }  # fmt: skip
-
+DEFAULT = ["quantize", "exact", "gradient", "eval", "export"]
 
 WHOLE = """
 import sys
@@ -139,7 +152,7 @@ class Limited:
 
     def __init__(self, verb: str, model: Path, out: Path, given: argparse.Namespace, *, whole: bool = False) -> None:
         places = {"MODEL": str(model), "SAMPLES": str(given.samples), "WINDOW": str(given.window)}
-        places["METHOD"] = given.method
+        places |= {"METHOD": given.method, "TASK": str(model / TASK)}
         words = [places.get(word, word).replace("OUT", str(out)) for word in VERBS[verb].words]
         words += [] if whole or verb == "export" else ["--memory", str(given.memory or given.limit / 8)]
         most = int(given.limit * 1e9)
@@ -249,7 +262,7 @@ def main() -> None:
     words.add_argument("--limit", type=float, default=1.8, help="GB of address space")
     words.add_argument("--data", action="store_true", help="limit private memory instead")
     words.add_argument("--memory", type=float, help="GB that a verb is told to keep to (default: an eighth of --limit)")
-    words.add_argument("--verbs", nargs="+", choices=VERBS, default=list(VERBS))
+    words.add_argument("--verbs", nargs="+", choices=VERBS, default=DEFAULT)
     words.add_argument("--method", default="rtn", help="quantizer of quantize")
     words.add_argument("--samples", type=int, default=4)
     words.add_argument("--window", type=int, default=128)

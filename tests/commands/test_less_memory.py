@@ -21,7 +21,7 @@ def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("less")
     given = argparse.Namespace(shape="200m", limit=LIMIT, data=True, memory=0.05, method="rtn", samples=1, window=32)
     given.seed, given.after, given.folder, given.model = 0, 8.0, folder, folder / "200m"
-    assert streamed.write_model(given.model, streamed.SHAPES["200m"]) * 4 > 1.05e9 * LIMIT
+    assert streamed.write_model(given.model, streamed.SHAPES["200m"]) * 4 > 1e9 * LIMIT
     given.quantized = streamed.killed("quantize", given.model, folder, given)
     return given
 
