@@ -173,6 +173,8 @@ class Limited:
 
     def look(self) -> bool:
         """Note the peaks; whether it still works."""
+        if self.process.returncode is not None:
+            return False
         try:
             lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         except OSError:
