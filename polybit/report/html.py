@@ -9,6 +9,7 @@ from typing import Any
 
 from polybit.report import plots
 from polybit.report.columns import cells, float_cells, headings, task_score
+from polybit.report.frame import STYLE
 from polybit.report.tables import estimate, number, percent, percentage, size
 
 Json = Mapping[str, Any]
@@ -60,7 +61,7 @@ def parts_page(name: str, parts: Sequence[Any], runs: Sequence[Json]) -> str:
 
 def render(**context: Any) -> str:
     """The template filled in; what is not given is left out."""
-    return template().render(**context)
+    return template().render(style=STYLE, **context)
 
 
 @cache
@@ -171,6 +172,7 @@ def sections(numbers: Json, made: Json) -> list[dict[str, Any]]:
             "title": "Bytes per layer",
             "text": "One stored weight; a narrower width reads fewer of its planes, up to the end of its colour.",
             "figures": [plots.layer_bytes(layers)] if layers else [],
+            "tall": True,
         },
     ]
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from polybit.report.frame import framed, scrolled, short_name
 from polybit.robust.table import ATTACKS
 
 HEEDED = {  # what an attack changes -> the flags that count for it
@@ -13,12 +14,6 @@ HEEDED = {  # what an attack changes -> the flags that count for it
     "words": ("tokens", "steps", "tries", "seeds"),
     "embeddings": ("epsilon", "steps", "seeds"),
 }
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.4rem .7rem;text-align:center;border:1px solid #ddd}
-th.row{text-align:left}small{color:#555}.verdict{border-left:4px solid #46c;padding:.4rem 1rem;background:#f4f6fb}
-td small{display:block}
-"""
 
 
 def percent(estimate: Mapping[str, Any]) -> str:
@@ -46,23 +41,23 @@ def heat_map(numbers: Mapping[str, Any]) -> str:
     for attacker, row in numbers["matrix"].items():
         cells = "".join(f'<td style="{colour(row[d]["value"])}">{percent(row[d])}</td>' for d in defenders)
         lines.append(f'<tr><th class="row">{escape(attacker)}</th>{cells}</tr>')
-    return f"<table>{''.join(lines)}</table>"
+    return scrolled(f"<table>{''.join(lines)}</table>")
 
 
 def page(run: Mapping[str, Any]) -> str:
     """One self-contained HTML page from the JSON of `polybit attack`."""
     numbers, config = run["numbers"], run["config"]
-    name = escape(str(config.get("target_name", config.get("target", "model"))))
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Attacks on {name}</title><style>{STYLE}</style>'
-        f"<h1>Attacks on {name}</h1><p>{numbers['items']} questions of {escape(numbers['source'])}, "
-        f"share answered exactly right, 95 % bootstrap interval over questions. {escape(settings(config))}.</p>"
-        f"{heat_map(numbers)}"
-        f'<p class="verdict">{escape(numbers["verdict"])}</p>'
+    name = short_name(config.get("target_name", config.get("target", "model")))
+    return framed(
+        f"Attacks on {name}",
+        f"<p>{numbers['items']} questions of {escape(numbers['source'])}, "
+        f"share answered exactly right, 95 % bootstrap interval over questions. {escape(settings(config))}.</p>",
+        heat_map(numbers),
+        f'<p class="verdict">{escape(numbers["verdict"])}</p>',
         f"<p>A row is an attacker who {escape(sight(config))} of one precision; the last one averages over all "
-        "of them. The last column is a precision drawn per prompt, in expectation. It is called more robust only when "
-        "it beats the best fixed precision, each under the attacker that harms it most, the averaging one included.</p>"
-        "</html>"
+        "of them. The last column is a precision drawn per prompt, in expectation. It is called more robust only "
+        "when it beats the best fixed precision, each under the attacker that harms it most, the averaging one "
+        "included.</p>",
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from polybit.report.frame import framed, pictured, short_name
 from polybit.report.plots import lines_over
 from polybit.report.tables import aligned, estimate, number, percent
 
@@ -59,11 +60,5 @@ def page(run: Json) -> str:
     numbers = run["numbers"]
     lines = {name: list(zip(curve["bits"], curve["harm"], strict=True)) for name, curve in numbers["curves"].items()}
     drawn = lines_over(lines, "mean bits per weight", "KL, nats per token")
-    style = (
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}pre{overflow-x:auto}"
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Routing {escape(str(run['config']['model']))}</title><style>{style}</style>"
-        f"<h1>Routing {escape(str(run['config']['model']))}</h1>{drawn}<pre>{escape(told(numbers))}</pre></html>\n"
-    )
+    model = short_name(run["config"]["model"])
+    return framed(f"Routing {model}", pictured(drawn), f"<pre>{escape(told(numbers))}</pre>")

@@ -8,7 +8,7 @@ from typing import Any
 
 from polybit.acts.table import STUDIES
 from polybit.core.parts import load
-from polybit.report.robustness import STYLE
+from polybit.report.frame import framed
 from polybit.report.study_reading import StudyReading
 from polybit.report.tables import aligned
 
@@ -24,12 +24,10 @@ def read(facts: Json) -> StudyReading:
 def page(facts: Json) -> str:
     """One self-contained HTML page."""
     said = read(facts)
-    title = escape(said.title)
-    parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>']
-    parts += [f"<h1>{title}</h1>", *(f"<p>{escape(sentence)}</p>" for sentence in said.intro)]
+    parts = [f"<p>{escape(sentence)}</p>" for sentence in said.intro]
     for heading, body, sentences in said.sections:
         parts.append(f"<h2>{escape(heading)}</h2>{body}" + "".join(f"<p>{escape(one)}</p>" for one in sentences))
-    return "".join(parts) + "</html>\n"
+    return framed(said.title, *parts)
 
 
 def text_summary(facts: Json) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from polybit.report.frame import pictured, short_name
 from polybit.report.plots import dots
 from polybit.report.study_conversation import fewer, table
 from polybit.report.study_reading import Section, StudyReading, estimate, html_table
@@ -22,7 +23,7 @@ def reading(facts: Json) -> StudyReading:
         "questions; differences are paired.",
         f"The plan's layers by width: {widths}. Bits count scales and zero points.",
     ]
-    return StudyReading(f"Bits of {facts['model']}", intro, table(facts), sections(facts))
+    return StudyReading(f"Bits of {short_name(facts['model'])}", intro, table(facts), sections(facts))
 
 
 def rankings(facts: Json) -> tuple[list[str], list[list[str]]]:
@@ -80,12 +81,12 @@ def against(facts: Json) -> tuple[list[str], list[list[str]]]:
 def sections(facts: Json) -> list[Section]:
     """The two answers."""
     points = [(label, row["bits"], row["kl"]) for label, row in facts["rows"].items() if label != "float"]
-    drawn = f"<figure>{dots(points, 'bits per weight', 'KL to the float model, nats')}</figure>"
+    drawn = dots(points, "bits per weight", "KL to the float model, nats")
     return [
         ("Do text and tasks rank layers alike?", html_table(*rankings(facts)), illusion(facts)),
         (
             "Do fewer bits, well spent, replace even ones?",
-            drawn + html_table(*table(facts)) + html_table(*against(facts)),
+            pictured(drawn) + html_table(*table(facts)) + html_table(*against(facts)),
             inversion(facts),
         ),
     ]

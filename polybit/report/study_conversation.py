@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from polybit.report.frame import pictured, short_name
 from polybit.report.plots import dots
 from polybit.report.study_reading import Section, StudyReading, estimate, html_table
 
@@ -24,7 +25,7 @@ def reading(facts: Json) -> StudyReading:
         "and the rest. Same: free answers that are the float model's own.",
         f"Alignment: {settings['steps']} steps of {settings['batch']} prompts.",
     ]
-    return StudyReading(f"Conversation of {facts['model']}", intro, table(facts), sections(facts))
+    return StudyReading(f"Conversation of {short_name(facts['model'])}", intro, table(facts), sections(facts))
 
 
 def table(facts: Json) -> tuple[list[str], list[list[str]]]:
@@ -136,12 +137,13 @@ def sections(facts: Json) -> list[Section]:
     ]
     drawn = ""
     if points:
-        figure = dots(
-            [(label, 100 * x, {k: 100 * y[k] for k in ("value", "low", "high")}) for label, x, y in points],
-            "free answers that differ from the float model's, %",
-            "score minus the float model's, points",
+        drawn = pictured(
+            dots(
+                [(label, 100 * x, {k: 100 * y[k] for k in ("value", "low", "high")}) for label, x, y in points],
+                "free answers that differ from the float model's, %",
+                "score minus the float model's, points",
+            )
         )
-        drawn = f"<figure>{figure}</figure>"
     return [
         ("Does conversation suffer before accuracy?", drawn + html_table(*table(facts)), verdict(facts)),
         ("What mends it?", html_table(*mended(facts)) if facts["against"] else "", mending(facts)),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from polybit.report.frame import scrolled
+
 Section = tuple[str, str, Sequence[str]]  # title, HTML, sentences
 
 
@@ -32,4 +34,4 @@ def html_table(header: list[str], rows: list[list[str]]) -> str:
     body = ""
     for name, *cells in rows:
         body += f'<tr><th class="row">{escape(name)}</th>' + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return scrolled(f"<table><tr>{head}</tr>{body}</table>")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from polybit.acts.table import ARMS
+from polybit.report.frame import pictured, short_name
 from polybit.report.frontier import frontier_figure
 from polybit.report.robustness import heat_map
 from polybit.report.study_reading import StudyReading, estimate, html_table
@@ -101,7 +102,7 @@ def sections(facts: Json) -> list[tuple[str, str, list[str]]]:
     gap = [transfer(facts["attack"]), facts["attack"]["verdict"]] if facts["attack"] else ["No attack was run."]
     return [
         ("1. What accuracy do the presets reach?", html_table(header, table), [beats(facts, "cdt", "quantized")]),
-        ("2. Which precision for which layer?", f"<figure>{figure}</figure>", [cheapest(facts), operands(facts)]),
+        ("2. Which precision for which layer?", pictured(figure), [cheapest(facts), operands(facts)]),
         ("3. Which objective makes one model good at all of them?", html_table(*objective_table(facts)), trade),
         ("4. Does cycling the precision help, as in CPT?", "", cyclic or ["No cyclic run was asked for."]),
         ("5. Do attacks transfer, and does random precision defend, as in Double-Win Quant?", heat, gap),
@@ -164,4 +165,4 @@ def reading(facts: Json) -> StudyReading:
         chosen = "{steps} steps of {batch} rows at {learning_rate}, scales per {group_size} weights (0 = per row)"
         intro.append(f"{chosen.format(**settings)}; attacked and searched is the cdt model.")
     intro.append("; ".join(f"{arm}: {SAID[arm]}" for arm in arms_of(facts) if arm in SAID) + ".")
-    return StudyReading(f"Switchable {facts['model']}", intro, accuracy(facts), sections(facts))
+    return StudyReading(f"Switchable {short_name(facts['model'])}", intro, accuracy(facts), sections(facts))

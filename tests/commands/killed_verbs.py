@@ -281,7 +281,7 @@ def content(path: Path, *, timed: bool = False) -> Any:
         return {
             each.name: content(each, timed=timed)
             for each in sorted(path.iterdir())
-            if not each.name.startswith(".") and not each.name.endswith((".partial", "-journal"))
+            if not each.name.startswith(".") and not each.name.endswith((".partial", ".finished", "-journal"))
         }
     if path.suffix == ".sqlite":
         with closing(sqlite3.connect(path)) as db:
