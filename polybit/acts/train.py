@@ -55,7 +55,7 @@ def trained(model: str, options: TrainOptions) -> Run:
     run = Run("train", {"model": model, **plain(options)})
     presets = read_presets(options.presets)
     unfit = [name for name in presets if Path(name).name != name or name in (".", "..")]
-    if unfit and options.adapter != "none":
+    if unfit and (options.adapter != "none" or has_folders(options, list(presets))):
         raise PolybitError(f"--presets names {unfit[0]!r:.60}, after which a folder is called: use no / in it")
     check_places(options, list(presets))
     with run.timed():

@@ -53,6 +53,8 @@ def read_presets(text: str) -> dict[str, Plan]:
     for part in (part.strip() for part in text.split(",") if part.strip()):
         name, _, value = part.partition("=")
         name, value = name.strip(), value.strip() or name.strip()
+        if not name:
+            raise PolybitError(f"--presets {part!r:.60} has no name: write NAME=PRECISION, as in A=w8a8")
         if name in found:
             raise PolybitError(f"--presets names {name!r:.60} twice: give every preset a name of its own")
         found[name] = read_plan(Path(value), "--presets") if value.endswith(".json") else Plan.uniform(value)

@@ -11,6 +11,7 @@ from polybit.core.runtime import PolybitError, check_spelling, nearest, staged_n
 from polybit.data.table import EMBEDDED
 
 Device = Literal["auto", "cpu", "cuda"]
+LARGEST_SEED = 1 << 63
 LONGEST_NAME = 255  # bytes, of a file on every file system of today
 
 
@@ -62,11 +63,18 @@ class EndpointOptions:
 
 
 def at_least(options: Any, **least: int) -> None:
-    """Refuse numbers below what is possible; None = the default is meant."""
+    """Refuse numbers below what is possible, and such a seed; None = the default is meant."""
     for name, smallest in least.items():
         value = getattr(options, name)
         if value is not None and value < smallest:
             raise PolybitError(f"--{name.replace('_', '-')} {value} is not possible: give {smallest} or more")
+    check_seed("--seed", getattr(options, "seed", 0))
+
+
+def check_seed(flag: str, seed: int | None) -> None:
+    """Refuse a seed that a generator of torch or numpy does not take; None = the default is meant."""
+    if seed is not None and not 0 <= seed < LARGEST_SEED:
+        raise PolybitError(f"{flag} {seed} is not possible: give a number from 0 to {LARGEST_SEED - 1}")
 
 
 def possible_memory(gigabytes: float | None) -> None:
@@ -111,9 +119,12 @@ def names_of(listing: str | None) -> list[str]:
 def seeds_of(listing: str) -> list[int]:
     """`0,1,2` as numbers, each once."""
     try:
-        return list(dict.fromkeys(int(seed) for seed in listing.split(",")))
+        found = list(dict.fromkeys(int(seed) for seed in listing.split(",")))
     except ValueError:
-        raise PolybitError(f"--seeds {listing!r} cannot be read: give numbers with commas, as in 0,1,2") from None
+        raise PolybitError(f"--seeds {listing!r:.80} cannot be read: give numbers with commas, as in 0,1,2") from None
+    for seed in found:
+        check_seed("--seeds", seed)
+    return found
 
 
 def squad_is_there(flag: str, source: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from polybit.core.parts import described
 from polybit.core.runtime import PolybitError
-from polybit.options.checks import file_can_be_written
+from polybit.options.checks import at_least, file_can_be_written
 from polybit.options.loading import LoadingOptions
 from polybit.quant.table import LAYERWISE, QUANTIZERS
 
@@ -57,6 +57,7 @@ class ColumnsOptions(LoadingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(self, samples=1)
         file_can_be_written("--out", self.out)
         if (self.bits is None) == (self.plan is None):
             raise PolybitError("give either --bits, the mean of every layer, or --plan, a width per layer")

@@ -8,7 +8,7 @@ from typing import Literal
 
 from polybit.core.precision import FLOAT, Precision
 from polybit.core.runtime import PolybitError
-from polybit.options.checks import folder_can_be_written
+from polybit.options.checks import at_least, folder_can_be_written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class FrontierOptions:
         if self.points < 2 or self.windows < 1 or self.evaluations < 0:
             raise PolybitError("--points needs 2 or more, --windows 1 or more and --evaluations 0 or more")
         preset_names(self.presets)
+        at_least(self, window=2)
         folder_can_be_written("--out", self.out)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from polybit.core.runtime import PolybitError
+from polybit.options.checks import LARGEST_SEED
 from polybit.options.evaluate import WINDOWS, EvalOptions
 from polybit.options.quantize import QuantizeOptions
 from polybit.options.typed import check_fields, record
@@ -79,7 +80,10 @@ def read_grid(options: SweepOptions) -> SweepGrid:
     check_fields(EvalOptions, measured, "eval", OWN)
     baseline = options.baseline or value.get("baseline") or cells[0].name
     names = [cell.name for cell in cells]
-    if baseline not in names or len(set(names)) != len(names):
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) != len(names) else []
+    if twice:
+        raise PolybitError(f"the sweep has the combination {twice[0]!r:.120} twice: give every value once")
+    if baseline not in names:
         raise PolybitError(
             f"baseline {baseline!r} is not one of the combinations: choose from {', '.join(names)}"[:600]
         )
@@ -136,7 +140,7 @@ def literal(text: str) -> Any:
 def read_seeds(value: Any) -> tuple[int, ...]:
     """A number of seeds, or the seeds themselves."""
     seeds = list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
-    good = isinstance(seeds, list) and seeds and all(isinstance(s, int) and s >= 0 for s in seeds)
+    good = isinstance(seeds, list) and seeds and all(isinstance(s, int) and 0 <= s < LARGEST_SEED for s in seeds)
     if not good or len(set(seeds)) != len(seeds):
         raise PolybitError(f"seeds {value!r:.60} are not possible: give how many, 1 or more, or a list of numbers")
     return tuple(seeds)

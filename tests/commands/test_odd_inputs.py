@@ -139,3 +139,20 @@ def test_two_runs_do_not_write_to_one_output(words, tiny_llama, tmp_path, capsys
     said = sentence([words[0], tiny_llama, "--out", tmp_path / "out", *words[1:]], capsys)
     os.close(held)
     assert "another process is writing" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quantize", "tinychat", "--out", "OUT", "--seed", "99999999999999999999"], "--seed 9999"),
+        (["columns", "tinychat", "--bits", "3", "--out", "OUT", "--seed", "-1"], "--seed -1"),
+        (["frontier", "tinychat", "--out", "OUT", "--seed", "-1"], "--seed -1"),
+        (["attack", "tinychat", "--seeds", "0,99999999999999999999"], "--seeds 9999"),
+        (["sweep", "tinychat", "--out", "OUT", "--axis", "bits=4,4"], "'bits=4' twice"),
+        (["train", "tinychat", "--out", "OUT", "--presets", "=w8a8,B=w4"], "no name"),
+        (["train", "tinychat", "--out", "OUT", "--presets", "../A=w8,B=w4", "--method", "independent"], "no / in it"),
+    ],
+)
+def test_values_no_run_can_have(words, said, tmp_path, capsys):
+    assert said in sentence([str(tmp_path / "out") if word == "OUT" else word for word in words], capsys)
+    assert not list(tmp_path.iterdir())
