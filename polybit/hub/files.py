@@ -83,7 +83,9 @@ def read_entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if len(found) < len(pairs):
             twice = next(name for name in found if sum(name == other for other, _ in pairs) > 1)
             raise PolybitError(f"{path} names the tensor {twice!r:.120} twice: it was tampered with, make it again")
-        remarks = {str(name): said for name, said in found.pop("__metadata__", None) or []}
+        remarks = dict(found.pop("__metadata__", None) or [])
+        if not all(isinstance(said, str) for said in remarks.values()):
+            raise ValueError("a remark is no text")
         entries = {name: dict(entry) for name, entry in found.items()}
         check_layout(entries, size - 8 - length)
     except FileNotFoundError:
