@@ -34,7 +34,7 @@ class AnswerKnobs:
     beta: float = 0.1
     loss: PreferenceLoss = "sigmoid"
     nll: float = 0.0
-    anchor: float = 0.0
+    anchor: float = 1.0
     gamma: float = 10.0
     shared_prefix: bool = False
     steps: int = 150
