@@ -67,11 +67,14 @@ def measure(
 ) -> Told:
     """Quantize by a method, as planned or evenly, and examine. What is planned is calibrated on the mixture, if any."""
     out = options.out / "quantized" / label.replace(" ", "-")
-    which: dict[str, Any] = {"bits": options.uniform_bits, "calibration": options.calibration}
+    which: dict[str, Any] = {"bits": options.uniform_bits}
+    text = options.told("calibration", "samples")
     if planned:
         which = {"plan": options.out / "plan.json", "asymmetric": False}
-        which |= {"mix": options.mix} if options.mix else {"calibration": options.calibration}
-    how = options.told("samples", "window", "group_size", "trust_remote_code") | {"method": method, "seed": seed}
+        if options.mix is not None:
+            text = {"mix": options.mix, "samples": options.mix_samples or options.samples}
+    which |= {"method": method, "seed": seed, **text}
+    how = options.told("window", "group_size", "trust_remote_code")
     made(out, lambda: quantize(model, QuantizeOptions(out=out, ends=16, measure=False, **which, **how)))
     lm = LocalLM(*open_model(str(out), trust_remote_code=options.trust_remote_code))
     with lm.at(None if planned else f"w{options.uniform_bits}"):

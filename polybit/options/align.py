@@ -58,7 +58,7 @@ class AlignOptions(WorkerOptions, ProcessOptions):
     nll: float = 0.0
     """Weight of the negative log-likelihood of the float answers in qdpo."""
     anchor: float = 1.0
-    """Weight, in qdpo, of the nats by which a float answer is less likely than to the float model (0 = as published)."""
+    """Weight, in qdpo, of the nats by which a float answer is less likely than it was in float (0 = as published)."""
     gamma: float = 10.0
     """Weight of kd in qdpo+kd."""
     refresh_every: int | None = None

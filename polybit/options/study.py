@@ -160,6 +160,8 @@ class BitsOptions:
     """Quantizers that make codes of the plan, with commas."""
     mix: str | None = None
     """Mixture of texts the plan's codes are calibrated on, as in polybit quantize (default: --calibration)."""
+    mix_samples: int | None = None
+    """Windows drawn from the mixture (default: --samples)."""
     uniform: str = "rtn,hqq,gptq,awq"
     """Quantizers of even bits, with commas."""
     uniform_bits: int = 4
@@ -171,6 +173,8 @@ class BitsOptions:
                 pick({one: QUANTIZERS[one] for one in FIXED}, name, flag)
         check_width("w", self.uniform_bits)
         at_least(self, task_items=1)
+        if self.mix_samples is not None:
+            at_least(self, mix_samples=1)
 
 
 @dataclass(frozen=True, kw_only=True)

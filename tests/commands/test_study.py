@@ -66,7 +66,7 @@ def test_conversation_and_bits_on_the_embedded_model(tmp_path, capsys):
 
     main(["study", "tinychat", "--question", "bits", "--out", str(bits), *exam, "--train-prompts", "2", "--uniform",
           "rtn", "--budget", "3.4", "--task-items", "4", "--planned-by", "rtn,gptq",
-          "--mix", "embedded=1"])  # fmt: skip
+          "--mix", "embedded=1", "--mix-samples", "5"])  # fmt: skip
     facts = json.loads((bits / "study.json").read_text())
     assert set(facts["rows"]) == {"float", "plan 3.4 rtn", "plan 3.4 gptq", "rtn w4"}
     assert set(facts["against"]) == {"plan 3.4 rtn against rtn w4", "plan 3.4 gptq against rtn w4"}
