@@ -16,7 +16,7 @@ from tests.hub.endpoint import serve
 from tests.killed import forked, killed_at, moments
 
 POINTS, SOON = 50, 2
-NOW = ("export mlx", "pairs", "columns")
+NOW = ("export mlx", "pairs")
 CASES = [pytest.param(v, SOON if n == 0 else POINTS, marks=pytest.mark.slow if n or v not in NOW else ())
          for v in VERBS for n in (0, 1)]  # fmt: skip
 CONFIG = "config.json"  # every checkpoint has one
