@@ -27,6 +27,7 @@ from polybit.measure.mixture_truth import Harms
 from polybit.nn.convert import Target, targets
 from polybit.options.checks import plain
 from polybit.options.columns import ColumnsOptions
+from polybit.quant.table import QUANTIZERS
 
 
 def columns(model: str, options: ColumnsOptions) -> Run:
@@ -84,15 +85,14 @@ def searched(name: str, options: ColumnsOptions, kept: ExitStack) -> tuple[Plan,
 
 
 def remarks_of(options: ColumnsOptions) -> dict[str, Any]:
-    """What `quantize` must know beside the plan: the groups it was searched with, the zero points it was told of."""
-    counted = zero_points(options)
-    zero = {} if counted is None else {"zero": "group" if counted else "centre"}
-    return {**zero, "group_size": options.group_size}
+    """What `quantize` must know beside the plan: groups and zero points as it was searched with."""
+    return {"zero": "group" if zero_points(options) else "centre", "group_size": options.group_size}
 
 
-def zero_points(options: ColumnsOptions) -> bool | None:
-    """Whether the plan that is given counts a zero point per group; None where none is given or it does not say."""
-    return None if options.plan is None else counts_zero_points(options.plan)
+def zero_points(options: ColumnsOptions) -> bool:
+    """Whether every group has a zero point: as the plan that is given counts, else as the method does."""
+    counted = None if options.plan is None else counts_zero_points(options.plan)
+    return QUANTIZERS[options.method].zero == "group" if counted is None else counted
 
 
 def starting_plan(options: ColumnsOptions, every: Sequence[Target]) -> tuple[Plan, dict[str, float]]:

@@ -137,6 +137,14 @@ def test_the_zero_points_of_a_plan_stay(tiny_llama, tmp_path, monkeypatch, capsy
         assert json.loads(Path("o.json").read_text())["zero"] == zero
         bits[zero] = json.loads(Path("run.json").read_text())["numbers"]["without"]["bits_per_weight"]
     assert bits["group"] > bits["centre"] + 0.05
+    main(
+        ["columns", str(tiny_llama), "--bits", "3.25", "--block", "32", "--out", "o.json", "--json", "run.json", *flags]
+    )
+    told = json.loads(Path("run.json").read_text())["numbers"]["with"]["bits_per_weight"]
+    text = ["--samples", "2", "--window", "16", "--group-size", "32", "--no-measure", "--calibration", "self"]
+    main(["quantize", str(tiny_llama), "--plan", "o.json", "--effort", "fast", "--out", "made", *text])
+    made = json.loads(Path("made/run.json").read_text())["numbers"]["stored_bits_per_weight"]
+    assert json.loads(Path("o.json").read_text())["zero"] == "group" and made == pytest.approx(told, abs=0.01)
 
 
 def test_search_sort_and_quantize(tiny_llama, tmp_path, monkeypatch, capsys):
