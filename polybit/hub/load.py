@@ -245,6 +245,7 @@ def check_weights(model: nn.Module, name: str) -> None:
             )
 
 
+LONGEST_SAID = 160  # characters of somebody else's error
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -289,6 +290,8 @@ def refuse_unknown_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def first_line(error: Exception) -> str:
-    """How somebody else's error begins, in one line."""
+    """How somebody else's error begins, in one line: whole sentences where one ends in time."""
     said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said[:160]}" if said else type(error).__name__
+    if len(said) > LONGEST_SAID:
+        said = said[:LONGEST_SAID].rpartition(". ")[0] or said[:LONGEST_SAID]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

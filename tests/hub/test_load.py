@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from polybit.core.runtime import PolybitError
 from polybit.hub.checkpoint import save, verify
-from polybit.hub.load import load, load_float
+from polybit.hub.load import LONGEST_SAID, first_line, load, load_float
 from polybit.nn.convert import convert
 from polybit.nn.linear import QuantLinear
 from polybit.nn.switch import multiply_by
@@ -83,3 +83,16 @@ def test_a_checkpoint_on_the_hub_is_fetched_whole_and_validated(source, tmp_path
     (store / "polybit.safetensors").write_bytes(data)
     with pytest.raises(PolybitError, match="sha256"):
         load("somebody/model")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("No\nsuch file. ", "OSError: No such file."),
+        ("Cannot connect.\nCheck your connection or " + "see " * 60, "OSError: Cannot connect"),
+        ("x" * 500, "OSError: " + "x" * LONGEST_SAID),
+        ("", "OSError"),
+    ],
+)
+def test_somebody_elses_error_ends_with_a_sentence(said, told):
+    assert first_line(OSError(said)) == told
